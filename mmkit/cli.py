@@ -1,0 +1,286 @@
+"""The ``mmkit`` command: parses, calls, prints. The only place that prints, and the only broad ``except``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import mmkit
+from mmkit.config import EvalRecipe, ProbeRecipe, Recipe, dump_recipe, load_recipe
+from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError, StoppedError
+from mmkit.recipes import copy_recipe, describe, find_recipe, list_recipes
+from mmkit.run import Run
+
+app = typer.Typer(
+    name="mmkit",
+    help="From raw image-text pairs to a table fit for a paper.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Make the demo world.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name (`mmkit ls`).")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.lr=1e-3.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the run directory holds and start anew.")]
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code: 0 done, 2 wrong input, 75 stopped by a signal, 1 a bug."""
+    _set_up_logging()
+    try:
+        app(args=arguments, standalone_mode=False)
+        code = EXIT_DONE
+    except InputError as error:
+        _complain(str(error))
+        code = EXIT_INPUT
+    except typer.TyperException as error:
+        _complain(error.format_message(), hint="mmkit --help")
+        code = EXIT_INPUT
+    except StoppedError as error:
+        _complain(str(error))
+        code = EXIT_STOPPED
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted")
+        code = 130
+    except BrokenPipeError:
+        # `mmkit ls | head`: the reader has enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_DONE
+    except Exception:
+        traceback.print_exc()
+        _complain("this is a bug in mmkit; please report it with the lines above")
+        code = EXIT_BUG
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _complain(text: str, *, hint: str = "") -> None:
+    """One line on standard error, from the main process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        line = " ".join(text.split())
+        print(f"mmkit: {line}{f' (see {hint})' if hint else ''}", file=sys.stderr)
+
+
+def _set_up_logging() -> None:
+    """Plain lines on standard error; other libraries only when something is wrong."""
+    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("mmkit").setLevel(level)
+    logging.captureWarnings(True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _say(text: str) -> None:
+    """A line of the command's result, from the main process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text)
+
+
+def _load(name: str, overrides: list[str] | None) -> Recipe:
+    """A recipe with its overrides."""
+    return load_recipe(find_recipe(name), overrides or [])
+
+
+def _version(show: bool) -> None:
+    """Print the version and leave."""
+    if show:
+        print(f"mmkit {mmkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False) -> None:
+    """From raw image-text pairs to a table fit for a paper."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the world, the runs and the report.")] = Path("runs/demo"),
+    restart: Restart = False,
+) -> None:
+    """The whole pipeline on the built-in demo world, on a CPU or GPU, to a report."""
+    from mmkit.demo import run_demo
+
+    report = run_demo(out, restart=restart)
+    _say(f"report: {report}")
+
+
+@app.command()
+def train(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
+    """Train a stage: superclass, clipcap or llava, as the recipe says."""
+    from mmkit.commands import run_train
+
+    _done(run_train(_load(recipe, overrides), restart=restart), "model")
+
+
+@app.command()
+def probe(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
+    """Linear probe and k-NN on a frozen encoder."""
+    from mmkit.encoders.probing import run_probe
+
+    _done(run_probe(_expect(_load(recipe, overrides), ProbeRecipe), restart=restart), "scores.json")
+
+
+@app.command("eval")
+def evaluate(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
+    """Generate and score one or more tasks with one model."""
+    from mmkit.eval.run import run_eval
+
+    _done(run_eval(_expect(_load(recipe, overrides), EvalRecipe), restart=restart), "scores.json")
+
+
+def _expect(recipe: Recipe, kind: type[Any]) -> Any:
+    """The recipe, if it is of the kind that the command takes."""
+    if not isinstance(recipe, kind):
+        raise InputError(f"this is a recipe of stage {recipe.stage}", where="stage", mend="use the command for that stage")
+    return recipe
+
+
+def _done(run: Run, product: str) -> None:
+    """Say where the result lies, and the scores of an evaluation."""
+    scores = run.path / "scores.json"
+    if product == "scores.json" and scores.is_file():
+        for name, found in json.loads(scores.read_text(encoding="utf-8"))["tasks"].items():
+            for metric, value in found["metrics"].items():
+                low, high = found["ci95"].get(metric, (None, None))
+                interval = f"  [{low:.4f}, {high:.4f}]" if low is not None else ""
+                _say(f"{name:16} {metric:16} {value:.4f}{interval}")
+    _say(f"done: {run.path / product}")
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="coco-caption, vqav2 or textvqa.")],
+    predictions: Annotated[Path, typer.Option(help="Official result file.")],
+    annotations: Annotated[Path, typer.Option(help="Official annotation file.")],
+    questions: Annotated[Path | None, typer.Option(help="VQA v2 question file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the scores as JSON.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. tokenizer=none rule=2017")] = None,
+) -> None:
+    """Official scoring of a result file, without a model."""
+    from mmkit.eval.score import parse_settings
+    from mmkit.eval.score import score as run
+    from mmkit.files import write_json
+
+    words = {}
+    for item in settings or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"setting {item!r} is not of the form key=value", mend="write e.g. rule=2017")
+        words[key] = value
+    chosen = parse_settings(words)
+    found = run(task, predictions, annotations, questions, **chosen)
+    for metric, value in found["metrics"].items():
+        low, high = found["ci95"][metric]
+        _say(f"{metric:16} {value:.6f}  [{low:.4f}, {high:.4f}]")
+    _say(f"n {found['n']}  " + "  ".join(f"{k}={v}" for k, v in found["settings"].items() if not isinstance(v, dict | list)))
+    if out is not None:
+        write_json(out, found)
+        _say(f"written: {out}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished eval, probe and training runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and report.json.")],
+    title: Annotated[str, typer.Option(help="Title of the report.")] = "mmkit report",
+) -> None:
+    """One self-contained HTML report (and Markdown, JSON) over any set of runs."""
+    from mmkit.eval.report import build_report
+
+    _say(f"report: {build_report(runs, out, title=title)}")
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a model folder, or timm:NAME.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")],
+    prompt: Annotated[str | None, typer.Option(help="Question to an MLLM.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit; number of tags for an encoder.")] = 32,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 1,
+) -> None:
+    """Tags (encoder), a caption (captioner) or an answer (MLLM) for pictures."""
+    from mmkit.data.images import ImageRef, decode_image
+    from mmkit.data.skipped import SampleError
+    from mmkit.models.inference import load_model
+
+    pictures = []
+    for path in images:
+        try:
+            pictures.append(decode_image(ImageRef(str(path)).read()))
+        except SampleError as error:
+            raise InputError(str(error), where=path, mend="give a picture file") from None
+    opened = load_model(model)
+    if opened.kind == "encoder" and (prompt or num_beams > 1):
+        raise InputError("an encoder takes neither prompt nor beams", where=model, mend="leave them out, or use an MLLM")
+    prompts = None if prompt is None else [prompt] * len(pictures)
+    texts = opened.predict(pictures, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    for path, text in zip(images, texts, strict=True):
+        _say(f"{path}: {text}" if len(images) > 1 else text)
+
+
+@data_app.command("synth")
+def synth(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    train: Annotated[int, typer.Option(min=8, help="Training pictures.")] = 4000,
+    heldout: Annotated[int, typer.Option(min=4, help="Held-out pictures.")] = 300,
+    image_size: Annotated[int, typer.Option(min=32, max=512, help="Side in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed; equal arguments give equal bytes.")] = 0,
+) -> None:
+    """Make the demo world: pictures with captions, questions, conversations and shards in the official formats."""
+    from mmkit.data.world import make_world
+
+    counts = make_world(out, train=train, heldout=heldout, image_size=image_size, seed=seed)
+    _say("  ".join(f"{k} {v}" for k, v in counts.items()))
+    _say(f"done: {out}")
+
+
+@app.command("ls")
+def list_() -> None:
+    """List the shipped recipes."""
+    shipped = list_recipes()
+    width = max(map(len, shipped), default=0)
+    for name, path in shipped.items():
+        _say(f"{name:{width}}  {describe(path)}")
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="File or folder.")],
+) -> None:
+    """Copy a shipped recipe, to be edited."""
+    _say(f"written: {copy_recipe(name, dest)}")
+
+
+@app.command()
+def validate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the resolved recipe.")] = False,
+) -> None:
+    """Check a recipe and its overrides without starting anything."""
+    from mmkit.validate import check_parts
+
+    checked = _load(recipe, overrides)
+    check_parts(checked)
+    if show:
+        _say(dump_recipe(checked))
+    _say(f"valid: {recipe} (stage {checked.stage})")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo, "train": train, "probe": probe, "eval": evaluate, "score": score, "report": report,
+    "predict": predict, "ls": list_, "copy": copy, "validate": validate,
+}  # fmt: skip

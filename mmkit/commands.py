@@ -1,0 +1,102 @@
+"""What each stage command does, from a checked recipe to a finished run. The command line is a thin shell around this."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from mmkit.config import EvalRecipe, ProbeRecipe, Recipe, TrainConfig
+from mmkit.errors import InputError
+from mmkit.recipes import find_deepspeed
+from mmkit.run import Parent, Run, resolve_parent
+
+logger = logging.getLogger(__name__)
+
+
+def run_train(recipe: Recipe, *, restart: bool = False) -> Run:
+    """Train one stage; returns at once when the run is done.
+
+    Raises:
+        InputError: The recipe is no training recipe, or its parts do not fit.
+        StoppedError: A signal came; a checkpoint is written.
+    """
+    if isinstance(recipe, ProbeRecipe | EvalRecipe):
+        raise InputError(f"stage {recipe.stage} is no training stage", mend=f"use `mmkit {recipe.stage}`")
+    run = Run(Path(recipe.run), write=int(os.environ.get("RANK", "0")) == 0)
+    config = recipe.train
+    # Answered before anything heavy is imported: a finished stage of a pipeline returns in a blink.
+    state = run.state(recipe, parents_of(recipe), restart=restart)
+    if state == "done":
+        return run
+    return _train(recipe, run, config, restart=restart)
+
+
+def parents_of(recipe: Recipe) -> list[Parent]:
+    """What a recipe is made from, in the order that the manifest lists it."""
+    found = []
+    encoder = getattr(recipe, "encoder", None)
+    if isinstance(encoder, str):
+        found.append(resolve_parent("encoder", encoder))
+    elif getattr(encoder, "init", None):
+        found.append(resolve_parent("encoder", encoder.init))  # type: ignore[union-attr]
+    model = getattr(recipe, "model", None)
+    if model:
+        found.append(resolve_parent("model", model))
+    llm = getattr(recipe, "llm", None)
+    if llm is not None and llm.name:
+        found.append(resolve_parent("llm", llm.name))
+    return found
+
+
+def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
+    """The part of :func:`run_train` that needs torch."""
+    import torch
+
+    from mmkit.distributed.engine import Engine
+    from mmkit.errors import StoppedError
+    from mmkit.training.loop import LoopSettings, check_skipped, total_steps, train
+    from mmkit.training.stages import build_stage
+
+    engine = Engine(
+        precision=config.precision,
+        deepspeed=find_deepspeed(config.deepspeed) if config.deepspeed else None,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        clip=config.clip_grad_norm,
+    )
+    torch.manual_seed(recipe.seed)
+    stage = build_stage(recipe, engine)
+    # Every rank asks before any rank writes; the answer is the same for all.
+    state = run.state(recipe, stage.parents, restart=restart)
+    engine.barrier()
+    run.start(recipe, stage.parents, state=state, data_fingerprint=stage.data_fingerprint, kind="train")
+    engine.barrier()
+    run.skip(stage.left_out)
+    size = len(stage.samples) + len(stage.left_out)
+    check_skipped(len(stage.left_out), size, recipe.data.max_skipped, where=run.path / "skipped.jsonl")
+    trainable = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
+    run.note(
+        world_size=engine.world_size,
+        steps=total_steps(config, len(stage.samples)),
+        samples_in_data=len(stage.samples),
+        parameters=sum(p.numel() for p in stage.objective.parameters()),
+        trainable_parameters=trainable,
+    )
+    data = recipe.data
+    settings = LoopSettings(seed=recipe.seed, workers=data.workers, max_skipped=data.max_skipped, title=run.path.name)
+    try:
+        train(stage, engine, run, config, settings)
+    except StoppedError:
+        run.finish("stopped")
+        engine.close()
+        raise
+    with engine.gathered():
+        if engine.is_main:
+            stage.save_product(run.model)
+    engine.barrier()
+    run.finish("done")
+    engine.barrier()
+    engine.close()
+    return run

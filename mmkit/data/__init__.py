@@ -1,0 +1,1 @@
+"""Data: sources, decoding, order, conversations, and the demo world."""

@@ -1,0 +1,159 @@
+"""Pictures: from bytes to a square of uint8 pixels, with every oddity handled or refused with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from mmkit.data.skipped import SampleError
+
+Fit = Literal["squash", "crop", "pad"]
+Pixels = NDArray[np.uint8]
+# Transparent pixels are shown on white, as a browser would show them.
+BACKGROUND = (255, 255, 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRef:
+    """Where the bytes of a picture lie: a whole file, or a slice of a tar.
+
+    Attributes:
+        path: File on disk.
+        offset: First byte of the picture in it.
+        size: Number of bytes; -1 is the whole file.
+    """
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            SampleError: Missing or unreadable file.
+        """
+        try:
+            with Path(self.path).open("rb") as file:
+                file.seek(self.offset)
+                return file.read(self.size)
+        except OSError as error:
+            raise SampleError(f"cannot be read ({error.strerror})") from None
+
+
+def decode_image(data: bytes, *, max_pixels: int = 100_000_000) -> Image.Image:
+    """Decode one picture to upright RGB.
+
+    EXIF rotation is applied, transparency is composed on white, 16-bit grey is scaled (not clipped), CMYK is converted, an
+    animation gives its first frame.
+
+    Args:
+        data: Encoded bytes (anything Pillow reads).
+        max_pixels: Larger pictures are refused from their header, before any memory is spent.
+
+    Raises:
+        SampleError: Empty, no picture, too large, or cut off (a half-grey picture must not be trained on).
+    """
+    if not data:
+        raise SampleError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            # Our own limit decides, the same way on every run; Pillow's warns once a process.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+        if image.width * image.height > max_pixels:
+            raise SampleError(f"{image.width} x {image.height} pixels are over the limit of {max_pixels}")
+        image.load()
+    except Image.DecompressionBombError:
+        raise SampleError(f"its header claims more pixels than the limit of {max_pixels}") from None
+    except Image.UnidentifiedImageError:
+        start = data[:15].decode("latin-1").encode("unicode_escape").decode()
+        raise SampleError(f"is no picture (starts with {start!r})") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise SampleError(f"cannot be decoded ({error})") from None
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any Pillow mode."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        # Pillow's own convert clips 16-bit values at 255.
+        top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1e-9)
+        return Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
+        canvas.alpha_composite(rgba)
+        return canvas.convert("RGB")
+    return image.convert("RGB")
+
+
+def fit_square(image: Image.Image, size: int, *, fit: Fit, fill: tuple[int, int, int] = (122, 116, 104)) -> Pixels:
+    """The evaluation view of a picture: a square of ``size`` pixels, bicubic.
+
+    Args:
+        image: RGB.
+        size: Side in pixels.
+        fit: ``squash`` ignores the aspect (SigLIP), ``crop`` resizes the short side and cuts the centre (CLIP), ``pad`` pastes
+            on a square of ``fill`` (LLaVA-1.5's instruction stage; the default fill is CLIP's mean colour).
+        fill: Colour of the padding.
+
+    Returns:
+        uint8 ``[3, size, size]``.
+    """
+    width, height = image.size
+    if fit == "squash":
+        square = image.resize((size, size), Image.Resampling.BICUBIC)
+    elif fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    else:
+        side = max(width, height)
+        canvas = Image.new("RGB", (side, side), fill)
+        canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+        square = canvas.resize((size, size), Image.Resampling.BICUBIC)
+    return to_chw(square)
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: float = 4 / 3
+) -> Pixels:
+    """A crop of random area and aspect, resized to a square (Inception's augmentation, as torchvision's RandomResizedCrop).
+
+    Args:
+        image: RGB.
+        size: Side in pixels.
+        rng: Numbers for this sample alone, so that the crop does not depend on the loader's workers.
+        scale: Range of the crop's share of the area.
+        ratio: Largest aspect ratio; the smallest is its inverse.
+
+    Returns:
+        uint8 ``[3, size, size]``.
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(-math.log(ratio), math.log(ratio)))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return to_chw(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)))
+    # A very long picture has no such crop: take the centre.
+    return fit_square(image, size, fit="crop")
+
+
+def to_chw(image: Image.Image) -> Pixels:
+    """uint8 ``[3, H, W]`` of an RGB picture."""
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))

@@ -1,0 +1,231 @@
+"""Image-text pairs: COCO caption JSON, JSON lines, and webdataset tar shards, behind one small class.
+
+A source is an indexed list: picture and caption of sample ``i`` can be read without reading the others, so the order of a run is
+a pure function of (seed, epoch, position).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mmkit.data.images import ImageRef
+from mmkit.data.skipped import LeftOut
+from mmkit.errors import InputError
+from mmkit.files import hash_file, hash_text, read_json
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+# A caption is one line; every Unicode line end would otherwise shift line-based tools (evaluation.md section 2).
+_LINE_ENDS = re.compile(r"[\r\n\x0b\x0c\x85\u2028\u2029\x00]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One sample: a picture and its caption."""
+
+    source: str
+    key: str
+    image: ImageRef
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSource:
+    """All pairs of a data set.
+
+    Attributes:
+        pairs: The usable ones, in file order.
+        left_out: Rows that cannot be used, with reasons.
+        fingerprint: Hash of the index files.
+    """
+
+    pairs: list[Pair]
+    left_out: list[LeftOut]
+    fingerprint: str
+
+
+def open_pairs(location: str, *, kind: str = "auto", image_root: str | None = None) -> PairSource:
+    """Read the index of a pair data set.
+
+    Args:
+        location: ``.jsonl`` rows ``{"image", "caption"}``, COCO caption ``.json``, or tar shards
+            (``shards/train-{00000..00009}.tar``, a glob, or a folder of tars).
+        kind: ``pairs``, ``coco``, ``webdataset``, or ``auto`` by the name.
+        image_root: Folder that image names are relative to; default: the index file's own folder.
+
+    Raises:
+        InputError: Nothing there, broken JSON, or no usable sample.
+    """
+    if kind == "auto":
+        suffix = Path(location).suffix
+        kind = {".jsonl": "pairs", ".json": "coco"}.get(suffix, "webdataset")
+    readers: dict[str, Callable[[str, Path], PairSource]] = {
+        "pairs": _read_jsonl,
+        "coco": _read_coco,
+        "webdataset": lambda where, _: _read_shards(where),
+    }
+    if kind not in readers:
+        raise InputError(
+            f"data type {kind!r} holds no image-text pairs", where=location, mend=f"use {', '.join(readers)}"
+        )
+    source = readers[kind](location, Path(image_root) if image_root else Path(location).parent)
+    if not source.pairs:
+        first = source.left_out[0] if source.left_out else None
+        why = f" ({len(source.left_out)} left out, the first, {first.key}: {first.reason})" if first else ""
+        raise InputError(f"no usable sample{why}", where=location, mend="check the path and the file's content")
+    return source
+
+
+def clean_caption(text: object) -> str:
+    """One line of text.
+
+    Raises:
+        ValueError: Not a string, or empty; the message is the reason.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"caption is {type(text).__name__}, not a string")
+    line = _LINE_ENDS.sub(" ", text).encode("utf-8", "replace").decode("utf-8").strip()
+    if not line:
+        raise ValueError("caption is empty")
+    return line
+
+
+def safe_image_path(root: Path, name: object) -> Path:
+    """A picture's path below ``root``.
+
+    Raises:
+        ValueError: Missing, absolute, or climbing out of the root: data must not name files outside it.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError("image is missing")
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"image {name!r} points outside the data folder")
+    return root / path
+
+
+def _read_jsonl(location: str, root: Path) -> PairSource:
+    """Rows of a JSON-lines file; a bad row is left out with file and line."""
+    path = Path(location)
+    if not path.is_file():
+        raise InputError("no such file", where=location, mend="check data.train")
+    pairs: list[Pair] = []
+    left_out: list[LeftOut] = []
+    # Split at \n only: str.splitlines would also split inside captions (U+2028 is legal in JSON strings).
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        key = f"{path.name}:{number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row, dict):
+                raise ValueError(f"row is a {type(row).__name__}, not an object")
+            image = safe_image_path(root, row.get("image"))
+            caption = clean_caption(row.get("caption"))
+            pairs.append(Pair(location, f"{key} {row['image']}", ImageRef(str(image)), caption))
+        except UnicodeDecodeError as error:
+            left_out.append(LeftOut(location, key, f"invalid UTF-8 at byte {error.start}"))
+        except ValueError as error:
+            left_out.append(LeftOut(location, key, " ".join(str(error).split())))
+    return PairSource(pairs, left_out, hash_file(path))
+
+
+def _read_coco(location: str, root: Path) -> PairSource:
+    """COCO caption annotations: a pair for each caption. Wrong fields and unknown images are refused, not left out."""
+    from mmkit.eval.scorers.formats import read_captions
+
+    path = Path(location)
+    data = read_json(path, mend="check data.train")
+    read_captions(data)  # the scorer's strict reader: one set of rules for what a caption file is
+    files = {image["id"]: image.get("file_name") for image in data["images"]}
+    pairs: list[Pair] = []
+    left_out: list[LeftOut] = []
+    for row in data["annotations"]:
+        key = f"{path.name}#{row['id']} {files[row['image_id']]}"
+        try:
+            image = safe_image_path(root, files[row["image_id"]])
+            pairs.append(Pair(location, key, ImageRef(str(image)), clean_caption(row["caption"])))
+        except ValueError as error:
+            left_out.append(LeftOut(location, key, str(error)))
+    return PairSource(pairs, left_out, hash_file(path))
+
+
+def expand_shards(location: str) -> list[Path]:
+    """Tar files of ``a-{000..123}.tar``, a glob, a folder, or one file, in name order.
+
+    Raises:
+        InputError: A named shard does not exist, or none matches.
+    """
+    braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", location)
+    if braces:
+        head, first, last, tail = braces.groups()
+        names = [Path(f"{head}{i:0{len(first)}d}{tail}") for i in range(int(first), int(last) + 1)]
+    elif Path(location).is_dir():
+        names = sorted(Path(location).glob("*.tar"))
+    elif any(c in location for c in "*?["):
+        names = sorted(Path(Path(location).anchor or ".").glob(location.removeprefix(Path(location).anchor)))
+    else:
+        names = [Path(location)]
+    missing = [p for p in names if not p.is_file()]
+    if missing or not names:
+        what = f"{len(missing)} shards are missing, the first is {missing[0]}" if missing else "no tar shard matches"
+        raise InputError(what, where=location, mend="check data.train")
+    return names
+
+
+def _read_shards(location: str) -> PairSource:
+    """Index tar shards once: key, caption, and the byte range of the picture."""
+    pairs: list[Pair] = []
+    left_out: list[LeftOut] = []
+    shards = expand_shards(location)
+    for shard in shards:
+        for key, members in _shard_samples(shard, left_out):
+            image = next((members[s] for s in _IMAGE_SUFFIXES if s in members), None)
+            text = members.get(".txt")
+            if image is None or text is None:
+                left_out.append(LeftOut(str(shard), key, f"no {'picture' if image is None else '.txt caption'}"))
+                continue
+            try:
+                caption = clean_caption(text.read().decode("utf-8"))
+                pairs.append(Pair(str(shard), key, image, caption))
+            except UnicodeDecodeError as error:
+                left_out.append(LeftOut(str(shard), key, f"caption: invalid UTF-8 at byte {error.start}"))
+            except ValueError as error:
+                left_out.append(LeftOut(str(shard), key, str(error)))
+    sizes = "\n".join(f"{p.name} {p.stat().st_size}" for p in shards)
+    return PairSource(pairs, left_out, hash_text(sizes))
+
+
+def _shard_samples(shard: Path, left_out: list[LeftOut]) -> Iterator[tuple[str, dict[str, ImageRef]]]:
+    """Members of a tar grouped by key (webdataset's rule: the name up to the first dot), each key once."""
+    groups: dict[str, dict[str, ImageRef]] = {}
+    closed: set[str] = set()
+    current = ""
+    size = shard.stat().st_size
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if key != current:
+                    closed.add(current)
+                    current = key
+                if key in closed or f".{suffix.lower()}" in groups.get(key, {}):
+                    left_out.append(LeftOut(str(shard), member.name, f"key {key} comes twice in this shard"))
+                    continue
+                if member.offset_data + member.size > size:
+                    left_out.append(LeftOut(str(shard), key, "the shard is cut off here"))
+                    groups.pop(key, None)
+                    break
+                ref = ImageRef(str(shard), member.offset_data, member.size)
+                groups.setdefault(key, {})[f".{suffix.lower()}"] = ref
+    except (tarfile.TarError, EOFError, OSError) as error:
+        left_out.append(LeftOut(str(shard), current or "(start)", f"the shard cannot be read on from here ({error})"))
+    yield from groups.items()

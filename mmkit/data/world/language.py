@@ -1,0 +1,153 @@
+"""What is said about a scene: captions, questions with balanced answers, conversations."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from mmkit.data.world.scene import COLORS, PLACES, SHAPES, Group, Scene
+
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+CAPTION_REQUESTS = ("Describe the picture.", "Write a short caption for the picture.", "What does the picture show?")
+WORD_QUESTIONS = ("What word is written in the picture?", "What does the sign say?", "Which word can be read at the top?")
+# Conversations without a picture keep the text-only path in use.
+TEXT_ONLY = (
+    ("Which number comes after one?", "two"),
+    ("Which number comes before three?", "two"),
+    ("Is red a color?", "yes"),
+    ("Is a circle a color?", "no"),
+    ("Name a shape.", "circle"),
+    ("Name a color.", "blue"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question with its answer; ``kind`` is VQA v2's answer type, or ``text`` for the rendered word."""
+
+    text: str
+    answer: str
+    kind: str
+    type: str
+
+
+def noun(group: Group) -> str:
+    """``red circle`` or ``red circles``."""
+    return f"{group.color} {plural(group.shape, group.count)}"
+
+
+def plural(shape: str, count: int) -> str:
+    """The shape's name for a count."""
+    if count == 1:
+        return shape
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+def phrase(group: Group) -> str:
+    """``a red circle``, ``an orange ring``, ``two red circles``."""
+    if group.count > 1:
+        return f"{NUMBERS[group.count]} {noun(group)}"
+    return f"{'an' if group.color[0] in 'aeiou' else 'a'} {noun(group)}"
+
+
+def captions(scene: Scene) -> list[str]:
+    """Five captions: the plain one, and four other ways to say the same."""
+    placed = [f"{phrase(g)} at the {g.place}" for g in scene.groups]
+    plain = " and ".join(placed) + (f" with the word {scene.word}" if scene.word else "")
+    verb = "is" if scene.groups[0].count == 1 else "are"
+    tail = f" and the word {scene.word}" if scene.word else ""
+    reverse = " and ".join(f"the {g.place} shows {phrase(g)}" for g in scene.groups)
+    return [
+        plain,
+        f"a picture of {plain}",
+        f"there {verb} {plain}",
+        f"{', '.join(placed)}{tail}",
+        f"{reverse}{tail}",
+    ]
+
+
+def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Six questions about the shapes: three yes/no, one number, two other.
+
+    Answers are balanced: of the two questions about presence one is yes and one is no, with the same distribution of colours
+    and shapes in both; the question about a place is yes or no by a coin; counts, colours, shapes and places are uniform.
+    """
+    pick = [scene.groups[int(rng.integers(len(scene.groups)))] for _ in range(5)]
+    present = _presence(pick[0].color, pick[0].shape, "yes")
+    absent = _presence(*_absent(scene, pick[1], rng), "no")
+    true_place = rng.random() < 0.5
+    place = pick[2].place if true_place else _other(PLACES, pick[2].place, rng)
+    be = "Is" if pick[2].count == 1 else "Are"
+    where = Question(f"{be} the {noun(pick[2])} at the {place}?", "yes" if true_place else "no", "yes/no", be.lower() + " the")
+    shapes = plural(pick[3].shape, 2)
+    count = Question(f"How many {shapes} are there?", str(pick[3].count), "number", "how many")
+    asked = [present, absent, where, count, *_other_questions(pick[4], rng)]
+    return [asked[i] for i in rng.permutation(len(asked))]
+
+
+def word_question(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """A question about the rendered word, where there is one."""
+    if scene.word is None:
+        return None
+    return Question(WORD_QUESTIONS[int(rng.integers(len(WORD_QUESTIONS)))], scene.word, "text", "what word")
+
+
+def _presence(color: str, shape: str, answer: str) -> Question:
+    """``Is there a red circle in the picture?``"""
+    article = "an" if color[0] in "aeiou" else "a"
+    return Question(f"Is there {article} {color} {shape} in the picture?", answer, "yes/no", "is there a")
+
+
+def _absent(scene: Scene, group: Group, rng: np.random.Generator) -> tuple[str, str]:
+    """A colour and shape that are not together in the picture, one of them right: presence must be looked up, not guessed."""
+    pairs = {(g.color, g.shape) for g in scene.groups}
+    while True:
+        if rng.random() < 0.5:
+            found = (_other(COLORS, group.color, rng), group.shape)
+        else:
+            found = (group.color, _other(SHAPES, group.shape, rng))
+        if found not in pairs:
+            return found
+
+
+def _other_questions(group: Group, rng: np.random.Generator) -> list[Question]:
+    """Two of: colour of a shape, shape at a place, place of a shape."""
+    be = "is" if group.count == 1 else "are"
+    found = [
+        Question(f"What color {be} the {plural(group.shape, group.count)}?", group.color, "other", f"what color {be} the"),
+        Question(f"What shape is at the {group.place}?", group.shape, "other", "what"),
+        Question(f"Where {be} the {noun(group)}?", group.place, "other", f"where {be} the"),
+    ]
+    return [found[i] for i in rng.permutation(3)[:2]]
+
+
+def _other(values: tuple[str, ...], value: str, rng: np.random.Generator) -> str:
+    """Another value than this one, uniform."""
+    rest = [v for v in values if v != value]
+    return rest[int(rng.integers(len(rest)))]
+
+
+def ten_answers(question: Question, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Ten human answers: unanimous in nine of ten questions, eight against two otherwise."""
+    answers = [question.answer] * 10
+    if rng.random() < 0.1:
+        doubt = {"yes": "no", "no": "yes", "1": "2", "2": "3", "3": "2"}.get(question.answer, "unknown")
+        for i in rng.permutation(10)[:2]:
+            answers[i] = doubt
+    return [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(answers, start=1)]
+
+
+def conversation(scene: Scene, asked: list[Question], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Turns of a conversation: short questions in random order, the caption request at a random place.
+
+    The first short question carries the short-answer sentence, as in LLaVA's mix (llava.md 1.3).
+    """
+    turns = [(q.text, q.answer) for q in asked]
+    turns = [turns[i] for i in rng.permutation(len(turns))]
+    turns[0] = (turns[0][0] + SHORT_ANSWER, turns[0][1])
+    request = CAPTION_REQUESTS[int(rng.integers(len(CAPTION_REQUESTS)))]
+    turns.insert(int(rng.choice([0, len(turns)])), (request, captions(scene)[0]))
+    return turns

@@ -1,0 +1,123 @@
+"""``mmkit demo``: the whole way on the built-in demo world, with the same recipes and functions as the real thing.
+
+Every step is a run directory or a folder that is complete or absent, so the demo can be interrupted and started again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mmkit.commands import run_train
+from mmkit.config import EvalRecipe, ProbeRecipe, load_recipe
+from mmkit.data.world import make_world
+from mmkit.files import new_folder, read_json
+from mmkit.recipes import find_recipe
+from mmkit.run import Run
+
+logger = logging.getLogger(__name__)
+
+# Row label in the report -> folder of its runs. The first one is the reference of the paired differences.
+SYSTEMS = {"SuperClass": "superclass", "random frozen": "random"}
+BLIND = "blind (pictures shuffled)"
+
+
+def run_demo(out: Path, *, restart: bool = False) -> Path:
+    """Make the world, train every stage for two encoders, evaluate them and the blind baseline, write the report.
+
+    Args:
+        out: Folder for everything.
+        restart: Train and evaluate anew (the world is kept).
+
+    Returns:
+        Path of report.html.
+    """
+    began = time.monotonic()
+    report = out / "report" / "report.html"
+    if report.is_file() and not restart:
+        return report
+    # The demo recipes take every path below this folder; the same recipes run from the shell.
+    os.environ["MMKIT_DEMO"] = str(out)
+    counts = make_world(out / "world")
+    logger.info("world: %s", "  ".join(f"{k} {v}" for k, v in counts.items()))
+    make_tokenizers(out / "world", out / "tokenizers")
+    runs: list[Path] = []
+
+    def stage(recipe: str, *overrides: str) -> Path:
+        """Train one stage."""
+        return run_train(load_recipe(find_recipe(recipe), overrides), restart=restart).path
+
+    def measure(recipe: str, *overrides: str) -> Path:
+        """Probe or evaluate; the run enters the report."""
+        run = _measure(recipe, list(overrides), restart)
+        runs.append(run.path)
+        return run.path
+
+    stage("demo-superclass")
+    # No step of training: the same architecture with its initial weights is the random encoder.
+    stage("demo-superclass", f"run={out}/random/encoder", "train.steps=0", "system=random frozen", "data.val=null")
+    for label, folder in SYSTEMS.items():
+        base = out / folder
+        named = f"system={label}"
+        measure("demo-probe", f"run={base}/probe", f"encoder={base}/encoder", named)
+        stage("demo-clipcap", f"run={base}/clipcap", f"encoder={base}/encoder", named)
+        stage("demo-llava-align", f"run={base}/llava-align", f"encoder={base}/encoder", named)
+        stage("demo-llava-finetune", f"run={base}/llava-finetune", f"model={base}/llava-align", named)
+        measure("demo-eval-captioner", f"run={base}/eval-captioner", f"model={base}/clipcap", named)
+        measure("demo-eval-mllm", f"run={base}/eval-mllm", f"model={base}/llava-finetune", named)
+    seeing = out / SYSTEMS["SuperClass"]
+    for recipe, name, model in (("captioner", "eval-captioner", "clipcap"), ("mllm", "eval-mllm", "llava-finetune")):
+        run = f"run={out}/blind/{name}"
+        measure(f"demo-eval-{recipe}", run, f"model={seeing}/{model}", f"system={BLIND}", "blind=true")
+
+    from mmkit.eval.report import build_report
+
+    path = build_report(runs, out / "report", title="mmkit demo")
+    logger.info("the whole demo took %.0f s", time.monotonic() - began)
+    return path
+
+
+def _measure(recipe: str, overrides: list[str], restart: bool) -> Run:
+    """A probe or an evaluation."""
+    from mmkit.encoders.probing import run_probe
+    from mmkit.eval.run import run_eval
+
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    if isinstance(loaded, ProbeRecipe):
+        return run_probe(loaded, restart=restart)
+    assert isinstance(loaded, EvalRecipe)
+    return run_eval(loaded, restart=restart)
+
+
+def make_tokenizers(world: Path, out: Path) -> None:
+    """Train the demo's tokenizers on its own texts: byte-level BPE for the captioner, SentencePiece for the MLLM."""
+    from mmkit.models.llm import train_bpe_tokenizer, train_sentencepiece_tokenizer
+
+    captions = [row["caption"] for row in read_json(world / "captions_train.json")["annotations"]]
+    turns = [turn["value"] for item in read_json(world / "llava_train.json") for turn in item["conversations"]]
+    makers: dict[str, tuple[Callable[..., object], list[str], int]] = {
+        "bpe": (train_bpe_tokenizer, captions, 512),
+        "sentencepiece": (train_sentencepiece_tokenizer, captions + turns, 768),
+    }
+    for name, (train, texts, vocab_size) in makers.items():
+        if not (out / name / "tokenizer.json").is_file():
+            with new_folder(out / name) as folder:
+                train(texts, folder, vocab_size=vocab_size)
+
+
+def read_scores(out: Path) -> dict[str, dict[str, float]]:
+    """Headline figures of a finished demo: system -> ``{"CIDEr", "vqav2", "textvqa"}``, fractions."""
+    found: dict[str, dict[str, float]] = {}
+    for folder in ("superclass", "random", "blind"):
+        caption = json.loads((out / folder / "eval-captioner" / "scores.json").read_text(encoding="utf-8"))["tasks"]
+        answers = json.loads((out / folder / "eval-mllm" / "scores.json").read_text(encoding="utf-8"))["tasks"]
+        found[folder] = {
+            "CIDEr": caption["coco-caption"]["metrics"]["CIDEr"],
+            "vqav2": answers["vqav2"]["metrics"]["accuracy"],
+            "textvqa": answers["textvqa"]["metrics"]["accuracy"],
+        }
+    return found

@@ -1,0 +1,1 @@
+"""Everything that knows of processes: engines (one process, DDP, DeepSpeed ZeRO) and preemption."""

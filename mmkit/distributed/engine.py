@@ -1,0 +1,226 @@
+"""The one seam between a single-device objective and many processes: Accelerate for one process and DDP, DeepSpeed for ZeRO.
+
+Loss scale. Objectives return *sums*; the loop hands over the global count, and a step's gradient is
+``sum over ranks and micro-batches of d(loss_sum) / global count``. DDP and DeepSpeed both average gradients over ranks, so the
+loss is multiplied by the world size; DeepSpeed divides by its accumulation steps too, so that is switched off. Nothing
+else in mmkit scales a loss, and ``tests/distributed`` holds one process equal to two in every mode.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkit.distributed.settings import deepspeed_settings
+from mmkit.errors import InputError
+
+
+class Engine:
+    """Runs an objective on the processes that a launcher started.
+
+    Attributes:
+        rank: This process.
+        world_size: Number of processes.
+        device: Where this process computes.
+    """
+
+    def __init__(
+        self, *, precision: str, deepspeed: Path | None, batch_size: int, micro_batch_size: int | None, clip: float | None
+    ):
+        from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs
+
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.micro_batch_size = micro_batch_size or max(1, batch_size // world_size)
+        self.accumulation, rest = divmod(batch_size, self.micro_batch_size * world_size)
+        if rest or not self.accumulation:
+            raise InputError(
+                f"global batch {batch_size} is no multiple of micro-batch {self.micro_batch_size} x world size {world_size}",
+                where="train.batch_size",
+                mend="change train.batch_size, train.micro_batch_size or the number of processes",
+            )
+        self.clip = clip
+        self.uses_deepspeed = deepspeed is not None
+        plugin = None
+        if deepspeed is not None:
+            settings = deepspeed_settings(
+                deepspeed, micro_batch_size=self.micro_batch_size, accumulation=self.accumulation, clip=clip, precision=precision
+            )
+            plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+        # Frozen parts are excluded by requires_grad, every trainable part takes part in every step (dummy path for text-only
+        # batches), so the search for unused parameters stays off; buffers such as the IDF are summed by hand, not broadcast.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no", deepspeed_plugin=plugin, kwargs_handlers=[ddp]
+        )
+        self.rank: int = self._accelerator.process_index
+        self.world_size: int = self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+        assert self.world_size == world_size, f"launcher says {world_size} processes, Accelerate found {self.world_size}"
+        self.module: nn.Module = nn.Identity()
+        self.optimizer: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.rank == 0
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Wrap the finished objective for the chosen mode."""
+        if self.uses_deepspeed or self.world_size > 1:
+            self.module, self.optimizer = self._accelerator.prepare(module, optimizer)
+        else:
+            self.module, self.optimizer = module.to(self.device), optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision for a forward pass outside the wrapped module."""
+        return nullcontext() if self.uses_deepspeed else self._accelerator.autocast()
+
+    def forward_backward(self, batch: dict[str, Any], *, count: Tensor, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            batch: Tensors on the device.
+            count: Global weight of the whole step (rows or supervised tokens), scalar.
+            last: Whether this is the step's last micro-batch, at which gradients are exchanged.
+
+        Returns:
+            The loss sum of this micro-batch, scalar, detached.
+        """
+        divisor = count.clamp(min=1).float()
+        if self.uses_deepspeed:
+            self.module.set_gradient_accumulation_boundary(is_boundary=last)
+            loss_sum = self.module(batch)
+            self.module.backward(loss_sum * self.world_size / divisor, scale_wrt_gas=False)  # type: ignore[operator]
+            return loss_sum.detach().float()
+        wait = nullcontext() if last or self.world_size == 1 else self.module.no_sync()  # type: ignore[operator]
+        with wait:
+            with self.autocast():
+                loss_sum = self.module(batch)
+            (loss_sum * self.world_size / divisor).backward()
+        return loss_sum.detach().float()
+
+    def gradient_norm(self) -> Tensor | None:
+        """Global norm before clipping; gradients are clipped in place. None where DeepSpeed does it inside its step."""
+        if self.uses_deepspeed:
+            return None
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        return torch.nn.utils.clip_grad_norm_(parameters, self.clip if self.clip else float("inf"))
+
+    def update(self, lr_scale: float) -> Tensor:
+        """One optimizer step at ``lr_scale`` x the base learning rate of each group; clears the gradients.
+
+        Returns:
+            DeepSpeed's gradient norm, or 0 where :meth:`gradient_norm` gave it.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        if self.uses_deepspeed:
+            self.module.step()
+            return torch.as_tensor(float(self.module.get_global_grad_norm() or 0.0))  # type: ignore[operator]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.zeros(())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes."""
+        if self.world_size == 1:
+            return tensor
+        result: Tensor = self._accelerator.reduce(tensor, reduction="sum")
+        return result
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self._accelerator.wait_for_everyone()
+
+    def main_first(self, work: Callable[[], Any]) -> Any:
+        """Do something on the main process, then on the others (which find its cached result)."""
+        with self._accelerator.main_process_first():
+            return work()
+
+    def unwrapped(self) -> nn.Module:
+        """The objective itself."""
+        model: nn.Module = self._accelerator.unwrap_model(self.module)
+        return model
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All weights whole on every process inside the block (ZeRO-3 keeps them in pieces otherwise); a collective call."""
+        parts = [p for p in self.module.parameters() if hasattr(p, "ds_id")]
+        if not parts:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parts):
+            yield
+
+    def gather(self, rows: list[Any]) -> list[Any]:
+        """The rows of all processes, in order of rank."""
+        if self.world_size == 1:
+            return rows
+        from accelerate.utils import gather_object
+
+        found: list[Any] = gather_object(rows)
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write trainable weights, buffers and optimizer state into a folder (a collective call)."""
+        if self.uses_deepspeed:
+            self.module.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)  # type: ignore[operator]
+            return
+        if self.is_main:
+            from safetensors.torch import save_file
+
+            save_file(_changing_state(self.unwrapped()), folder / "model.safetensors")
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: The checkpoint was written in another mode.
+        """
+        written = "deepspeed" if (folder / "zero").is_dir() else "plain"
+        if written != ("deepspeed" if self.uses_deepspeed else "plain"):
+            raise InputError(f"checkpoint was written in {written} mode", where=folder, mend="keep train.deepspeed, or --restart")
+        if self.uses_deepspeed:
+            self.module.load_checkpoint(str(folder), tag="zero", load_module_strict=False)  # type: ignore[operator]
+            return
+        from safetensors.torch import load_file
+
+        state = load_file(folder / "model.safetensors", device=str(self.device))
+        expected = _changing_state(self.unwrapped())
+        if state.keys() != expected.keys():
+            raise InputError("checkpoint holds other parameters than the model", where=folder, mend="--restart")
+        self.unwrapped().load_state_dict(state, strict=False)
+        # weights_only: a checkpoint is data, it must not be able to run code.
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True))
+
+    def close(self) -> None:
+        """Leave the process group, so that another run in this process can choose another mode."""
+        from accelerate.state import AcceleratorState
+
+        self._accelerator.end_training()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(True)
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def _changing_state(module: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters and persistent buffers: what training can change. Tied tensors once."""
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        if name in frozen or (tensor.data_ptr() in seen and tensor.numel()):
+            continue
+        seen.add(tensor.data_ptr())
+        found[name] = tensor.contiguous()
+    return found

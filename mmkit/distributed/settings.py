@@ -1,0 +1,40 @@
+"""DeepSpeed settings: the JSON beside the recipe, with the recipe's own numbers filled in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmkit.errors import InputError
+
+
+def deepspeed_settings(
+    path: Path, *, micro_batch_size: int, accumulation: int, clip: float | None, precision: str
+) -> dict[str, Any]:
+    """A DeepSpeed JSON with batch size, accumulation, clipping and precision filled in from the recipe.
+
+    Raises:
+        InputError: Not JSON, or the file sets a key that the recipe owns.
+    """
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"is not JSON ({error})", where=path, mend="fix the DeepSpeed settings") from None
+    # One place for each number: LLaVA's zero2.json leaves clipping unset and so switches it off (llava.md 1.2).
+    ours = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip or 0.0,
+        "bf16": {"enabled": precision == "bf16"},
+    }
+    clash = sorted((ours.keys() | {"train_batch_size", "fp16"}) & settings.keys())
+    if clash:
+        raise InputError(f"sets {', '.join(clash)}", where=path, mend="remove it: these numbers are the recipe's")
+    return {
+        **settings,
+        **ours,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }

@@ -1,0 +1,54 @@
+"""Ragged rows of label ids in CSR form: ``ids`` i64[L] end to end, row i is ``ids[offsets[i]:offsets[i + 1]]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pack_labels(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Join rows of ids.
+
+    Args:
+        rows: B rows of any length, empty ones included.
+
+    Returns:
+        ids i64[L] and offsets i64[B + 1].
+    """
+    ids = torch.tensor([label for row in rows for label in row], dtype=torch.int64)
+    lengths = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int64)
+    return ids, lengths.cumsum(0)
+
+
+def row_of_label(offsets: Tensor, total: int) -> Tensor:
+    """The row each label belongs to.
+
+    Args:
+        offsets: i64[B + 1].
+        total: L. Passed because reading it from `offsets` would make the host wait for the device.
+
+    Returns:
+        i64[L].
+    """
+    rows = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return torch.repeat_interleave(rows, offsets.diff(), output_size=total)
+
+
+def first_in_row(ids: Tensor, rows: Tensor, vocab_size: int) -> Tensor:
+    """Mark the first of equal ids in a row, so that repeats can be left out (labels are sets).
+
+    Args:
+        ids: i64[L], each below `vocab_size`.
+        rows: i64[L], see `row_of_label`.
+        vocab_size: V.
+
+    Returns:
+        bool[L]; no host synchronisation.
+    """
+    # Equal pairs (row, id) become neighbours; stable, so the first in the row stays first.
+    keys, order = torch.sort(rows * vocab_size + ids, stable=True)
+    first = torch.ones_like(keys, dtype=torch.bool)
+    first[1:] = keys[1:] != keys[:-1]
+    return torch.empty_like(first).scatter_(0, order, first)

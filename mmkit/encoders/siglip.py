@@ -1,0 +1,115 @@
+"""From a SuperClass tower to transformers' `SiglipVisionModel`, weight for weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from mmkit.encoders.vit import VisionEncoder
+from mmkit.errors import InputError
+
+
+def to_siglip(encoder: VisionEncoder) -> SiglipVisionModel:
+    """Copy a tower into a `SiglipVisionModel` that computes the same.
+
+    ``last_hidden_state`` equals ``encoder.tokens(x)`` and ``hidden_states[-k]`` equals ``encoder.tokens(x, -k)``, up to
+    the order of float additions in attention.
+
+    Args:
+        encoder: A tower in SigLIP's layout (`mmkit.encoders.vit.SUPERCLASS_LAYOUT`).
+
+    Returns:
+        The transformers model, without attention-pooling head, in eval mode, with the tower's dtype and device.
+
+    Raises:
+        InputError: If the tower is not in that layout; names the reason.
+    """
+    reason = layout_difference(encoder)
+    if reason is not None:
+        raise InputError(
+            f"the tower is not in SigLIP's layout: {reason}",
+            where=f"encoder {encoder.architecture}",
+            mend="train it with layout: superclass, or use it through its own Hugging Face class",
+        )
+    tower = encoder.backbone
+    block = tower.blocks[0]
+    # timm's epsilon and exact GELU must be named: SigLIP's defaults are the tanh form and a pooling head.
+    config = SiglipVisionConfig(
+        hidden_size=encoder.width,
+        intermediate_size=block.mlp.fc1.out_features,
+        num_hidden_layers=len(tower.blocks),
+        num_attention_heads=block.attn.num_heads,
+        image_size=encoder.image_size,
+        patch_size=tower.patch_embed.patch_size[0],
+        hidden_act=_activation(block.mlp.act),
+        layer_norm_eps=tower.norm.eps,
+        vision_use_head=False,
+    )
+    model = SiglipVisionModel(config)
+    # Releases of transformers differ in whether the tower sits under this prefix.
+    prefix = "vision_model." if any(k.startswith("vision_model.") for k in model.state_dict()) else ""
+    model.load_state_dict({prefix + name: value for name, value in _siglip_state(tower).items()})
+    parameter = next(tower.parameters())
+    return model.to(device=parameter.device, dtype=parameter.dtype).eval()
+
+
+def layout_difference(encoder: VisionEncoder) -> str | None:
+    """Say what keeps a tower from being a SigLIP tower, or None if nothing does."""
+    tower = encoder.backbone
+    if type(tower).__name__ != "VisionTransformer" or not hasattr(tower, "pos_embed"):
+        return f"it is a {type(tower).__name__}, not a plain ViT"
+    block = tower.blocks[0]
+    # All blocks are built alike, so the first speaks for them. Any of these would change the numbers or leave weights
+    # without a place, and transformers would not complain.
+    present = {
+        "it has a class token": tower.cls_token is not None,
+        "it has register tokens": tower.num_prefix_tokens > int(tower.cls_token is not None),
+        "it has no position table": tower.pos_embed is None,
+        "it has a norm before the blocks": not isinstance(tower.norm_pre, nn.Identity),
+        "its final norm comes after pooling": not isinstance(tower.norm, nn.LayerNorm),
+        f"it pools by {tower.global_pool!r}, not by the mean": tower.global_pool != "avg",
+        f"its blocks are {type(block).__name__}": type(block).__name__ != "Block",
+        "it has layer scale": not isinstance(getattr(block, "ls1", None), nn.Identity),
+        "it normalises queries and keys": not isinstance(getattr(block.attn, "q_norm", None), nn.Identity),
+        "it has a norm inside attention": not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity),
+        "its activation is unknown to transformers": _activation(block.mlp.act) is None,
+    }
+    return next((reason for reason, true in present.items() if true), None)
+
+
+def _activation(act: nn.Module) -> str | None:
+    """Transformers' name of a timm activation; exact GELU and its tanh form differ by up to 5e-4."""
+    name = type(act).__name__
+    if isinstance(act, nn.GELU):
+        return "gelu" if act.approximate == "none" else "gelu_pytorch_tanh"
+    return {"GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu"}.get(name)
+
+
+def _siglip_state(tower: Any) -> dict[str, Tensor]:
+    """The tower's weights under transformers' names; qkv float[3D, D] is split into three."""
+    state: dict[str, Tensor] = {"embeddings.position_embedding.weight": tower.pos_embed[0]}
+    _put(state, "embeddings.patch_embedding", tower.patch_embed.proj.weight, tower.patch_embed.proj.bias)
+    for index, block in enumerate(tower.blocks):
+        name = f"encoder.layers.{index}"
+        weights = block.attn.qkv.weight.chunk(3)
+        biases = block.attn.qkv.bias.chunk(3) if block.attn.qkv.bias is not None else (None, None, None)
+        for part, weight, bias in zip("qkv", weights, biases, strict=True):
+            _put(state, f"{name}.self_attn.{part}_proj", weight, bias)
+        _put(state, f"{name}.self_attn.out_proj", block.attn.proj.weight, block.attn.proj.bias)
+        for theirs, ours in (
+            ("layer_norm1", block.norm1),
+            ("layer_norm2", block.norm2),
+            ("mlp.fc1", block.mlp.fc1),
+            ("mlp.fc2", block.mlp.fc2),
+        ):
+            _put(state, f"{name}.{theirs}", ours.weight, ours.bias)
+    _put(state, "post_layernorm", tower.norm.weight, tower.norm.bias)
+    return {name: value.detach() for name, value in state.items()}
+
+
+def _put(state: dict[str, Tensor], name: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Add one layer; SigLIP has a bias everywhere, so a layer without one gets zeros."""
+    state[f"{name}.weight"] = weight
+    state[f"{name}.bias"] = bias if bias is not None else weight.new_zeros(len(weight))

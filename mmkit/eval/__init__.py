@@ -1,0 +1,1 @@
+"""Evaluation: tasks, generation, official scorers, statistics and the report."""

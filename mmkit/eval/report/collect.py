@@ -1,0 +1,302 @@
+"""Reads run directories (DESIGN.md section 5) into dataclasses and follows their lineage to the training runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mmkit.errors import InputError
+from mmkit.files import read_json
+
+log = logging.getLogger(__name__)
+
+KINDS = ("eval", "probe", "train")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One entry of ``scores.json``: metrics as fractions, with intervals and the conditions they hold under."""
+
+    task: str
+    metrics: dict[str, float]
+    ci95: dict[str, tuple[float, float]]
+    n: int
+    settings: dict[str, Any]
+    per_sample: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One row of ``predictions.jsonl``; ``image_shown`` differs from ``image`` in blind runs."""
+
+    task: str
+    id: str
+    image: str
+    image_shown: str
+    prompt: str
+    text: str
+    references: list[str]
+    question: str | None
+    score: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory as read from disk; ``parents`` are the run directories its manifest leads to."""
+
+    path: Path
+    name: str
+    kind: str
+    stage: str | None
+    system: str | None
+    manifest: dict[str, Any]
+    recipe: str = ""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[str, Score] = field(default_factory=dict)
+    predictions: list[Prediction] = field(default_factory=list)
+    parents: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The runs asked for, in the given order, and the ancestors found through their manifests (parents first)."""
+
+    runs: list[Run]
+    ancestors: list[Run]
+
+    def everything(self) -> list[Run]:
+        """Ancestors first, then the runs asked for: the order in which they were made."""
+        return [*self.ancestors, *self.runs]
+
+    def descendants(self, run: Run) -> list[Run]:
+        """The runs asked for that have `run` somewhere among their ancestors, in the given order."""
+        return [other for other in self.runs if run.path in self.lineage(other)]
+
+    def lineage(self, run: Run) -> set[Path]:
+        """Paths of all ancestors of `run`, `run` itself left out."""
+        by_path = {r.path: r for r in self.everything()}
+        seen: set[Path] = set()
+        queue = list(run.parents)
+        while queue:
+            path = queue.pop()
+            if path not in seen and path in by_path:
+                seen.add(path)
+                queue.extend(by_path[path].parents)
+        return seen - {run.path}
+
+
+def collect(paths: Sequence[Path]) -> Collection:
+    """Read the runs at `paths` and every training run they descend from.
+
+    Args:
+        paths: Run directories; one named twice counts once.
+
+    Returns:
+        The collection, names made distinct.
+
+    Raises:
+        InputError: No run is given, one is no run directory, is unfinished, or holds a damaged file.
+    """
+    wanted = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    if not wanted:
+        raise InputError("no run directory given", where="report", mend="name at least one finished run, e.g. runs/eval")
+    runs = {path: read_run(path, need_done=True) for path in wanted}
+    ancestors: dict[Path, Run] = {}
+    for run in list(runs.values()):
+        _add_ancestors(run, runs, ancestors)
+    names = _distinct_names([*runs, *ancestors])
+    return Collection(
+        [replace(run, name=names[run.path]) for run in runs.values()],
+        [replace(run, name=names[run.path]) for run in ancestors.values()],
+    )
+
+
+def read_run(path: Path, *, need_done: bool) -> Run:
+    """Read one run directory.
+
+    Args:
+        path: The directory.
+        need_done: Refuse a run that has not finished (ancestors may have been stopped early and still be of use).
+
+    Returns:
+        The run.
+
+    Raises:
+        InputError: As told by `collect`.
+    """
+    manifest = _manifest(path, need_done=need_done)
+    notes: list[str] = []
+    kind = manifest["kind"]
+    # Only runs that were asked for show scores and predictions; an eval run as an ancestor would be read for nothing.
+    scored = need_done and kind in ("eval", "probe")
+    recipe = path / "recipe.yaml"
+    return Run(
+        path=path,
+        name=path.name,
+        kind=kind,
+        stage=manifest.get("stage"),
+        system=manifest.get("system"),
+        manifest=manifest,
+        recipe=recipe.read_text("utf-8", errors="replace") if recipe.is_file() else "",
+        metrics=list(_rows(path / "metrics.jsonl", notes)) if kind == "train" else [],
+        skipped=list(_rows(path / "skipped.jsonl", notes)),
+        scores=_scores(path / "scores.json") if scored else {},
+        predictions=_predictions(path / "predictions.jsonl") if scored else [],
+        parents=[p for entry in manifest.get("parents") or [] if (p := find_parent(entry.get("path"), path))],
+        notes=notes,
+    )
+
+
+def find_parent(named: object, child: Path) -> Path | None:
+    """The run directory a manifest's parent entry means, or None for a model from elsewhere (hub, plain folder).
+
+    Args:
+        named: The entry's path: a run directory, its ``model/`` or one of its ``checkpoints/``.
+        child: The run whose manifest names it.
+
+    Returns:
+        The resolved run directory.
+    """
+    if not isinstance(named, str) or not named:
+        return None
+    given = Path(named)
+    # A relative path was written from the launch directory, which is most often a folder above the runs.
+    bases = [given] if given.is_absolute() else [given, *(folder / given for folder in (child, *child.parents))]
+    for base in bases:
+        folder = base
+        if base.name == "model":
+            folder = base.parent
+        elif base.parent.name == "checkpoints":
+            folder = base.parent.parent
+        if (folder / "manifest.json").is_file() and folder.resolve() != child:
+            return folder.resolve()
+    return None
+
+
+def _add_ancestors(run: Run, runs: dict[Path, Run], ancestors: dict[Path, Run]) -> None:
+    """Depth first, so that `ancestors` ends up with parents before children; `runs` are not listed twice."""
+    stack: list[tuple[Run, Iterator[Path]]] = [(run, iter(run.parents))]
+    seen: set[Path] = {run.path}
+    while stack:
+        current, parents = stack[-1]
+        path = next(parents, None)
+        if path is None:
+            stack.pop()
+            if current.path not in runs:
+                ancestors.setdefault(current.path, current)
+        elif path not in seen and path not in ancestors:
+            seen.add(path)
+            parent = runs.get(path) or read_run(path, need_done=False)
+            stack.append((parent, iter(parent.parents)))
+
+
+def _distinct_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Folder names, with as many parent folders in front as it takes to tell them apart."""
+    names: dict[Path, str] = {}
+    for path in paths:
+        for depth in range(1, len(path.parts) + 1):
+            tail = path.parts[-depth:]
+            if all(other == path or other.parts[-depth:] != tail for other in paths):
+                break
+        names[path] = "/".join(tail)
+    return names
+
+
+def _manifest(path: Path, *, need_done: bool) -> dict[str, Any]:
+    """The manifest, checked for the few keys the report cannot do without."""
+    file = path / "manifest.json"
+    if not file.is_file():
+        found = "no such directory" if not path.is_dir() else "not a run directory (it has no manifest.json)"
+        raise InputError(found, where=path, mend="give the directory of a finished mmkit train, probe or eval run")
+    manifest = read_json(file, mend="run the stage again with --restart")
+    if not isinstance(manifest, dict) or manifest.get("kind") not in KINDS:
+        kind = manifest.get("kind") if isinstance(manifest, dict) else None
+        raise InputError(f"kind is {kind!r}, not one of {', '.join(KINDS)}", where=file, mend="run the stage again")
+    status = manifest.get("status")
+    if need_done and status != "done":
+        mend = "start the same command again to finish it, or leave it out of the report"
+        raise InputError(f"the run is not done (status {status!r})", where=path, mend=mend)
+    return manifest
+
+
+def _rows(file: Path, notes: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL file, none if absent; with `notes`, a last line cut by a kill is noted there instead of refused."""
+    if not file.is_file():
+        return
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                where = f"{file}:{number}"
+                if notes is not None and not line.endswith("\n"):
+                    notes.append(f"{file.name}:{number}: last line cut in the middle, left out")
+                    log.warning("%s: last line cut in the middle, left out", where)
+                    return
+                raise InputError(f"not valid JSON ({error})", where=where, mend="run the stage again") from error
+            if not isinstance(row, dict):
+                raise InputError("not a JSON object", where=f"{file}:{number}", mend="run the stage again")
+            yield row
+
+
+def _scores(file: Path) -> dict[str, Score]:
+    """The tasks of a ``scores.json``."""
+    if not file.is_file():
+        raise InputError("the run has no scores.json", where=file.parent, mend="run it again with --restart")
+    tasks = read_json(file, mend="run it again with --restart")
+    tasks = tasks.get("tasks") if isinstance(tasks, dict) else None
+    if not isinstance(tasks, dict):
+        raise InputError('no "tasks" object in it', where=file, mend="run the evaluation again")
+    return {name: _score(name, entry, file) for name, entry in tasks.items()}
+
+
+def _score(name: str, entry: dict[str, Any], file: Path) -> Score:
+    """One SCORE object."""
+    try:
+        return Score(
+            task=str(entry.get("task", name)),
+            metrics={k: float(v) for k, v in entry["metrics"].items() if v is not None},
+            ci95={k: (float(v[0]), float(v[1])) for k, v in (entry.get("ci95") or {}).items() if v is not None},
+            n=int(entry.get("n", 0)),
+            settings=dict(entry.get("settings") or {}),
+            per_sample=list(entry.get("per_sample") or []),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"task {name!r} is no score object ({type(error).__name__}: {error})"
+        raise InputError(what, where=file, mend="run the evaluation again") from error
+
+
+def _predictions(file: Path) -> list[Prediction]:
+    """All rows of a ``predictions.jsonl`` (probe runs have none)."""
+    found = []
+    for number, row in enumerate(_rows(file), 1):
+        try:
+            found.append(_prediction(row))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"row {number} is no prediction ({type(error).__name__}: {error})"
+            raise InputError(what, where=file, mend="run the evaluation again") from error
+    return found
+
+
+def _prediction(row: dict[str, Any]) -> Prediction:
+    """One row, numbers as floats and the picture shown defaulting to the picture asked about."""
+    image = str(row.get("image") or "")
+    return Prediction(
+        task=str(row["task"]),
+        id=str(row["id"]),
+        image=image,
+        image_shown=str(row.get("image_shown") or image),
+        prompt=str(row.get("prompt") or ""),
+        text=str(row["prediction"]),
+        references=[str(r) for r in row.get("references") or []],
+        question=row.get("question"),
+        score={k: float(v) for k, v in (row.get("score") or {}).items() if isinstance(v, (int, float))},
+    )

@@ -1,0 +1,112 @@
+"""Under which conditions a score was made: prompt, OCR, rule, tokenizer, decoding, batch size, n, model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmkit.eval.report.collect import Run, Score
+from mmkit.eval.report.tables import Condition, Row
+
+# Printed name -> the keys of a score's settings that hold it, in the order of the page.
+KNOWN = {
+    "Prompt": ("prompt", "prompts", "prompt_template"),
+    "OCR": ("ocr", "ocr_mode", "ocr_tokens"),
+    "Rule": ("rule",),
+    "Tokenizer": ("tokenizer",),
+    "Decoding": ("decoding", "generation", "generate"),
+    "Batch size": ("batch_size",),
+}
+FINGERPRINT_KEYS = ("fingerprint", "model_fingerprint", "model")
+
+
+def conditions(rows: Sequence[Row]) -> dict[str, list[Condition]]:
+    """Task -> its conditions; a setting that differs between systems has one line per value.
+
+    Args:
+        rows: The score table's rows.
+
+    Returns:
+        Conditions in a fixed order: the known ones first, then any other setting by name.
+    """
+    tasks: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        for task, score in row.scores.items():
+            tasks.setdefault(task, {})[row.label] = settings_of(score, task, row.run_of(task))
+    return {task: _lines(by_system) for task, by_system in tasks.items()}
+
+
+def settings_of(score: Score, task: str, run: Run) -> dict[str, str]:
+    """All conditions of one score as printed text, in the order of the page.
+
+    Args:
+        score: The score.
+        task: Its name in ``scores.json``.
+        run: The run it belongs to; stands in for what the settings leave out.
+
+    Returns:
+        Printed name -> value.
+    """
+    left = dict(score.settings)
+    found: dict[str, str] = {}
+    for name, keys in KNOWN.items():
+        given = [left.pop(key) for key in keys if key in left]
+        if given:
+            found[name] = flat(given[0]) or "none"
+        elif name == "Prompt" and (prompt := prompt_of(run, task)):
+            found[name] = prompt
+    found["n"] = str(score.n)
+    named = [flat(left.pop(key)) for key in FINGERPRINT_KEYS if key in left]
+    found["Model"] = model_of(run) or ", ".join(map(short, named)) or "not recorded"
+    found.update({key: flat(value) or "none" for key, value in sorted(left.items())})
+    return found
+
+
+def prompt_of(run: Run, task: str) -> str:
+    """The prompt template that all predictions of a task share, the question put back as a placeholder."""
+    prompts = {
+        p.prompt.replace(p.question, "{question}") if p.question else p.prompt for p in run.predictions if p.task == task
+    }
+    if len(prompts) > 1:
+        return f"differs by sample, e.g. {min(prompts)}"
+    return next(iter(prompts), "")
+
+
+def model_of(run: Run) -> str:
+    """Role and fingerprint of the models an eval run was made from."""
+    parents = run.manifest.get("parents") or []
+    return ", ".join(f"{p.get('role', 'model')} {short(str(p.get('fingerprint', '')))}" for p in parents)
+
+
+def short(fingerprint: str) -> str:
+    """Enough of a fingerprint to tell models apart by eye; the lineage section has the whole."""
+    return fingerprint if len(fingerprint) <= 16 else fingerprint[:12] + "…"
+
+
+def flat(value: Any) -> str:
+    """A setting on one line: ``a=1, b=true`` for objects, items joined by commas for lists."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={flat(item) or 'none'}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(flat(item) or "none" for item in value)
+    return str(value)
+
+
+def _lines(by_system: dict[str, dict[str, str]]) -> list[Condition]:
+    """Merge equal values; a system that lacks a setting others have is said to have none recorded."""
+    names = list(dict.fromkeys(name for settings in by_system.values() for name in settings))
+    # dict.fromkeys keeps the order of the first system; a known name that only a later one has must not end up last.
+    order = {name: i for i, name in enumerate([*KNOWN, "n", "Model"])}
+    names.sort(key=lambda name: order.get(name, len(order)))
+    lines = []
+    for name in names:
+        values: dict[str, list[str]] = {}
+        for system, settings in by_system.items():
+            values.setdefault(settings.get(name, "not recorded"), []).append(system)
+        shared = len(values) == 1
+        lines += [Condition(name, value, [] if shared else systems) for value, systems in values.items()]
+    return lines

@@ -1,0 +1,229 @@
+"""Held-out pictures, drawn by seed, with the truth and what each system said."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os.path
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mmkit.eval.report.collect import Prediction, Run
+from mmkit.eval.report.tables import Row
+
+SMALL = 160  # px: up to here a picture is shown enlarged, pixel by pixel, instead of being re-encoded as JPEG
+WIDEST = 320  # px: longer sides are scaled down before inlining
+SHOWN = 224  # px: longest side on the page
+THUMB = 56  # px: pictures that a blind system was really shown
+QUESTIONS = 4  # per picture
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An inlined picture; `uri` is empty and `missing` says why when it could not be read."""
+
+    name: str
+    uri: str = ""
+    width: int = 0
+    height: int = 0
+    pixelated: bool = False
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one system said; `mark` is right, partly, wrong or empty, `score` the figure beside it."""
+
+    text: str
+    mark: str
+    score: str
+    shown: Picture | None
+
+
+@dataclass(frozen=True)
+class Item:
+    """A caption (`question` empty) or a question, its truth, and an answer per system (None: not asked)."""
+
+    task: str
+    id: str
+    question: str
+    truth: str
+    more_truths: list[str]
+    answers: list[Answer | None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture of the gallery; `left_out` counts its further questions."""
+
+    picture: Picture
+    items: list[Item]
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The drawn pictures, how many there were to draw from, and the systems in column order."""
+
+    systems: list[str]
+    entries: list[Entry]
+    pool: int
+
+    def missing(self) -> list[Picture]:
+        """Pictures that could not be shown, each once."""
+        pictures = [e.picture for e in self.entries]
+        pictures += [a.shown for e in self.entries for i in e.items for a in i.answers if a and a.shown]
+        return list({p.name: p for p in pictures if p.missing}.values())
+
+
+def build_gallery(rows: Sequence[Row], *, count: int, seed: int) -> Gallery:
+    """Draw pictures at random, blind to every score.
+
+    Args:
+        rows: Systems, in column order; those without predictions are left out.
+        count: How many pictures.
+        seed: Seed of the draw (pictures and questions).
+
+    Returns:
+        The gallery; the pool is the pictures that every system was asked about, or all if there is no such picture.
+    """
+    rows = [row for row in rows if row.predictions]
+    asked = [_by_picture(row) for row in rows]
+    common = set.intersection(*(set(a) for a in asked)) if asked else set()
+    pool = common or {name for a in asked for name in a}
+    # File names decide the order, not folders: the same data elsewhere gives the same gallery.
+    names = sorted(pool, key=lambda name: (Path(name).name, name))
+    rng = random.Random(seed)
+    drawn = rng.sample(names, min(count, len(names)))
+    cache: dict[tuple[str, int], Picture] = {}
+    entries = [_entry(name, rows, asked, rng, cache) for name in drawn]
+    return Gallery([row.label for row in rows], entries, len(names))
+
+
+def read_picture(name: str, run: Run, *, side: int) -> Picture:
+    """Read, scale and encode one picture.
+
+    Args:
+        name: Path as the predictions have it: absolute, or relative to the working directory or the run.
+        run: The run whose predictions name it.
+        side: Longest side on the page, px.
+
+    Returns:
+        The picture, or a placeholder that says what is wrong.
+    """
+    path = next((p for p in (Path(name), run.path / name) if p.is_file()), None)
+    if path is None:
+        return Picture(Path(name).name or "(no name)", missing="file not found")
+    try:
+        with Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as file:
+            # Encoding anew also drops what the page must not carry: GPS position, embedded previews, trailing bytes.
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return Picture(path.name, missing=f"cannot be read ({error})".replace(str(path), path.name))
+    longest = max(image.size)
+    if longest <= SMALL:
+        factor = max(1, side // longest) if side >= longest else side / longest
+        uri = _encode(image, "PNG") if side >= longest else _encode(_scaled(image, 2 * side), "JPEG")
+        width, height = round(image.width * factor), round(image.height * factor)
+        return Picture(path.name, uri, width, height, pixelated=side >= longest)
+    # Twice the size on the page, for screens of high density, within the limit on file size.
+    factor = side / longest
+    uri = _encode(_scaled(image, min(WIDEST, 2 * side)), "JPEG")
+    return Picture(path.name, uri, max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+
+
+def truth_of(references: Sequence[str]) -> str:
+    """The answers people gave, most frequent first, with counts where they disagree."""
+    counts = Counter(references).most_common(3)
+    if len(counts) <= 1:
+        return counts[0][0] if counts else ""
+    return ", ".join(f"{text} ({n})" for text, n in counts)
+
+
+def mark_of(prediction: Prediction) -> tuple[str, str]:
+    """Right, partly or wrong for answers; captions have a figure only."""
+    if "CIDEr" in prediction.score:
+        return "", f"CIDEr {prediction.score['CIDEr'] * 100:.0f}"
+    accuracy = prediction.score.get("accuracy")
+    if accuracy is None:
+        return "", ""
+    if accuracy >= 1 - 1e-9:
+        return "right", ""
+    return ("partly", f"{accuracy * 100:.0f} %") if accuracy > 0 else ("wrong", "")
+
+
+def _by_picture(row: Row) -> dict[str, dict[tuple[str, str], tuple[Prediction, Run]]]:
+    """Picture -> (task, id) -> prediction and its run."""
+    found: dict[str, dict[tuple[str, str], tuple[Prediction, Run]]] = {}
+    for run in row.runs:
+        for p in run.predictions:
+            found.setdefault(os.path.normpath(p.image), {})[p.task, p.id] = (p, run)
+    return found
+
+
+def _entry(
+    name: str,
+    rows: Sequence[Row],
+    asked: Sequence[dict[str, dict[tuple[str, str], tuple[Prediction, Run]]]],
+    rng: random.Random,
+    cache: dict[tuple[str, int], Picture],
+) -> Entry:
+    """One picture with its caption and at most QUESTIONS of its questions."""
+    here = [a.get(name, {}) for a in asked]
+    keys = list(dict.fromkeys(key for answers in here for key in answers))
+    first = {key: next(answers[key] for answers in here if key in answers) for key in keys}
+    captions = [key for key in keys if not first[key][0].question]
+    questions = sorted(key for key in keys if first[key][0].question)
+    drawn = set(rng.sample(questions, min(QUESTIONS, len(questions))))
+    chosen = captions + [key for key in keys if key in drawn]
+    picture = _cached(name, first[keys[0]][1], SHOWN, cache)
+    items = [_item(key, first[key][0], [answers.get(key) for answers in here], cache) for key in chosen]
+    return Entry(picture, items, len(keys) - len(chosen))
+
+
+def _item(
+    key: tuple[str, str],
+    first: Prediction,
+    found: Sequence[tuple[Prediction, Run] | None],
+    cache: dict[tuple[str, int], Picture],
+) -> Item:
+    """Captions show one truth and keep the others for a fold-out; answers are counted."""
+    if first.question:
+        truth, more = truth_of(first.references), []
+    else:
+        truth, more = (first.references[0] if first.references else ""), first.references[1:]
+    answers = [None if pair is None else _answer(*pair, cache) for pair in found]
+    return Item(*key, first.question or "", truth, more, answers)
+
+
+def _answer(prediction: Prediction, run: Run, cache: dict[tuple[str, int], Picture]) -> Answer:
+    """With the picture really shown, where that was another one."""
+    blind = os.path.normpath(prediction.image_shown) != os.path.normpath(prediction.image)
+    shown = _cached(prediction.image_shown, run, THUMB, cache) if blind else None
+    return Answer(prediction.text, *mark_of(prediction), shown)
+
+
+def _cached(name: str, run: Run, side: int, cache: dict[tuple[str, int], Picture]) -> Picture:
+    """A blind system is often shown the same picture for several questions: read it once."""
+    if (name, side) not in cache:
+        cache[name, side] = read_picture(name, run, side=side)
+    return cache[name, side]
+
+
+def _scaled(image: Image.Image, side: int) -> Image.Image:
+    """Down to `side` px, never up."""
+    image = image.copy()
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
+
+
+def _encode(image: Image.Image, kind: str) -> str:
+    """As a data URI."""
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 82, "optimize": True} if kind == "JPEG" else {"optimize": True}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

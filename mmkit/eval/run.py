@@ -1,0 +1,149 @@
+"""Evaluate one model on some tasks: generate, write the official result files, score."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmkit.config import EvalRecipe, TaskConfig
+from mmkit.data.images import ImageRef, decode_image
+from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.errors import InputError
+from mmkit.eval.score import score
+from mmkit.eval.tasks import Example, load_task, result_rows, shuffle_pictures
+from mmkit.files import hash_file, hash_text, write_json
+from mmkit.models.inference import Predictor, load_model
+from mmkit.run import Parent, Run, append_jsonl, resolve_parent
+
+logger = logging.getLogger(__name__)
+
+
+def run_eval(recipe: EvalRecipe, *, restart: bool = False) -> Run:
+    """Run an evaluation; returns at once when it is done.
+
+    Raises:
+        InputError: Unfinished model, broken files, too many unreadable pictures, or a task that the model cannot do.
+    """
+    run = Run(Path(recipe.run))
+    parent = resolve_parent("model", recipe.model)
+    state = run.state(recipe, [parent], restart=restart)
+    if state == "done":
+        return run
+    # Everything that can be wrong with the files is found before the model is loaded.
+    examples = {_name(task, recipe.tasks): load_task(task) for task in recipe.tasks}
+    model: Predictor = load_model(recipe.model)
+    fingerprint = hash_text(*(hash_file(Path(p)) for t in recipe.tasks for p in (t.annotations, t.questions) if p))
+    # An evaluation is minutes, not days: an interrupted one starts anew.
+    run.start(recipe, [parent], state="new" if state == "continue" else state, data_fingerprint=fingerprint, kind="eval")
+    scores = {}
+    for task in recipe.tasks:
+        name = _name(task, recipe.tasks)
+        scores[name] = _run_task(name, task, examples[name], model, recipe, run, parent)
+    write_json(run.path / "scores.json", {"tasks": scores})
+    run.finish("done")
+    return run
+
+
+def _name(task: TaskConfig, tasks: tuple[TaskConfig, ...]) -> str:
+    """Name of a task in the scores: its own, with the OCR mode where both are run."""
+    same = [t for t in tasks if t.task == task.task]
+    if len(same) == 1:
+        return task.task
+    names = [f"{t.task}+ocr" if t.ocr == "reference" else t.task for t in same]
+    if len(set(names)) < len(names):
+        raise InputError(f"task {task.task} is listed twice with the same OCR mode", where="tasks", mend="use two eval runs")
+    return f"{task.task}+ocr" if task.ocr == "reference" else task.task
+
+
+def _run_task(
+    name: str, task: TaskConfig, examples: list[Example], model: Predictor, recipe: EvalRecipe, run: Run, parent: Parent
+) -> dict[str, Any]:
+    """Generate and score one task; returns its score object."""
+    if model.kind == "encoder" or (model.kind == "captioner" and task.task != "coco-caption"):
+        raise InputError(f"a model of kind {model.kind} cannot do {task.task}", where=recipe.model, mend="use an MLLM")
+    shown = shuffle_pictures(examples, recipe.seed) if recipe.blind else examples
+    began = time.monotonic()
+    predictions = generate(shown, model, task, max_pixels=recipe.max_pixels, run=run, max_skipped=recipe.max_skipped)
+    seconds = time.monotonic() - began
+    results = run.path / "results" / f"{name}.json"
+    write_json(results, result_rows(task.task, predictions))
+    subset = task.limit is not None
+    found = score(task.task, results, Path(task.annotations), task.questions, allow_missing=subset, **task.settings)
+    generation = task.generation
+    found["settings"] |= {
+        "prompt": "" if model.kind == "captioner" else task.prompt,
+        "decoding": "greedy" if generation.num_beams == 1 else f"beam {generation.num_beams}",
+        "max_new_tokens": generation.max_new_tokens,
+        "batch_size": generation.batch_size,
+        "blind": recipe.blind,
+        "model": recipe.model,
+        "model_fingerprint": parent.fingerprint,
+        "samples_per_second": round(len(examples) / max(seconds, 1e-9), 2),
+    }
+    if task.task == "textvqa":
+        found["settings"]["ocr"] = task.ocr
+    by_id = {row["id"]: {k: v for k, v in row.items() if isinstance(v, float)} for row in found["per_sample"]}
+    rows = [
+        {
+            "task": name,
+            "id": truth.id,
+            "image": str(truth.image),
+            "image_shown": str(seen.image),
+            "prompt": seen.prompt,
+            "question": truth.question,
+            "prediction": predictions[truth.id],
+            "references": truth.references,
+            "score": by_id[truth.id],
+        }
+        for truth, seen in zip(examples, shown, strict=True)
+    ]
+    append_jsonl(run.path / "predictions.jsonl", rows)
+    metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items())
+    logger.info("%s: %s (n %d): %s", run.path.name, name, found["n"], metrics)
+    return found
+
+
+def generate(
+    examples: list[Example], model: Predictor, task: TaskConfig, *, max_pixels: int, run: Run, max_skipped: float
+) -> dict[int, str]:
+    """Predictions by id, in the order of the examples.
+
+    Batches are formed by prompt length, so that little is padded. An unreadable picture is listed in skipped.jsonl and its
+    prediction is empty, which scores as wrong: the denominator stays the official one.
+
+    Raises:
+        InputError: More pictures are unreadable than allowed.
+    """
+    order = sorted(examples, key=lambda e: (len(e.prompt), e.id))
+    size = task.generation.batch_size
+    predictions: dict[int, str] = {}
+    for start in range(0, len(order), size):
+        batch, images = [], []
+        for example in order[start : start + size]:
+            try:
+                images.append(_open(example, max_pixels))
+                batch.append(example)
+            except SampleError as error:
+                run.skip([LeftOut(str(example.image), str(example.id), str(error))])
+                predictions[example.id] = ""
+        if run.skipped > max_skipped * len(examples):
+            raise InputError(
+                f"{run.skipped} of {len(examples)} pictures cannot be used, over the limit of {max_skipped:.2%}",
+                where=run.path / "skipped.jsonl",
+                mend="check image_root and image_name, or raise max_skipped",
+            )
+        if batch:
+            prompts = [e.prompt for e in batch] if any(e.prompt for e in batch) and model.kind == "mllm" else None
+            decoding = task.generation
+            texts = model.predict(images, prompts, max_new_tokens=decoding.max_new_tokens, num_beams=decoding.num_beams)
+            predictions |= {e.id: text for e, text in zip(batch, texts, strict=True)}
+    return {e.id: predictions[e.id] for e in examples}
+
+
+def _open(example: Example, max_pixels: int) -> Image.Image:
+    """The picture of an example."""
+    return decode_image(ImageRef(str(example.image)).read(), max_pixels=max_pixels)

@@ -1,0 +1,313 @@
+"""Strict readers of the official file formats; every fault is one `InputError` that names file, row, field and cure.
+
+Each reader takes a path or the data already loaded (a notebook's lists and dictionaries), and touches no other file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmkit.errors import InputError
+
+Source = str | Path | list[Any] | dict[str, Any]
+ANSWERS = 10
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class VqaQuestion:
+    """One annotated question: its ids, its ten answer entries and, for VQAv2, the official answer type."""
+
+    question_id: int
+    image_id: int | str
+    answers: list[dict[str, Any]]
+    answer_type: str = ""
+
+
+def listed(items: Iterable[object]) -> str:
+    """Name at most five things and say how many more there are."""
+    names = [str(item) for item in items]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def load_json(source: Source, label: str) -> tuple[Any, str]:
+    """Read JSON from a path, or pass loaded data through.
+
+    Args:
+        source: A path, or data already loaded.
+        label: What to call loaded data in messages.
+
+    Returns:
+        The data and the name to use for it in messages.
+
+    Raises:
+        InputError: The file is missing, is not UTF-8, or is not JSON (with line and column; cut files are named so).
+    """
+    if not isinstance(source, (str, Path)):
+        return source, label
+    name = str(source)
+    try:
+        text = Path(source).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read the {label} file: {error.strerror}", where=name, mend="check the path") from None
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start} is not UTF-8"
+        raise InputError(what, where=name, mend="save the file as UTF-8") from None
+    try:
+        return json.loads(text), name
+    except json.JSONDecodeError as error:
+        raise _json_error(text, error, name) from None
+    except RecursionError:
+        raise InputError("nested too deeply for an annotation file", where=name, mend="check the file") from None
+
+
+def _json_error(text: str, error: json.JSONDecodeError, name: str) -> InputError:
+    """Tell a file that ends too early from one that is wrong in the middle."""
+    if not text.strip():
+        return InputError("the file is empty", where=name, mend="write or fetch it again")
+    where = f"{name}:{error.lineno}:{error.colno}"
+    # A string that never ends is reported where it starts, so its place says nothing about the end of the file.
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+        what = f"not JSON (line {error.lineno} column {error.colno}: {error.msg}); the file looks cut off"
+        return InputError(what, where=where, mend="copy or download it again, whole")
+    what = f"not JSON (line {error.lineno} column {error.colno}: {error.msg})"
+    return InputError(what, where=where, mend="mend that place, or write the file again")
+
+
+def _is_id(value: object) -> bool:
+    """Whole numbers only: True is an int to Python, and would count as image 1."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _field_fault(row: Mapping[str, Any], field: str, kind: type) -> str | None:
+    """Say what is wrong with a field that should be an id (int) or a text (str)."""
+    if field not in row:
+        return f'has no "{field}"'
+    value = row[field]
+    if kind is int:
+        return None if _is_id(value) else f'has "{field}" {value!r:.40}, not a whole number'
+    return None if isinstance(value, kind) else f'has "{field}" {value!r:.40}, not a text'
+
+
+def _check_rows(rows: Sequence[Any], fields: Mapping[str, type], *, kind: str, key: str, name: str) -> None:
+    """Refuse rows that lack a field or hold the wrong type, naming each row by its id where it has one."""
+    faults = []
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            faults.append(f"{kind} number {index + 1} is {type(row).__name__}, not an object")
+            continue
+        who = f"{kind} {row[key]}" if key in row else f"{kind} number {index + 1}"
+        faults += [f"{who} {fault}" for field, of in fields.items() if (fault := _field_fault(row, field, of))]
+    if faults:
+        needs = ", ".join(f'"{field}" ({"whole number" if of is int else "text"})' for field, of in fields.items())
+        raise InputError(listed(faults), where=name, mend=f"every {kind} needs {needs}")
+
+
+def _section(data: object, field: str, name: str, what: str) -> list[Any]:
+    """Take a non-empty list out of an annotation file."""
+    section = data.get(field) if isinstance(data, dict) else None
+    if not isinstance(section, list):
+        raise InputError(f'no list "{field}"; this is no {what} file', where=name, mend=f"give a {what} file")
+    if not section:
+        raise InputError(f'"{field}" is empty', where=name, mend=f"give a {what} file with at least one entry")
+    return section
+
+
+def _refuse_repeated(ids: Sequence[int], *, kind: str, name: str) -> None:
+    """Refuse ids that come twice; taking the first or the last in silence would change the score."""
+    seen: set[int] = set()
+    repeated = dict.fromkeys(value for value in ids if value in seen or seen.add(value))  # type: ignore[func-returns-value]
+    if repeated:
+        raise InputError(f"more than one row for {kind} {listed(repeated)}", where=name, mend=f"keep one for each {kind}")
+
+
+def read_captions(source: Source) -> dict[int, list[str]]:
+    """Read COCO caption annotations.
+
+    Args:
+        source: ``{"images": [{"id"}], "annotations": [{"image_id", "id", "caption"}]}`` or a path to it.
+
+    Returns:
+        Image id -> reference captions, ascending by image id; captions in file order.
+
+    Raises:
+        InputError: Fields are missing or of the wrong type, an annotation's image is not listed, or an image has no
+            caption.
+    """
+    data, name = load_json(source, "annotations")
+    images = _section(data, "images", name, "COCO caption annotation")
+    annotations = _section(data, "annotations", name, "COCO caption annotation")
+    _check_rows(images, {"id": int}, kind="image", key="id", name=name)
+    _check_rows(annotations, {"image_id": int, "caption": str}, kind="annotation", key="id", name=name)
+    _refuse_repeated([image["id"] for image in images], kind="image", name=name)
+    references: dict[int, list[str]] = {image: [] for image in sorted(image["id"] for image in images)}
+    unknown = dict.fromkeys(row["image_id"] for row in annotations if row["image_id"] not in references)
+    if unknown:
+        what = f'annotations refer to images that "images" does not list: {listed(unknown)}'
+        raise InputError(what, where=name, mend="list those images or drop their annotations")
+    for row in annotations:
+        references[row["image_id"]].append(row["caption"])
+    bare = [image for image, captions in references.items() if not captions]
+    if bare:
+        what = f"images without a caption: {listed(bare)}"
+        raise InputError(what, where=name, mend="drop them from the images or add captions")
+    return references
+
+
+def read_results(source: Source, *, key: str, text: str) -> tuple[dict[int, str], str]:
+    """Read an official result file.
+
+    Args:
+        source: ``[{key: int, text: str}]`` or a path to it.
+        key: ``image_id`` or ``question_id``.
+        text: ``caption`` or ``answer``.
+
+    Returns:
+        Id -> text, and the name of the file for messages.
+
+    Raises:
+        InputError: Not a list, an empty one, fields missing or of the wrong type, or an id that comes twice.
+    """
+    data, name = load_json(source, "predictions")
+    shape = f'[{{"{key}": 1, "{text}": "..."}}]'
+    if not isinstance(data, list):
+        what = f"results are a JSON list, this is {type(data).__name__}"
+        raise InputError(what, where=name, mend=f"write {shape}; are predictions and annotations the wrong way round?")
+    if not data:
+        raise InputError("no results in the file", where=name, mend=f"write {shape}")
+    stringly = [row[key] for row in data if isinstance(row, dict) and isinstance(row.get(key), str)]
+    if stringly:
+        what = f'"{key}" is a string in {len(stringly)} of {len(data)} rows: {listed(repr(value) for value in stringly)}'
+        raise InputError(what, where=name, mend="write ids as whole numbers, without quotes")
+    _check_rows(data, {key: int, text: str}, kind="row", key=key, name=name)
+    _refuse_repeated([row[key] for row in data], kind=key.removesuffix("_id"), name=name)
+    return {row[key]: row[text] for row in data}, name
+
+
+def match_results(
+    results: Mapping[int, str], known: Collection[int], *, kind: str, name: str, allow_missing: bool
+) -> list[int]:
+    """Check that results and annotations are about the same ids.
+
+    Args:
+        results: Id -> text.
+        known: The annotated ids, in the order of scoring.
+        kind: ``image`` or ``question``.
+        name: The result file, for messages.
+        allow_missing: Score what is there when some ids have no result.
+
+    Returns:
+        The ids to score, in the order of ``known``.
+
+    Raises:
+        InputError: A result for an unknown id; or an id without a result, unless allowed. Both are named at once.
+    """
+    unknown = [key for key in results if key not in known]
+    scored = [key for key in known if key in results]
+    missing = [key for key in known if key not in results]
+    faults, cures = [], []
+    if unknown:
+        faults.append(f"results for {len(unknown)} unknown {kind}s: {listed(unknown)}")
+        cures.append("drop them or give the annotations they belong to")
+    if missing and not (allow_missing and scored):
+        faults.append(f"{len(missing)} of {len(known)} {kind}s have no result: {listed(missing)}")
+        cures.append("add them, or set allow_missing=true to score the rest")
+    if faults:
+        raise InputError("; ".join(faults), where=name, mend=", ".join(cures))
+    return scored
+
+
+def read_vqa(annotations: Source, questions: Source | None = None) -> dict[int, VqaQuestion]:
+    """Read VQAv2 annotations and, where given, check them against their questions.
+
+    Args:
+        annotations: ``{"annotations": [{"question_id", "image_id", "answer_type", "answers": [{"answer"}]}]}``.
+        questions: ``{"questions": [{"question_id", "image_id", "question"}]}``.
+
+    Returns:
+        Question id -> question, in file order.
+
+    Raises:
+        InputError: Fields missing or of the wrong type, other than ten answers, repeated ids, or questions and
+            annotations about different ids.
+    """
+    data, name = load_json(annotations, "annotations")
+    rows = _section(data, "annotations", name, "VQA annotation")
+    fields = {"question_id": int, "image_id": int, "answer_type": str}
+    _check_rows(rows, fields, kind="annotation", key="question_id", name=name)
+    _refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
+    _check_answers(rows, name, dict)
+    if questions is not None:
+        _check_questions({row["question_id"]: row["image_id"] for row in rows}, questions, name)
+    return {
+        row["question_id"]: VqaQuestion(row["question_id"], row["image_id"], row["answers"], row["answer_type"])
+        for row in rows
+    }
+
+
+def _check_questions(annotated: Mapping[int, int], questions: Source, annotations_name: str) -> None:
+    """Refuse a questions file that is about other questions or other images than the annotations."""
+    data, name = load_json(questions, "questions")
+    rows = _section(data, "questions", name, "VQA question")
+    fields = {"question_id": int, "image_id": int, "question": str}
+    _check_rows(rows, fields, kind="question", key="question_id", name=name)
+    _refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
+    asked = {row["question_id"]: row["image_id"] for row in rows}
+    odd = [key for key in {**asked, **annotated} if asked.get(key) != annotated.get(key)]
+    if odd:
+        what = f"questions and annotations ({annotations_name}) differ on question {listed(odd)}"
+        raise InputError(what, where=name, mend="give the two files of the same split")
+
+
+def _check_answers(rows: Sequence[Mapping[str, Any]], name: str, kind: type) -> None:
+    """Refuse questions without exactly ten answers; with fewer, leave-one-out gives scores no paper means."""
+    faults = []
+    for row in rows:
+        answers = row.get("answers")
+        if not isinstance(answers, list) or len(answers) != ANSWERS:
+            count = f"{len(answers)} answers" if isinstance(answers, list) else "no list of answers"
+            faults.append(f"question {row['question_id']} has {count}")
+        elif not all(isinstance(_text_of(answer, kind), str) for answer in answers):
+            faults.append(f"question {row['question_id']} has an answer that is not a text")
+    if faults:
+        raise InputError(listed(faults), where=name, mend=f"the rule needs exactly {ANSWERS} human answers a question")
+
+
+def _text_of(answer: object, kind: type) -> object:
+    """The text of an answer: itself in TextVQA, its field in VQAv2."""
+    if kind is dict:
+        return answer.get("answer") if isinstance(answer, dict) else None
+    return answer
+
+
+def read_textvqa(source: Source) -> dict[int, VqaQuestion]:
+    """Read TextVQA annotations (0.5.1 layout).
+
+    Args:
+        source: ``{"data": [{"question_id", "image_id", "question", "answers": [str] * 10}]}`` or a path to it.
+
+    Returns:
+        Question id -> question, in file order.
+
+    Raises:
+        InputError: Fields missing or of the wrong type, other than ten answers, or repeated ids.
+    """
+    data, name = load_json(source, "annotations")
+    rows = _section(data, "data", name, "TextVQA")
+    _check_rows(rows, {"question_id": int, "question": str}, kind="entry", key="question_id", name=name)
+    _refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
+    _check_answers(rows, name, str)
+    # Image ids are Open Images names here; without one, a question stands alone in the bootstrap.
+    return {
+        row["question_id"]: VqaQuestion(
+            row["question_id"],
+            str(row.get("image_id", f"question {row['question_id']}")),
+            [{"answer": answer, "answer_id": index} for index, answer in enumerate(row["answers"], start=1)],
+        )
+        for row in rows
+    }

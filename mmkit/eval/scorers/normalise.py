@@ -1,0 +1,128 @@
+"""Answer normalisation of the VQA and M4C (TextVQA) evaluators, quirks included.
+
+Sources: GT-Vision-Lab/VQA ``vqaEval.py`` (``processPunctuation``, ``processDigitArticle``) and facebookresearch/mmf
+``m4c_evaluators.py`` (``EvalAIAnswerProcessor``). The quirks are part of every published number, so they stay.
+"""
+
+from __future__ import annotations
+
+import re
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+ARTICLES = frozenset({"a", "an", "the"})
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(_NUMBER_WORDS)}}
+
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d", re.ASCII)
+# Upstream means "no digit on either side", but the look-behind is mistyped and only the right side counts.
+_PERIOD = re.compile(r"\.(?!\d)", re.ASCII)
+# Upstream passes re.UNICODE (32) where ``re.sub`` takes its count: at most 32 periods go.
+_MAX_PERIODS = int(re.UNICODE)
+
+_NOT = "ai are ca could did does do had has have is might must need ought sha should was were wo would"
+_NOT_HAVE = "could had might should would"
+_HAVE = "could I might must not should they we what where who would you"
+_WOULD_HAVE = "he I it she somebody someone something there they we who you"
+_WOULD = "he how it someone something there they where who you"
+_WILL = "how it somebody someone something they what who why you"
+_IS = "he how somebody someone that there what when where who why"
+_ARE = "there they what why you"
+_SINGLE = {
+    "yall'll": "y'all'll",
+    "y'allll": "y'all'll",
+    "yall'd've": "y'all'd've",
+    "y'alld've": "y'all'd've",
+    "y'all'dve": "y'all'd've",
+    "ow's'at": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "'ow'sat": "'ow's'at",
+    "Im": "I'm",
+    "maam": "ma'am",
+    "oclock": "o'clock",
+    "twas": "'twas",
+    "yall": "y'all",
+    "let's": "let's",
+    "she's": "she's",
+    "somebody'd": "somebodyd",
+}
+
+
+def _contractions() -> dict[str, str]:
+    """Build the evaluators' 120-entry table from its regular part and its single entries."""
+    table = dict(_SINGLE)
+    for stems, ending, full in (
+        (_NOT, "nt", "n't"),
+        (_HAVE, "ve", "'ve"),
+        (_WOULD, "d", "'d"),
+        (_WILL, "ll", "'ll"),
+        (_IS, "s", "'s"),
+        (_ARE, "re", "'re"),
+    ):
+        table.update({stem + ending: stem + full for stem in stems.split()})
+    for stems, endings, full in (
+        (_NOT_HAVE, ("nt've", "n'tve"), "n't've"),
+        (_WOULD_HAVE, ("d've", "'dve"), "'d've"),
+    ):
+        table.update({stem + ending: stem + full for stem in stems.split() for ending in endings})
+    return table
+
+
+CONTRACTIONS = _contractions()
+
+
+def clean(text: str) -> str:
+    """Replace line feeds and tabs by spaces and strip the ends (the evaluators' first step)."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def process_punctuation(text: str) -> str:
+    """Remove the VQA punctuation marks, then periods.
+
+    A mark is deleted where the original text has it beside a space or has digit-comma-digit anywhere, and becomes a
+    space otherwise. Up to 32 periods that no digit follows are deleted.
+
+    Args:
+        text: An answer.
+
+    Returns:
+        The answer without those marks; letter case untouched.
+    """
+    # Most answers are plain words: one scan saves twenty.
+    has_comma_number = _DIGIT_COMMA_DIGIT.search(text) is not None
+    result = text
+    for mark in PUNCTUATION:
+        if mark in text:
+            beside_space = f"{mark} " in text or f" {mark}" in text
+            result = result.replace(mark, "" if beside_space or has_comma_number else " ")
+    return _PERIOD.sub("", result, count=_MAX_PERIODS)
+
+
+def process_digits_and_articles(text: str) -> str:
+    """Lower-case, map number words to digits, drop articles and restore apostrophes in contractions.
+
+    Args:
+        text: An answer.
+
+    Returns:
+        The words that stay, joined by single spaces.
+    """
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def normalise_vqa(text: str) -> str:
+    """The full VQA processing: clean, punctuation, then digits, articles and contractions."""
+    return process_digits_and_articles(process_punctuation(clean(text)))
+
+
+def normalise_m4c(text: str) -> str:
+    """The M4C processing of TextVQA: as VQA's, but commas and question marks go first and possessives are split.
+
+    Args:
+        text: An answer.
+
+    Returns:
+        The processed answer; LLaVA writes answers in this form into its VQAv2 submissions, too.
+    """
+    lowered = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return normalise_vqa(lowered)

@@ -1,0 +1,229 @@
+"""Caption tokenisers: a Python twin of the Penn Treebank tokeniser that COCO scores are made with, Java's own, or none.
+
+The twin is written from the observed input and output of the Stanford tokeniser (CoreNLP 3.4.1, ``-preserveLines
+-lowerCase``) followed by pycocoevalcap's removal of punctuation; none of its code was used. It agrees on ordinary
+captions; the remaining differences are in text such as telephone numbers with spaces or nested quotes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmkit.errors import InputError
+
+# pycocoevalcap's list, exactly: "?!" and ":-rrb-" are not on it and so count as words.
+REMOVED = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
+# A line end inside a caption would become a line of its own in the Java tokeniser's output, and shift all that follow.
+_LINE_ENDS = re.compile("[\r\n\x0b\x0c\x85\u2028\u2029]")
+_JAVA_SECONDS = 600
+
+# Separators that are no white space to Python, and marks that vanish without splitting the word around them.
+_CHARACTERS = {
+    **dict.fromkeys([0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFEFF], " "),
+    0xAD: None,
+    0xA3: " # ",
+    0x20AC: "$",
+    0xA2: " cents ",
+    **{ord(sign): f" {value} " for sign, value in zip("½¼¾⅓⅔", ("1/2", "1/4", "3/4", "1/3", "2/3"), strict=True)},
+}
+_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
+_ENTITY = re.compile("|".join(_ENTITIES))
+
+# Titles, streets, firms, months, days and American states that own their period. The end of the caption does not
+# matter: there the Java tokeniser writes the period twice, and the second one is removed.
+_ABBREVIATIONS = """mr mrs ms drs dr messrs mlle mme msgr mt prof revs rev reps rep gen gov sens sen sgt lt maj capt cmdr
+col cpl adm atty det pvt pfc pres supt insp hon ste st ft ave blvd rd bldg ct rt sq dept inc ltd corp co cos bros assn
+intl mfg univ natl jr sr est tel ext vs cf al etc jan feb mar apr jun jul aug sept sep oct nov dec mon tues tue wed
+thurs thu fri wash ore fla pa va vt ill ind ga la md tenn tex penn conn mass mich minn miss mo mont neb nev okla kan ky
+ala ark ariz colo del dak calif wis wyo""".split()
+_BEFORE_NUMBERS = "nos no figs fig pp ca art prop".split()
+
+# Letters and digits of any script, with combining marks, but no symbols, no emoji and nothing outside the first plane.
+_NO_LETTER = "\\s\\x00-\\x2f:-@\\[-`{-\\x9f\\xa0-\\xa9\\xab-\\xb4\\xb6-\\xb9\\xbb-\\xbf×÷\u2000-\u206f\u20a0-\u20cf\u2100-\u2bff"
+_NO_LETTER += "\u3000-\u303f\ud800-\uf8ff\ufe00-\ufe0f\ufe30-\ufe6f\uff00-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uffff"
+_X = f"[^{_NO_LETTER}\U00010000-\U0010ffff]"  # letter or digit
+_L = f"[^{_NO_LETTER}0-9\U00010000-\U0010ffff]"  # letter
+_APOSTROPHE = "['’]"
+_SEGMENT = rf"(?:(?:[A-Za-z]\.)+[A-Za-z]\.?(?={_X}|[-/'’]|\s|$)|{_X}+)"
+
+# After a single letter these words begin a sentence, so the period is a full stop and goes (found by trial).
+_STARTERS = """A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr. Ms. Now
+Once One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You"""
+_STARTER = rf"\s(?:{'|'.join(map(re.escape, _STARTERS.split()))})(?=\s|$)"
+
+_PATTERNS = (
+    # A plain word, first for speed: nine tokens of ten.
+    r"[A-Za-z]{2,}(?=\s|$)",
+    rf"https?://[^\s<>\"()]+\.[^\s<>\"()]*[^\s<>\"().,;:!?'’{{}}-]",
+    r"[A-Za-z0-9_.+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*|@[A-Za-z_]\w*",
+    r"(?:[A-Za-z0-9-]+\.)+(?:com|net|org|edu)\b(?:/[^\s<>\"()]*[^\s<>\"().,;:!?'’-])?",
+    r"</?[A-Za-z!?][^<>]*>|&#\d+;",
+    r"-(?i:[lr][rcs]b)-",
+    r"[:;=][-']?[()DPO\]\[\\|](?![A-Za-z])|\^_\^|-_-",
+    r"\([2-9]\d{2}\) ?\d{3}-\d{4}|\d{3} \d{3}[ -]\d{4}(?!\d)",
+    r"\d+ \d{1,4}/\d{1,4}(?![\d/])",
+    # Sizes and rates: C#, c++, US$.
+    r"[CcFf]#|[Cc]\+\+|(?:US|HK|USD|NZ|A|C|S|R)\$",
+    # Words that keep an apostrophe inside, and the clipped or dated ones that keep it in front.
+    rf"(?<!['’])(?:[cdlostCDLOST]|[Qq]u){_APOSTROPHE}{_L}{{2,}}|(?i:ne'er|e'er|nor'easter|cap'n|ma'am|ol')(?!{_X})|[Yy]{_APOSTROPHE}(?={_L})",
+    rf"'(?i:s|d|m|ll|re|ve)(?!{_L})|’(?i:s|d|m|ll|re|ve)",
+    rf"{_APOSTROPHE}(?i:n{_APOSTROPHE}|em|(?:cause|till?|n(?!\.))(?!{_X}))|{_APOSTROPHE}[2-9]0s(?!{_X})|{_APOSTROPHE}\d\d(?=\s|$)",
+    r"'(?i:t)(?=(?i:is|was))",
+    rf"(?i:n{_APOSTROPHE}t){_L}*",
+    rf"(?:{_X}+[-/])*{_L}+?(?=(?i:n{_APOSTROPHE}t))",
+    r"\.{3}(?=\d)",
+    # Abbreviations and initials with their period.
+    rf"(?i:{'|'.join(_ABBREVIATIONS)})\.(?!{_L})|(?i:{'|'.join(_BEFORE_NUMBERS)})\.(?=\s*\d)|(?i:ph\.d)\.?(?!{_X})",
+    rf"(?:[A-Za-z]\.)+[A-Za-z]\.(?!{_X}|[-/]{_X})|[A-Za-z]\.(?!{_L}|-{_X}|{_STARTER})",
+    # Compounds, then numbers (longer ones win over a compound's first part), then words joined by a period or mark.
+    rf"[A-Z]+&[A-Z]+|{_SEGMENT}(?:[-/_‐‑]{_SEGMENT})+",
+    rf"[-+]?\d*(?:[.,:]\d+)+|[-+]\d+(?!{_X})|\d+⁄\d+",
+    rf"{_L}{_X}*(?:[.!?]{_L}{_X}*)+|{_X}+|#[A-Za-z]+",
+    # Runs that make one token; "?!" and "!!" survive the removal, as they do in Java.
+    r"[?!]+|\*+|_+|#+|>>|\\\*",
+    rf"[^\s\U00010000-\U0010ffff\x00-\x1f\x7f‐‑‒₹\ufe00-\ufe0f「」\ud800-\udfff]",
+)
+_TOKEN = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS))
+
+_SPLIT = {
+    "cannot": ("can", "not"),
+    "gonna": ("gon", "na"),
+    "gotta": ("got", "ta"),
+    "wanna": ("wan", "na"),
+    "lemme": ("lem", "me"),
+    "gimme": ("gim", "me"),
+}
+_RENAMED = {
+    **dict(zip("()[]{}", ("-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"), strict=True)),
+    **dict.fromkeys('"“”«»', "''"),
+    **dict.fromkeys("‘’‹›", "'"),
+    **dict.fromkeys("–—―", "--"),
+    "…": "...",
+}
+_BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-"})
+_CURLY_CONTRACTION = re.compile(rf"^(?:{_APOSTROPHE}(?:s|d|m|ll|re|ve)|n’t)$")
+
+
+def clean_lines(caption: str) -> str:
+    """Turn every line end (CR, LF, VT, FF, U+0085, U+2028, U+2029) into a space.
+
+    Args:
+        caption: Raw caption.
+
+    Returns:
+        A caption that stays one line in any program.
+    """
+    return _LINE_ENDS.sub(" ", caption)
+
+
+def _rename(token: str) -> tuple[str, ...]:
+    """Lower-case a raw token and write it as the Java tokeniser does."""
+    lowered = token.lower()
+    if lowered.isalpha():
+        return _SPLIT.get(lowered, (lowered,))
+    if lowered in _RENAMED:
+        return (_RENAMED[lowered],)
+    if "’" in lowered and _CURLY_CONTRACTION.match(lowered):
+        return (lowered.replace("’", "'"),)
+    if lowered[0] in ":;=(" and ("(" in lowered or ")" in lowered):
+        lowered = lowered.translate(_BRACKETS)
+    # "22 3/4", telephone numbers and tags are one token, held together by a no-break space.
+    return (lowered.replace(" ", "\u00a0"),)
+
+
+def ptb_tokens(caption: str) -> list[str]:
+    """Split one caption as the PTB tokeniser does and drop the punctuation that coco-caption drops.
+
+    Args:
+        caption: Raw caption.
+
+    Returns:
+        Lower-case tokens.
+    """
+    text = _ENTITY.sub(lambda match: _ENTITIES[match[0]], clean_lines(caption)).translate(_CHARACTERS)
+    text = " ".join(text.split())
+    return [token for raw in _TOKEN.findall(text) for token in _rename(raw) if token not in REMOVED]
+
+
+def tokenise_python(captions: Sequence[str]) -> list[str]:
+    """Tokenise captions with the Python twin.
+
+    Args:
+        captions: Raw captions.
+
+    Returns:
+        Tokens of each caption, joined by single spaces.
+    """
+    return [" ".join(ptb_tokens(caption)) for caption in captions]
+
+
+def tokenise_none(captions: Sequence[str]) -> list[str]:
+    """Take captions that are tokenised already: only line ends become spaces.
+
+    Args:
+        captions: Tokenised captions.
+
+    Returns:
+        The same captions.
+    """
+    return [clean_lines(caption) for caption in captions]
+
+
+def java_jar() -> Path | None:
+    """Find the CoreNLP jar that pycocoevalcap brings, without importing that package; None where it is not installed."""
+    spec = importlib.util.find_spec("pycocoevalcap")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        jars = sorted((Path(folder) / "tokenizer").glob("stanford-corenlp-*.jar"))
+        if jars:
+            return jars[-1]
+    return None
+
+
+def tokenise_java(captions: Sequence[str]) -> list[str]:
+    """Tokenise captions with the Java tokeniser that the official code calls.
+
+    Args:
+        captions: Raw captions.
+
+    Returns:
+        Tokens of each caption, joined by single spaces.
+
+    Raises:
+        InputError: Java or the jar is missing, or the tokeniser failed.
+    """
+    java, jar = shutil.which("java"), java_jar()
+    if java is None or jar is None:
+        what = "no java on the PATH" if java is None else "pycocoevalcap is not installed"
+        mend = "install a Java runtime and mmkit[java], or use tokenizer=python"
+        raise InputError(what, where="tokenizer=java", mend=mend)
+    if not captions:
+        return []
+    lines = "\n".join(clean_lines(caption) for caption in captions) + "\n"
+    # The system's folder for temporary files: the official code writes into site-packages, which may be read-only.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "captions.txt"
+        path.write_bytes(lines.encode("utf-8", errors="replace"))
+        command = [java, "-Duser.language=en", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+        command += ["-preserveLines", "-lowerCase", str(path)]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_JAVA_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise InputError(f"no end after {_JAVA_SECONDS} s", where="tokenizer=java", mend="use tokenizer=python") from None
+    out = done.stdout.decode("utf-8").split("\n")[:-1]
+    if done.returncode or len(out) != len(captions):
+        what = f"Java gave {len(out)} lines for {len(captions)} captions (exit code {done.returncode})"
+        raise InputError(what, where="tokenizer=java", mend="use tokenizer=python")
+    return [" ".join(word for word in line.rstrip().split(" ") if word not in REMOVED) for line in out]
+
+
+TOKENIZERS: dict[str, Callable[[Sequence[str]], list[str]]] = {
+    "python": tokenise_python,
+    "java": tokenise_java,
+    "none": tokenise_none,
+}

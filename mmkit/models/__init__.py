@@ -1,0 +1,1 @@
+"""Models: mappers, ClipCap, LLaVA from parts, language models and tokenizers."""

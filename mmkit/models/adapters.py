@@ -1,0 +1,120 @@
+"""What of a LLaVA model trains: the projector, the language model too, or LoRA layers inside it.
+
+LoRA is put into the language model only, by exact module: suffix matching has put it into vision towers
+(haotian-liu/LLaVA#1647), and adapters saved without the projector were lost (facts/llava.md 1.8).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+from transformers.pytorch_utils import Conv1D
+
+from mmkit.errors import InputError
+
+Tune = Literal["projector", "full", "lora"]
+_LORA_DEFAULTS: dict[str, Any] = {"r": 128, "alpha": 256, "dropout": 0.05}  # LLaVA's finetune_lora.sh
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether the model has LoRA layers that are not merged."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _inject_lora(model: LlavaForConditionalGeneration, lora: dict[str, Any], seed: int) -> None:
+    """Put LoRA layers in place of every linear layer of the language model; lm_head is not inside it."""
+    unknown = sorted(set(lora) - set(_LORA_DEFAULTS))
+    if unknown:
+        raise InputError(f"unknown LoRA setting {unknown[0]!r}", mend=f"known are {', '.join(_LORA_DEFAULTS)}")
+    settings = {**_LORA_DEFAULTS, **lora}
+    language_model = model.model.language_model
+    names = [name for name, part in language_model.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+    config = LoraConfig(
+        r=settings["r"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=settings["dropout"],
+        target_modules=names,
+        bias="none",
+        # GPT-2's Conv1D stores its weight transposed.
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in language_model.modules()),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, language_model)
+
+
+def freeze_for(
+    model: LlavaForConditionalGeneration,
+    tune: Tune,
+    *,
+    lora: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> LlavaForConditionalGeneration:
+    """Set what trains, in place. Frozen parts are also put in eval mode: see `set_train_mode`.
+
+    Args:
+        model: The model.
+        tune: "projector" (align), "full" (language model and projector) or "lora" (LoRA layers and projector). The
+            vision tower is frozen in all three.
+        lora: ``r``, ``alpha``, ``dropout`` for "lora"; LLaVA's values (128, 256, 0.05) where not given.
+        seed: Of the LoRA layers' weights.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: For an unknown ``tune`` or LoRA setting.
+    """
+    if tune not in ("projector", "full", "lora"):
+        raise InputError(f"unknown tune {tune!r}", mend="use projector, full or lora")
+    if lora and tune != "lora":
+        raise InputError(f"lora settings with tune {tune!r}", mend="drop them or set tune: lora")
+    model.requires_grad_(False)
+    if tune == "lora" and not has_lora(model):
+        _inject_lora(model, lora or {}, seed)
+    if tune == "full":
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    elif tune == "lora":
+        for name, parameter in model.model.language_model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    model.model.multi_modal_projector.requires_grad_(True)
+    set_train_mode(model, model.training)
+    return model
+
+
+def set_train_mode(model: LlavaForConditionalGeneration, training: bool = True) -> None:
+    """``model.train()`` for the parts that train; a frozen part stays in eval mode (dropout off).
+
+    To be called in place of ``model.train()``, which would wake the frozen parts.
+    """
+    model.train(training)
+    for part in (model.model.vision_tower, model.model.language_model, model.model.multi_modal_projector):
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            part.eval()
+
+
+def merge_lora(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """Add LoRA layers into the weights they adapt and take them out, in place.
+
+    Returns:
+        The same model, now without LoRA layers.
+    """
+    layers = [(name, part) for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
+    for name, layer in layers:
+        layer.merge(safe_merge=True)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    if layers:
+        # peft leaves its configuration on the module it injected into; a merged model must not announce adapters.
+        for part in model.modules():
+            if hasattr(part, "peft_config"):
+                del part.peft_config
+            if getattr(part, "_hf_peft_config_loaded", False):
+                part._hf_peft_config_loaded = False
+    return model

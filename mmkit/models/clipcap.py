@@ -1,0 +1,347 @@
+"""ClipCap: image features, a mapper, and a causal language model that reads the mapper's output as a prefix.
+
+After Mokady et al., "ClipCap: CLIP Prefix for Image Captioning" (2021) and its code at 1ad805a, with the repairs of
+facts/clipcap.md 7-8: an end token is trained, masks come from true lengths, the feature scaling is part of the model,
+and a frozen language model computes no gradients and no dropout. The vision encoder is not inside: features come in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from mmkit.errors import InputError
+from mmkit.models.llm import load_tokenizer
+from mmkit.models.mappers import FEATURE_NORMS, FeatureNorm, MLPMapper, TransformerMapper
+from mmkit.models.meta import read_meta, write_meta
+
+MAPPERS = ("mlp", "transformer")
+FEATURE_KINDS = ("pooled", "tokens")
+
+
+class ClipCapConfig(PreTrainedConfig):
+    """Everything needed to build a ClipCap model but its weights."""
+
+    model_type = "mmkit-clipcap"
+    # transformers walks these to hand dtype and attention settings on to the language model.
+    sub_configs = {"lm_config": AutoConfig}  # noqa: RUF012
+
+    lm_config: Any = None
+    feature_dim: int = 512
+    mapper: str = "mlp"
+    prefix_length: int = 10
+    clip_length: int = 10
+    feature_kind: str = "pooled"
+    feature_norm: str = "none"
+    mapper_layers: int = 8
+    mapper_heads: int = 8
+    only_mapper: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Turn a saved language model configuration back into its class and check the choices."""
+        if isinstance(self.lm_config, dict):
+            fields = dict(self.lm_config)
+            self.lm_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        elif self.lm_config is not None:
+            # transformers writes attention settings into sub-configurations; the language model keeps its own copy.
+            self.lm_config = copy.deepcopy(self.lm_config)
+        for name, value, known in (
+            ("mapper", self.mapper, MAPPERS),
+            ("feature_kind", self.feature_kind, FEATURE_KINDS),
+            ("feature_norm", self.feature_norm, FEATURE_NORMS),
+        ):
+            if value not in known:
+                raise InputError(f"unknown {name} {value!r}", mend=f"use one of {', '.join(known)}")
+        if self.mapper == "mlp" and self.feature_kind == "tokens":
+            raise InputError(
+                "the mlp mapper takes one pooled feature, not patch tokens",
+                mend="use mapper: transformer, or feature_kind: pooled",
+            )
+        super().__post_init__(**kwargs)
+
+
+# Without this, AutoTokenizer warns about an unknown model type when it opens a captioner's folder.
+AutoConfig.register(ClipCapConfig.model_type, ClipCapConfig, exist_ok=True)
+
+
+@dataclass
+class ClipCapOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        loss_sum: f32[], cross-entropy summed over the supervised tokens.
+        num_tokens: i64[], how many those are; the loop divides by the global count.
+        logits: f[M, V], at the M supervised positions in row order (all B·T positions where no labels were given).
+    """
+
+    loss_sum: Tensor
+    num_tokens: Tensor
+    logits: Tensor
+
+
+class ClipCap(PreTrainedModel):
+    """A captioner: scaling, mapper, language model."""
+
+    config_class = ClipCapConfig
+    base_model_prefix = "clipcap"
+    main_input_name = "features"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: ClipCapConfig, lm: PreTrainedModel | None = None) -> None:
+        """Build from a configuration; ``lm`` is taken as it is, else one is built with random weights."""
+        super().__init__(config)
+        self.lm = AutoModelForCausalLM.from_config(copy.deepcopy(config.lm_config)) if lm is None else lm
+        width = self.lm.get_input_embeddings().embedding_dim
+        self.norm = FeatureNorm(config.feature_norm, config.feature_dim)
+        self.mapper: nn.Module
+        if config.mapper == "mlp":
+            self.mapper = MLPMapper(config.feature_dim, width, config.prefix_length)
+        else:
+            self.mapper = TransformerMapper(
+                config.feature_dim,
+                width,
+                config.prefix_length,
+                clip_length=config.clip_length,
+                tokens=config.feature_kind == "tokens",
+                layers=config.mapper_layers,
+                heads=config.mapper_heads,
+            )
+        self.post_init()
+        self.set_only_mapper(config.only_mapper)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave new modules as torch made them: the published mapper uses torch's own initialisation."""
+
+    def set_only_mapper(self, only_mapper: bool) -> None:
+        """Freeze the language model (no gradients, no dropout) or let it train; saved in the configuration."""
+        self.config.only_mapper = only_mapper
+        self.lm.requires_grad_(not only_mapper)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> ClipCap:
+        """Training mode for what trains; a frozen language model stays in eval mode."""
+        super().train(mode)
+        if self.config.only_mapper:
+            self.lm.eval()
+        return self
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of all that trains."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embeddings."""
+        return self.lm.get_input_embeddings()
+
+    def prefix(self, features: Tensor) -> Tensor:
+        """Scale and map image features.
+
+        Args:
+            features: f[B, D], or f[B, N, D] with feature_kind "tokens".
+
+        Returns:
+            f[B, P, H] in the embeddings' dtype.
+        """
+        want = 3 if self.config.feature_kind == "tokens" else 2
+        if features.dim() != want or features.shape[-1] != self.config.feature_dim:
+            raise ValueError(
+                f"features {tuple(features.shape)} for a captioner of {self.config.feature_kind} features "
+                f"with {self.config.feature_dim} numbers"
+            )
+        dtype = next(self.mapper.parameters()).dtype
+        # Statistics are float32; the scaling is done before any rounding to the mapper's dtype.
+        embeddings = self.mapper(self.norm(features.float()).to(dtype))
+        return embeddings.to(self.get_input_embeddings().weight.dtype)
+
+    def forward(
+        self,
+        features: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+    ) -> ClipCapOutput:
+        """Score captions, end token included, given image features.
+
+        Args:
+            features: f[B, D] or f[B, N, D].
+            input_ids: i64[B, T], captions with their end token, padded on the right.
+            attention_mask: i64[B, T], 1 up to each caption's true length.
+            labels: i64[B, T], aligned with ``input_ids`` (not shifted); -100 where nothing is learnt.
+
+        Returns:
+            Summed loss, token count, logits.
+        """
+        prefix = self.prefix(features)
+        embeds = torch.cat([prefix, self.get_input_embeddings()(input_ids)], dim=1)
+        mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
+        hidden = self.lm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        # Position P - 1 + t predicts token t, so the last one predicts nothing.
+        hidden = hidden[:, prefix.shape[1] - 1 : -1]
+        if labels is None:
+            return ClipCapOutput(torch.zeros((), device=hidden.device), input_ids.new_zeros(()), self._head(hidden.flatten(0, 1)))
+        chosen = labels != -100
+        logits = self._head(hidden[chosen])
+        loss = F.cross_entropy(logits.float(), labels[chosen], reduction="sum")
+        return ClipCapOutput(loss, chosen.sum(), logits)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits f[M, H] -> f[M, V]."""
+        return self.lm.get_output_embeddings()(hidden)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        features: Tensor,
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        length_penalty: float = 1.0,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> Tensor:
+        """Write captions, batched, with a KV cache.
+
+        Args:
+            features: f[B, D] or f[B, N, D].
+            max_new_tokens: Upper bound of a caption's length in tokens.
+            num_beams: 1 is greedy (or sampling).
+            do_sample: Draw from the distribution instead of taking the best.
+            temperature: With ``do_sample``.
+            top_p: With ``do_sample``.
+            length_penalty: With beams: the exponent of the length that divides a beam's score.
+            eos_token_id: Stop token, if not the language model's own.
+            pad_token_id: What fills finished rows; the stop token if the language model has no other.
+
+        Returns:
+            i64[B, <= max_new_tokens], without the prefix.
+        """
+        own = self.lm.generation_config
+        stop = own.eos_token_id if eos_token_id is None else eos_token_id
+        fill = own.pad_token_id if pad_token_id is None else pad_token_id
+        if fill is None:
+            fill = stop[0] if isinstance(stop, list) else stop
+        chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if do_sample else {}
+        if num_beams > 1:
+            chosen["length_penalty"] = length_penalty
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=do_sample,
+            bos_token_id=own.bos_token_id,
+            eos_token_id=stop,
+            pad_token_id=fill,
+            use_cache=True,
+            **chosen,
+        )
+        prefix = self.prefix(features)
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        return self.lm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)
+
+
+def build_clipcap(
+    lm: PreTrainedModel,
+    *,
+    feature_dim: int,
+    mapper: str = "mlp",
+    prefix_length: int = 10,
+    clip_length: int = 10,
+    feature_kind: str = "pooled",
+    feature_norm: str = "none",
+    mapper_layers: int = 8,
+    mapper_heads: int = 8,
+    only_mapper: bool = False,
+    seed: int = 0,
+) -> ClipCap:
+    """A captioner from a language model, which is used as it is, and a new mapper.
+
+    Args:
+        lm: Causal language model.
+        feature_dim: D, numbers per image feature.
+        mapper: "mlp" or "transformer".
+        prefix_length: P, embeddings the language model sees.
+        clip_length: C, tokens a pooled feature is expanded to inside the transformer mapper.
+        feature_kind: "pooled" (one vector a picture) or "tokens" (patch tokens; transformer mapper only).
+        feature_norm: "none", "l2" or "standardize" (then call ``model.norm.fit(train_features)``).
+        mapper_layers: Of the transformer mapper.
+        mapper_heads: Of the transformer mapper.
+        only_mapper: Freeze the language model.
+        seed: Of the mapper's weights.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        InputError: For an unknown or impossible choice.
+    """
+    config = ClipCapConfig(
+        lm_config=lm.config,
+        feature_dim=feature_dim,
+        mapper=mapper,
+        prefix_length=prefix_length,
+        clip_length=clip_length,
+        feature_kind=feature_kind,
+        feature_norm=feature_norm,
+        mapper_layers=mapper_layers,
+        mapper_heads=mapper_heads,
+        only_mapper=only_mapper,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ClipCap(config, lm=lm).eval()
+
+
+def save_captioner(
+    model: ClipCap,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    meta: dict[str, Any],
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a captioner's folder: weights, configuration, tokenizer, generation settings, mmkit.json.
+
+    Args:
+        model: The captioner.
+        tokenizer: The language model's.
+        folder: Made if missing.
+        meta: For mmkit.json, beside ``"kind": "captioner"``: encoder path and fingerprint, and so on.
+        state_dict: Weights gathered by an engine; the model's own if None.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, state_dict=state_dict)
+    model.lm.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_meta(folder, "captioner", meta)
+
+
+def load_captioner(folder: str | Path) -> tuple[ClipCap, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Open a captioner's folder.
+
+    Returns:
+        Model (in eval mode), tokenizer, and the content of mmkit.json.
+
+    Raises:
+        InputError: When the folder is no captioner's.
+    """
+    meta = read_meta(folder, "captioner")
+    model = ClipCap.from_pretrained(folder)
+    # Loading makes new parameters, so freezing is done again.
+    model.set_only_mapper(model.config.only_mapper)
+    model.lm.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, load_tokenizer(folder), meta

@@ -1,0 +1,196 @@
+"""Models ready for inference: a tagger, a captioner, an MLLM, each with ``predict(images, ...)``.
+
+Pictures go through the same decoding and fitting as in training, so a score does not depend on which resize an image processor
+of another library happens to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmkit.data.conversations import encode_prompt
+from mmkit.data.images import Fit, fit_square
+from mmkit.encoders.save import load_encoder, load_tagger
+from mmkit.errors import InputError
+from mmkit.files import read_json
+from mmkit.models.clipcap import load_captioner
+from mmkit.models.llava import load_mllm
+from mmkit.run import resolve_parent
+
+
+class Predictor(Protocol):
+    """What evaluation needs of a model."""
+
+    kind: str
+
+    def predict(
+        self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 32, num_beams: int = 1
+    ) -> list[str]:
+        """One text a picture."""
+        ...
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Tagger:
+    """An encoder with its label head: the most likely caption tokens of a picture."""
+
+    kind = "encoder"
+
+    def __init__(self, folder: str, device: torch.device) -> None:
+        if (Path(folder) / "head.safetensors").is_file():
+            self.encoder, self.head, self.labels = load_tagger(folder)
+            self.head.to(device)
+        else:
+            self.encoder = load_encoder(folder)
+            self.head = None  # type: ignore[assignment]
+        self.encoder.to(device)
+        self.device, self.folder = device, folder
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pooled features float ``[B, D]``."""
+        pixels: Tensor = _pixels(images, self.encoder.image_size, "squash").to(self.device)
+        found: Tensor = self.encoder(pixels)
+        return found
+
+    def predict(
+        self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 10, num_beams: int = 1
+    ) -> list[str]:
+        """The ``max_new_tokens`` most likely tags of each picture, best first, with their probability.
+
+        Raises:
+            InputError: The encoder has no label head.
+        """
+        if self.head is None:
+            raise InputError("this encoder has no label head, so it gives no tags", where=self.folder, mend="use mmkit.load")
+        with torch.inference_mode():
+            found = self.head.top_tags(self.features(images), self.labels, max_new_tokens)
+        return [", ".join(f"{tag} {p:.3f}" for tag, p in row) for row in found]
+
+
+class Captioner:
+    """A ClipCap model with its encoder."""
+
+    kind = "captioner"
+
+    def __init__(self, folder: str, device: torch.device) -> None:
+        self.model, self.tokenizer, self.meta = load_captioner(folder)
+        self.encoder = load_encoder(Path(folder) / "encoder").to(device)
+        self.model.to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 67, num_beams: int = 1
+    ) -> list[str]:
+        """A caption for each picture; prompts have no effect and are refused.
+
+        Raises:
+            InputError: A prompt was given.
+        """
+        if prompts is not None and any(prompts):
+            raise InputError("a captioner takes no prompt", mend="leave it out, or use an MLLM")
+        pixels = _pixels(images, self.encoder.image_size, "squash").to(self.device)
+        kind = self.model.config.feature_kind
+        features = self.encoder.tokens(pixels) if kind == "tokens" else self.encoder(pixels)
+        ids = self.model.generate(features, max_new_tokens=max_new_tokens, num_beams=num_beams)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+class Mllm:
+    """A LLaVA-style model; batched, left-padded generation with a KV cache."""
+
+    kind = "mllm"
+
+    def __init__(self, folder: str, device: torch.device) -> None:
+        self.model, self.processor, self.meta = load_mllm(folder)
+        self.model.to(device).eval()
+        self.tokenizer = self.processor.tokenizer
+        self.device = device
+        self._mean = torch.tensor(self.meta["mean"], device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(self.meta["std"], device=device).view(1, 3, 1, 1)
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 32, num_beams: int = 1
+    ) -> list[str]:
+        """An answer for each (picture, prompt), greedy or by beam search.
+
+        Args:
+            images: RGB pictures.
+            prompts: One question a picture; None asks for a description.
+            max_new_tokens: Length limit of the answer.
+            num_beams: Beams; 1 is greedy.
+        """
+        prompts = list(prompts) if prompts is not None else ["Describe the picture."] * len(images)
+        rows = [
+            encode_prompt(
+                prompt,
+                self.tokenizer,
+                self.meta["template"],
+                with_image=True,
+                num_image_tokens=self.meta["num_image_tokens"],
+                image_token_id=self.model.config.image_token_id,
+            )
+            for prompt in prompts
+        ]
+        # Left padding: the last prompt token of every row is the last position, where generation starts.
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = 1
+        pixels = _pixels(images, self.meta["image_size"], self.meta["image_fit"]).to(self.device)
+        values = (pixels.float() / 255.0 - self._mean) / self._std
+        out = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            pixel_values=values.to(self.model.dtype),
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+        return [t.strip() for t in self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+
+
+def load_model(name: str, device: torch.device | None = None) -> Any:
+    """Open a run or model folder as a :class:`Tagger`, :class:`Captioner` or :class:`Mllm`.
+
+    Raises:
+        InputError: Nothing there, an unfinished run, or a folder of another kind.
+    """
+    parent = resolve_parent("model", name)
+    device = device or default_device()
+    if parent.folder is None:
+        return Tagger(name, device)
+    note = parent.folder / "mmkit.json"
+    kind = read_json(note).get("kind") if note.is_file() else _foreign_kind(read_json(parent.folder / "config.json"))
+    openers = {"encoder": Tagger, "captioner": Captioner, "mllm": Mllm}
+    if kind not in openers:
+        raise InputError(f"a model of kind {kind!r} cannot be opened", where=parent.folder, mend=f"known: {', '.join(openers)}")
+    return openers[kind](str(parent.folder), device)
+
+
+def _foreign_kind(config: dict[str, Any]) -> str:
+    """The kind of a folder that mmkit did not write: timm encoders can be opened."""
+    return "encoder" if "architecture" in config else str(config.get("architectures", ["unknown"])[0])
+
+
+def _pixels(images: Sequence[Image.Image], size: int, fit: Fit) -> Tensor:
+    """uint8 ``[B, 3, size, size]``."""
+    return torch.from_numpy(np.stack([fit_square(image.convert("RGB"), size, fit=fit) for image in images]))

@@ -1,0 +1,89 @@
+"""Find the shipped recipes: in a checkout the stage folders themselves, in an installed wheel the package data."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from pathlib import Path
+
+from mmkit.errors import InputError
+
+_PACKAGE = Path(__file__).parent
+_CHECKOUT = {
+    "encoders": _PACKAGE.parent / "encoders" / "recipes",
+    "training": _PACKAGE.parent / "training" / "recipes",
+    "eval": _PACKAGE.parent / "eval" / "recipes",
+    "deepspeed": _PACKAGE.parent / "training" / "deepspeed",
+}
+_WHEEL = {name: _PACKAGE / "_recipes" / name for name in _CHECKOUT}
+
+
+def recipe_folders() -> dict[str, Path]:
+    """The folder of each kind of recipe (``encoders``, ``training``, ``eval``, ``deepspeed``)."""
+    # The wheel's copy wins: in site-packages a foreign `encoders/recipes` could lie beside the package.
+    return _WHEEL if _WHEEL["encoders"].is_dir() else _CHECKOUT
+
+
+def list_recipes() -> dict[str, Path]:
+    """Shipped recipes by name (``superclass-vit-b16``), in order of stage and name."""
+    folders = recipe_folders()
+    return {p.stem: p for kind in ("encoders", "training", "eval") for p in sorted(folders[kind].glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path or by shipped name.
+
+    Raises:
+        InputError: No such file and no such name; names the nearest.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = list_recipes()
+    if name in shipped:
+        return shipped[name]
+    near = difflib.get_close_matches(path.stem, shipped, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(
+        f"no recipe {name!r}", mend=f"{hint}`mmkit ls` lists the shipped ones; a path to a YAML file works too"
+    )
+
+
+def find_deepspeed(name: str) -> Path:
+    """A DeepSpeed JSON by path or by shipped name (``zero2``).
+
+    Raises:
+        InputError: Neither exists.
+    """
+    path = Path(name)
+    shipped = recipe_folders()["deepspeed"] / f"{name}.json"
+    for candidate in (path, shipped):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.json")))
+    raise InputError(
+        f"no DeepSpeed settings {name!r}", where="train.deepspeed", mend=f"use a JSON file or one of: {known}"
+    )
+
+
+def describe(path: Path) -> str:
+    """The first comment line of a recipe: what it is."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and line.strip("# "):
+            return line.strip("# ")
+    return ""
+
+
+def copy_recipe(name: str, destination: Path) -> Path:
+    """Copy a shipped recipe to a file or into a folder, to be edited.
+
+    Raises:
+        InputError: Unknown recipe, or the target exists.
+    """
+    source = find_recipe(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists():
+        raise InputError("file exists", where=target, mend="choose another name or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target

@@ -1,0 +1,269 @@
+"""Run directory: recipe, manifest, metrics, left-out samples, lineage (DESIGN section 5).
+
+The same command on the same directory returns at once when the run is done, goes on when it was interrupted, and is refused
+with a diff when the recipe or a parent changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import mmkit
+from mmkit.config import Recipe, dump_recipe
+from mmkit.data.skipped import LeftOut
+from mmkit.errors import InputError
+from mmkit.files import hash_folder, read_json, write_json, write_text
+
+State = Literal["new", "continue", "done"]
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "timm",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "open_clip_torch",
+    "numpy",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+    """What a run was made from.
+
+    Attributes:
+        role: ``encoder``, ``model`` or ``llm``.
+        path: Run directory, model folder or hub name, as the recipe gave it.
+        fingerprint: Hash of its weights and settings, or the name itself for a hub model.
+        folder: Where the files lie; None for a hub name.
+    """
+
+    role: str
+    path: str
+    fingerprint: str
+    folder: Path | None = None
+
+
+def resolve_parent(role: str, name: str) -> Parent:
+    """A run, a model folder, or a name such as ``timm:vit_base_patch16_224``.
+
+    Raises:
+        InputError: The run is not finished, or nothing is there.
+    """
+    path = Path(name)
+    if (path / "manifest.json").is_file():
+        manifest = read_json(path / "manifest.json")
+        if manifest.get("status") != "done":
+            raise InputError(
+                f"this {role} run is not finished (status {manifest.get('status')!r})",
+                where=path,
+                mend="run its command again, it goes on from the last checkpoint",
+            )
+        return Parent(role, name, manifest["product"], path / "model")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"no {role} here: config.json is missing", where=path, mend="give a run or a model folder")
+        return Parent(role, name, hash_folder(path), path)
+    if ":" in name or role == "llm":
+        return Parent(role, name, name)
+    raise InputError(f"no such {role}", where=name, mend="give a finished run, a model folder, or timm:NAME")
+
+
+class Run:
+    """One run directory. Only the main process writes; the others hold a Run with ``write=False``."""
+
+    def __init__(self, path: Path, *, write: bool = True) -> None:
+        self.path = path
+        self.write = write
+        self._started = time.monotonic()
+        self._seconds_before = 0.0
+        self._skipped: set[tuple[str, str]] = set()
+        self.manifest: dict[str, Any] = {}
+
+    @property
+    def model(self) -> Path:
+        """Where the product lies."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def state(self, recipe: Recipe, parents: list[Parent], *, restart: bool = False) -> State:
+        """Whether to start, to go on, or to return at once. Reads only.
+
+        Raises:
+            InputError: The folder holds another recipe, other parents, or no run at all.
+        """
+        if restart or not self.path.exists() or not any(self.path.iterdir()):
+            return "new"
+        if not (self.path / "recipe.yaml").is_file():
+            raise InputError("folder is not empty and no run", where=self.path, mend="choose another run=DIR")
+        before = (self.path / "recipe.yaml").read_text(encoding="utf-8")
+        now = dump_recipe(recipe)
+        if before != now:
+            lines = difflib.unified_diff(before.splitlines(), now.splitlines(), lineterm="", n=0)
+            diff = ", ".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("---", "+++"))
+            raise InputError(
+                f"this run was made with another recipe ({diff})",
+                where=self.path,
+                mend="use another run=DIR, or --restart",
+            )
+        if not (self.path / "manifest.json").is_file():
+            return "new"
+        manifest = read_json(self.path / "manifest.json")
+        for old, new in zip(manifest["parents"], parents, strict=True):
+            if old["fingerprint"] != new.fingerprint:
+                raise InputError(
+                    f"its {new.role} {new.path} has changed since ({old['fingerprint'][:8]} -> {new.fingerprint[:8]})",
+                    where=self.path,
+                    mend="use another run=DIR, or --restart",
+                )
+        return "done" if manifest["status"] == "done" else "continue"
+
+    def start(self, recipe: Recipe, parents: list[Parent], *, state: State, data_fingerprint: str, kind: str) -> None:
+        """Make the folder (emptied when new), write recipe and manifest, load what an earlier start logged."""
+        if not self.write:
+            return
+        if state == "new" and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if state == "continue":
+            self._seconds_before = read_json(self.path / "manifest.json").get("seconds", 0.0)
+            for row in read_jsonl(self.path / "skipped.jsonl"):
+                self._skipped.add((row["source"], row["key"]))
+        write_text(self.path / "recipe.yaml", dump_recipe(recipe))
+        self.manifest = {
+            "status": "running",
+            "kind": kind,
+            "stage": recipe.stage,
+            "system": recipe.system,
+            "mmkit": mmkit.__version__,
+            "git": git_commit(),
+            "packages": package_versions(),
+            "hardware": hardware(),
+            "parents": [{"role": p.role, "path": p.path, "fingerprint": p.fingerprint} for p in parents],
+            "data": {"fingerprint": data_fingerprint},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": self._seconds_before,
+            "skipped": len(self._skipped),
+        }
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def note(self, **fields: Any) -> None:
+        """Add fields to the manifest (parameter counts, world size, ...)."""
+        self.manifest.update(fields)
+        self._write_manifest()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl; floats are written with six significant digits."""
+        if self.write:
+            short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+            append_jsonl(self.path / "metrics.jsonl", [short])
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget rows past the checkpoint that the run goes on from, so that no step is logged twice."""
+        path = self.path / "metrics.jsonl"
+        if self.write and path.exists():
+            kept = [row for row in read_jsonl(path) if row["step"] <= step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def skip(self, samples: list[LeftOut]) -> None:
+        """List samples that were left out, each once."""
+        new = [s for s in dict.fromkeys(samples) if (s.source, s.key) not in self._skipped]
+        self._skipped.update((s.source, s.key) for s in new)
+        if self.write and new:
+            append_jsonl(self.path / "skipped.jsonl", [dataclasses.asdict(s) for s in new])
+
+    @property
+    def skipped(self) -> int:
+        """How many different samples were left out."""
+        return len(self._skipped)
+
+    def finish(self, status: Literal["done", "stopped"], **fields: Any) -> None:
+        """Write the final manifest; a done training run carries the fingerprint of its product."""
+        if not self.write:
+            return
+        if status == "done":
+            fields["product"] = hash_folder(self.model) if self.model.is_dir() else ""
+        self.manifest.update(fields, status=status)
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        if self.write:
+            self.manifest["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 1)
+            self.manifest["skipped"] = self.skipped
+            write_json(self.path / "manifest.json", self.manifest)
+
+
+def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a JSON-lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file that mmkit wrote; an absent file has none, a last line cut by a kill is dropped."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # Only text before the final newline is whole: a killed writer leaves its last line without one.
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that can change a number."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the checkout that mmkit runs from, with ``+`` when it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return (commit + ("+" if git("status", "--porcelain", "-uno") else "")) or None
+
+
+@functools.cache
+def hardware() -> dict[str, Any]:
+    """Processor, cores and GPUs of this machine."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": gpus,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }

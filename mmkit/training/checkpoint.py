@@ -1,0 +1,63 @@
+"""Checkpoints that are complete or absent.
+
+A checkpoint is written into a hidden folder beside, flushed, and renamed; so a folder with the right name is whole. Random
+numbers are not part of it: the loop seeds them from (seed, step, rank), so they are a function of the step, like the data order.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from mmkit.distributed.engine import Engine
+from mmkit.files import read_json, sync_folder, write_json
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def save_checkpoint(engine: Engine, folder: Path, step: int, *, keep: int) -> None:
+    """Write ``folder/step-XXXXXXXX`` (a collective call) and remove all but the newest ``keep``.
+
+    Args:
+        engine: Holds weights and optimizer.
+        folder: The run's ``checkpoints``.
+        step: Updates done so far.
+        keep: How many to keep.
+    """
+    target = folder / f"step-{step:08d}"
+    temporary = folder / f".step-{step:08d}"
+    if engine.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    engine.barrier()
+    engine.save(temporary)
+    engine.barrier()
+    if engine.is_main:
+        write_json(temporary / "state.json", {"step": step, "world_size": engine.world_size})
+        sync_folder(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.replace(target)
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    engine.barrier()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / "state.json").is_file())
+
+
+def load_newest(engine: Engine, folder: Path) -> int:
+    """Load the newest complete checkpoint.
+
+    Returns:
+        Updates done so far; 0 when there is no checkpoint.
+    """
+    found = list_checkpoints(folder)
+    if not found:
+        return 0
+    engine.load(found[-1])
+    return int(read_json(found[-1] / "state.json")["step"])

@@ -1,0 +1,70 @@
+"""AdamW groups and the learning-rate schedule, a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, lr_of: dict[str, float] | None = None
+) -> list[dict[str, object]]:
+    """Trainable parameters in groups by weight decay and learning rate.
+
+    Vectors and scalars (biases, norms) are not decayed (open_clip main.py; superclass.md section 2).
+
+    Args:
+        named: ``(name, parameter)``; frozen ones are left out.
+        lr: Base learning rate.
+        weight_decay: Of matrices and tables.
+        lr_of: Other learning rates by name prefix.
+
+    Returns:
+        Groups for ``torch.optim.AdamW``, each with its ``base_lr``.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        rate = next((v for prefix, v in (lr_of or {}).items() if name.startswith(prefix)), lr)
+        decay = weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": p, "lr": rate, "base_lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+
+def make_optimizer(
+    groups: list[dict[str, object]], *, betas: tuple[float, float], eps: float, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW, fused where the device has it (one kernel instead of one a tensor; on the CPU too)."""
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=device.type in ("cuda", "cpu"))
+
+
+def lr_scale(step: int, *, total: int, schedule: str, warmup_steps: int, min_ratio: float = 0.0) -> float:
+    """Factor on every base learning rate at update ``step`` (0-based).
+
+    Args:
+        step: Updates done so far.
+        total: Updates of the whole run.
+        schedule: ``cosine`` (half a period to ``min_ratio``), ``linear`` or ``constant``, after warm-up.
+        warmup_steps: Linear warm-up from ``1 / warmup_steps``.
+        min_ratio: Factor at the end.
+
+    Returns:
+        A factor in ``[0, 1]``.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
+    if schedule == "cosine":
+        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "linear":
+        return min_ratio + (1 - min_ratio) * (1 - progress)
+    return 1.0
+
+
+def warmup_steps(warmup: float, total: int) -> int:
+    """Steps of warm-up: a share of the run when below 1."""
+    return math.ceil(warmup * total) if warmup < 1 else int(warmup)

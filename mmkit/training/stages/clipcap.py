@@ -1,0 +1,232 @@
+"""ClipCap: features of a frozen encoder, a mapper, a language model that writes the caption (clipcap.md)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mmkit.config import ClipcapRecipe
+from mmkit.data.images import ImageRef, decode_image, fit_square
+from mmkit.data.pairs import Pair, PairSource, open_pairs
+from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.distributed.engine import Engine
+from mmkit.encoders.features import FeatureCache, extract_features
+from mmkit.encoders.save import load_encoder, save_encoder
+from mmkit.encoders.vit import VisionEncoder
+from mmkit.files import hash_text, new_folder
+from mmkit.models.clipcap import ClipCap, save_captioner
+from mmkit.models.clipcap import build_clipcap as build_captioner
+from mmkit.models.llm import build_llm, load_tokenizer
+from mmkit.run import resolve_parent
+from mmkit.training.objective import Batch, Objective, Stage
+
+logger = logging.getLogger(__name__)
+EXTRACT_BATCH = 64
+
+
+class CaptionedFeatures(NamedTuple):
+    """Features ``[D]`` or ``[N, D]`` of a picture and the token ids of one caption, end token included."""
+
+    features: Tensor
+    ids: list[int]
+    key: str
+
+
+class FeatureSamples:
+    """Captions with the features of their picture, extracted once a picture."""
+
+    def __init__(self, pairs: list[Pair], ids: list[list[int]], features: Tensor, row: dict[ImageRef, int]) -> None:
+        self.pairs, self.ids, self.features, self.row = pairs, ids, features, row
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def describe(self, index: int) -> tuple[str, str]:
+        """Source and key of a pair."""
+        return self.pairs[index].source, self.pairs[index].key
+
+    def load(self, index: int, rng: np.random.Generator) -> CaptionedFeatures:
+        """Features and ids of one pair."""
+        pair = self.pairs[index]
+        return CaptionedFeatures(self.features[self.row[pair.image]], self.ids[index], pair.key)
+
+
+def collate_captions(samples: list[CaptionedFeatures]) -> Batch:
+    """``features`` ``[B, ...]``, right-padded ``input_ids``, ``attention_mask`` and ``labels`` i64 ``[B, T]``.
+
+    The mask comes from the true length, so no token id (GPT-2's 0 is "!") is ever taken for padding.
+    """
+    longest = max(len(s.ids) for s in samples)
+    ids = torch.zeros(len(samples), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, sample in enumerate(samples):
+        ids[i, : len(sample.ids)] = torch.tensor(sample.ids)
+        mask[i, : len(sample.ids)] = 1
+    return {
+        "features": torch.stack([s.features for s in samples]),
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, -100),
+        "keys": [s.key for s in samples],
+    }
+
+
+class ClipcapObjective(Objective):
+    """Cross-entropy of the caption given the prefix."""
+
+    def __init__(self, model: ClipCap) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss sum over caption tokens, fp32 scalar."""
+        output = self.model(
+            features=batch["features"],
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=batch["labels"],
+        )
+        loss_sum: Tensor = output.loss_sum
+        return loss_sum
+
+    def count(self, batch: Batch) -> int:
+        """Supervised tokens."""
+        return int((batch["labels"] != -100).sum())
+
+
+def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
+    """Encoder features, mapper and language model.
+
+    Raises:
+        InputError: As the parts raise it.
+    """
+    encoder_parent = resolve_parent("encoder", recipe.encoder)
+    encoder = load_encoder(encoder_parent.folder or recipe.encoder)
+    tokenizer = load_tokenizer(recipe.llm.tokenizer or recipe.llm.name or "")
+    llm = build_llm(
+        recipe.llm.name, config=recipe.llm.config, pretrained=recipe.llm.name is not None, seed=recipe.seed, tokenizer=tokenizer
+    )
+    parents = [encoder_parent] + ([resolve_parent("llm", recipe.llm.name)] if recipe.llm.name else [])
+    cache = FeatureCache(Path(recipe.run).parent / ".features")
+
+    def samples_of(source: PairSource, limit: int | None) -> tuple[FeatureSamples, list[LeftOut]]:
+        pairs = source.pairs[:limit]
+        key = f"{encoder_parent.fingerprint} {source.fingerprint} {limit} {recipe.mapper.feature_kind}"
+        work = FeatureWork(encoder, pairs, kind=recipe.mapper.feature_kind, max_pixels=recipe.data.max_pixels)
+        features = engine.main_first(lambda: cache.get(hash_text(key), lambda: work.extract(engine.device)))
+        usable, left_out = work.usable(features)
+        ids = [encode_caption(t, tokenizer.eos_token_id, recipe.max_length) for t in _token_ids(tokenizer, usable)]
+        return FeatureSamples(usable, ids, features, work.row), left_out
+
+    source = open_pairs(recipe.data.train, kind=recipe.data.type, image_root=recipe.data.image_root)
+    samples, left_out = samples_of(source, recipe.data.limit)
+    validation = None
+    if recipe.data.val:
+        validation, _ = samples_of(open_pairs(recipe.data.val, image_root=recipe.data.val_image_root), None)
+    model = _make_model(recipe, encoder, llm, samples.features)
+
+    def save_product(folder: Path) -> None:
+        meta = {"encoder": {"path": recipe.encoder, "fingerprint": encoder_parent.fingerprint}, "max_length": recipe.max_length}
+        with new_folder(folder) as new:
+            save_captioner(model, tokenizer, new, meta=meta)
+            # The encoder goes along: a captioner without its eyes cannot be handed on.
+            save_encoder(encoder, new / "encoder")
+
+    return Stage(
+        objective=ClipcapObjective(model),
+        samples=samples,
+        collate=collate_captions,
+        save_product=save_product,
+        parents=parents,
+        data_fingerprint=source.fingerprint,
+        left_out=source.left_out + left_out,
+        validation=validation,
+    )
+
+
+def _make_model(recipe: ClipcapRecipe, encoder: VisionEncoder, llm: PreTrainedModel, features: Tensor) -> ClipCap:
+    """Mapper and language model from the recipe, feature statistics filled in where it asks for them."""
+    mapper = recipe.mapper
+    model = build_captioner(
+        llm,
+        feature_dim=encoder.width,
+        mapper=mapper.kind,
+        prefix_length=mapper.prefix_length,
+        clip_length=mapper.clip_length,
+        feature_kind=mapper.feature_kind,
+        feature_norm=mapper.feature_norm,
+        mapper_layers=mapper.num_layers,
+        mapper_heads=mapper.num_heads,
+        only_mapper=not recipe.tune_llm,
+        seed=recipe.seed + 1,
+    )
+    if mapper.feature_norm == "standardize":
+        model.norm.fit(features[~features.flatten(1).isnan().any(1)])
+    return model
+
+
+def encode_caption(ids: list[int], end: int, max_length: int) -> list[int]:
+    """Caption ids cut to ``max_length``, the end token always last (so that the model learns to stop)."""
+    return [*ids[: max_length - 1], end]
+
+
+def _token_ids(tokenizer: object, pairs: list[Pair]) -> list[list[int]]:
+    """Token ids of all captions, without special tokens."""
+    encoded = tokenizer([p.caption for p in pairs], add_special_tokens=False)  # type: ignore[operator]
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+class FeatureWork:
+    """Extracts the features of each different picture once; an unreadable picture gets NaN, and its pairs are left out."""
+
+    def __init__(self, encoder: VisionEncoder, pairs: list[Pair], *, kind: str, max_pixels: int) -> None:
+        self.encoder, self.pairs, self.kind, self.max_pixels = encoder, pairs, kind, max_pixels
+        self.row = {ref: i for i, ref in enumerate(dict.fromkeys(p.image for p in pairs))}
+
+    def extract(self, device: torch.device) -> Tensor:
+        """Features ``[pictures, D]`` or ``[pictures, N, D]``, NaN where the picture cannot be read."""
+        logger.info("extracting features of %d pictures", len(self.row))
+        bad: list[int] = []
+        kind = "tokens" if self.kind == "tokens" else "pooled"
+        features = extract_features(self.encoder, self._batches(bad), device=device, kind=kind)  # type: ignore[arg-type]
+        features[bad] = float("nan")
+        return features
+
+    def _batches(self, bad: list[int]) -> Iterator[Tensor]:
+        """Pixels in batches; unreadable ones are black and noted in ``bad``."""
+        size = self.encoder.image_size
+        batch: list[Tensor] = []
+        for i, ref in enumerate(self.row):
+            try:
+                pixels = fit_square(decode_image(ref.read(), max_pixels=self.max_pixels), size, fit="squash")
+                batch.append(torch.from_numpy(pixels))
+            except SampleError:
+                bad.append(i)
+                batch.append(torch.zeros(3, size, size, dtype=torch.uint8))
+            if len(batch) == EXTRACT_BATCH:
+                yield torch.stack(batch)
+                batch = []
+        if batch:
+            yield torch.stack(batch)
+
+    def usable(self, features: Tensor) -> tuple[list[Pair], list[LeftOut]]:
+        """Pairs whose picture could be read, and the others with their reason (found again by reading the picture)."""
+        good = ~features.flatten(1).isnan().any(1)
+        left_out = []
+        for pair in self.pairs:
+            if not good[self.row[pair.image]]:
+                try:
+                    decode_image(pair.image.read(), max_pixels=self.max_pixels)
+                    reason = "the picture could not be read when its features were extracted"
+                except SampleError as error:
+                    reason = str(error)
+                left_out.append(LeftOut(pair.source, pair.key, reason))
+        return [p for p in self.pairs if good[self.row[p.image]]], left_out

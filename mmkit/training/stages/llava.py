@@ -1,0 +1,220 @@
+"""LLaVA: align a projector, then tune it with the language model (or its LoRA) on conversations (llava.md 1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from mmkit.config import DataConfig, LlavaRecipe
+from mmkit.data.conversations import ConversationError, EncodedConversation, encode_conversation
+from mmkit.data.images import Fit, ImageRef, Pixels, decode_image, fit_square
+from mmkit.data.llava_json import LlavaItem, read_llava
+from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.distributed.engine import Engine
+from mmkit.encoders.save import load_encoder
+from mmkit.encoders.siglip import to_siglip
+from mmkit.files import hash_file, new_folder
+from mmkit.models.adapters import freeze_for, merge_lora, set_train_mode
+from mmkit.models.llava import build_llava, build_processor, llava_loss_sum, load_mllm, save_mllm
+from mmkit.models.llm import build_llm, load_tokenizer
+from mmkit.run import Parent, resolve_parent
+from mmkit.training.loop import check_skipped
+from mmkit.training.objective import Batch, Objective, Stage
+
+
+class Turned(NamedTuple):
+    """A picture (uint8 ``[3, S, S]`` or None) and its encoded conversation."""
+
+    pixels: Pixels | None
+    encoded: EncodedConversation
+    key: str
+
+
+class ConversationSamples:
+    """Conversations with their picture; text is encoded when it is asked for, by the loader's workers."""
+
+    def __init__(self, items: list[LlavaItem], source: str, *, encode: Any, size: int, fit: Fit, max_pixels: int) -> None:
+        self.items, self.source, self.encode = items, source, encode
+        self.size, self.fit, self.max_pixels = size, fit, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def describe(self, index: int) -> tuple[str, str]:
+        """Source file and id of a conversation."""
+        return self.source, self.items[index].id
+
+    def load(self, index: int, rng: np.random.Generator) -> Turned:
+        """Picture and token ids of one conversation."""
+        item = self.items[index]
+        try:
+            encoded = self.encode(item)
+        except ConversationError as error:
+            raise SampleError(error.reason) from None
+        if item.image is None:
+            return Turned(None, encoded, item.id)
+        image = decode_image(ImageRef(str(item.image)).read(), max_pixels=self.max_pixels)
+        return Turned(fit_square(image, self.size, fit=self.fit), encoded, item.id)
+
+
+def collate_conversations(samples: list[Turned], *, pad: int) -> Batch:
+    """Right-padded ``input_ids``, ``attention_mask``, ``labels`` i64 ``[B, T]``, and ``pixels`` uint8 ``[P, 3, S, S]``.
+
+    The P pictures are those of the rows that have one, in order; None when no row has. The mask comes from lengths: a pad or unk
+    id inside a text is a token like any other.
+    """
+    longest = max(len(s.encoded.input_ids) for s in samples)
+    ids = torch.full((len(samples), longest), pad, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    mask = torch.zeros_like(ids)
+    for i, sample in enumerate(samples):
+        length = len(sample.encoded.input_ids)
+        ids[i, :length] = torch.tensor(sample.encoded.input_ids)
+        labels[i, :length] = torch.tensor(sample.encoded.labels)
+        mask[i, :length] = 1
+    pictures = [torch.from_numpy(s.pixels) for s in samples if s.pixels is not None]
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "pixels": torch.stack(pictures) if pictures else None,
+        "keys": [s.key for s in samples],
+    }
+
+
+class LlavaObjective(Objective):
+    """Cross-entropy of the assistant's tokens."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> LlavaObjective:
+        """Training mode for what is trained only: a frozen tower or language model keeps its dropout off."""
+        super().train(mode)
+        set_train_mode(self.model, mode)
+        return self
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss sum over supervised tokens, fp32 scalar."""
+        pixels = batch["pixels"]
+        if pixels is not None:
+            # uint8 travels to the device, normalised there.
+            pixels = (pixels.float() / 255.0 - self.pixel_mean) / self.pixel_std
+        loss_sum, _ = llava_loss_sum(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"], pixels)
+        return loss_sum
+
+    def count(self, batch: Batch) -> int:
+        """Supervised tokens; the first position predicts nothing."""
+        return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
+    """Model (assembled, or gone on from), conversations, and what of it is trained.
+
+    Raises:
+        InputError: As the parts raise it, or too many conversations are unusable.
+    """
+    model, processor, meta, parents = _open_model(recipe)
+    lora = recipe.lora.model_dump(exclude={"projector_lr"}) if recipe.tune == "lora" else None
+    model = freeze_for(model, recipe.tune, lora=lora, seed=recipe.seed)
+    if recipe.grad_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    tokenizer = processor.tokenizer
+
+    def encode(item: LlavaItem) -> EncodedConversation:
+        return encode_conversation(
+            item.turns,
+            tokenizer,
+            recipe.template,
+            num_image_tokens=meta["num_image_tokens"] if item.image else 0,
+            image_token_id=model.config.image_token_id,
+            max_length=recipe.max_length,
+        )
+
+    def samples_of(path: str, root: str | None, data: DataConfig, limit: int | None) -> tuple[ConversationSamples, list[LeftOut]]:
+        items, left_out = read_llava(Path(path), image_root=Path(root) if root else Path(path).parent)
+        check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(path, left_out))
+        fit, size = meta["image_fit"], meta["image_size"]
+        samples = ConversationSamples(items[:limit], path, encode=encode, size=size, fit=fit, max_pixels=data.max_pixels)
+        return samples, left_out
+
+    samples, left_out = samples_of(recipe.data.train, recipe.data.image_root, recipe.data, recipe.data.limit)
+    validation = None
+    if recipe.data.val:
+        validation, _ = samples_of(recipe.data.val, recipe.data.val_image_root, recipe.data, None)
+
+    def save_product(folder: Path) -> None:
+        with new_folder(folder) as new:
+            save_mllm(merge_lora(model), processor, new, meta=meta)
+
+    projector_lr = recipe.lora.projector_lr if recipe.tune == "lora" else None
+    return Stage(
+        objective=LlavaObjective(model, mean=meta["mean"], std=meta["std"]),
+        samples=samples,
+        collate=lambda batch: collate_conversations(batch, pad=tokenizer.pad_token_id),
+        save_product=save_product,
+        parents=parents,
+        data_fingerprint=hash_file(Path(recipe.data.train)),
+        left_out=left_out,
+        validation=validation,
+        lr_of={"model.model.multi_modal_projector": projector_lr} if projector_lr else {},
+    )
+
+
+def _reasons(path: str, left_out: list[LeftOut]) -> str:
+    """The file, and the first reasons in it: the run directory does not exist yet."""
+    shown = "; ".join(f"{s.key}: {s.reason}" for s in left_out[:3])
+    return f"{path} ({shown})" if shown else path
+
+
+def _open_model(recipe: LlavaRecipe) -> tuple[Any, Any, dict[str, Any], list[Parent]]:
+    """Model, processor, meta and parents: loaded from another run, or assembled from an encoder and an LLM."""
+    if recipe.model is not None:
+        parent = resolve_parent("model", recipe.model)
+        model, processor, meta = load_mllm(parent.folder or Path(recipe.model))
+        meta = {**meta, "template": recipe.template, "image_fit": recipe.image_fit}
+        processor = build_processor(
+            processor.tokenizer,
+            image_size=meta["image_size"],
+            patch_size=meta["patch_size"],
+            mean=meta["mean"],
+            std=meta["std"],
+            template=recipe.template,
+        )
+        return model, processor, meta, [parent]
+    assert recipe.encoder is not None and recipe.llm is not None
+    parent = resolve_parent("encoder", recipe.encoder)
+    encoder = load_encoder(parent.folder or recipe.encoder)
+    patch = encoder.backbone.patch_embed.patch_size[0]
+    tokenizer = load_tokenizer(recipe.llm.tokenizer or recipe.llm.name or "")
+    llm = build_llm(
+        recipe.llm.name, config=recipe.llm.config, pretrained=recipe.llm.name is not None, seed=recipe.seed, tokenizer=tokenizer
+    )
+    model = build_llava(
+        to_siglip(encoder), llm, tokenizer, feature_layer=recipe.feature_layer, projector=recipe.projector, seed=recipe.seed
+    )
+    processor = build_processor(
+        tokenizer, image_size=encoder.image_size, patch_size=patch, mean=encoder.mean, std=encoder.std, template=recipe.template
+    )
+    meta = {
+        "template": recipe.template,
+        "image_fit": recipe.image_fit,
+        "image_size": encoder.image_size,
+        "patch_size": patch,
+        "num_image_tokens": encoder.num_tokens,
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "encoder": {"path": recipe.encoder, "fingerprint": parent.fingerprint},
+        "llm": {"name": recipe.llm.name},
+    }
+    parents = [parent] + ([resolve_parent("llm", recipe.llm.name)] if recipe.llm.name else [])
+    return model, processor, meta, parents

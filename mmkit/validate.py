@@ -1,0 +1,52 @@
+"""Check what a recipe names before GPUs are spent: architecture, labels, DeepSpeed settings, generation prompts."""
+
+from __future__ import annotations
+
+from mmkit.config import EvalRecipe, Recipe, SuperclassRecipe, TrainConfig
+from mmkit.errors import InputError
+from mmkit.recipes import find_deepspeed
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Check the parts that need neither data nor weights.
+
+    Raises:
+        InputError: An architecture that timm does not know or that refuses its arguments, DeepSpeed settings that are missing
+            or clash with the recipe, a prompt without its question.
+    """
+    config = getattr(recipe, "train", None)
+    if isinstance(config, TrainConfig) and config.deepspeed:
+        from mmkit.distributed.settings import deepspeed_settings
+
+        path = find_deepspeed(config.deepspeed)
+        micro = config.micro_batch_size or config.batch_size
+        deepspeed_settings(
+            path,
+            micro_batch_size=micro,
+            accumulation=config.batch_size // micro,
+            clip=config.clip_grad_norm,
+            precision=config.precision,
+        )
+    if isinstance(recipe, SuperclassRecipe):
+        _check_encoder(recipe)
+    if isinstance(recipe, EvalRecipe):
+        for i, task in enumerate(recipe.tasks):
+            if task.task != "coco-caption" and "{question}" not in task.prompt:
+                raise InputError(f"prompt {task.prompt!r} has no {{question}}", where=f"tasks.{i}.prompt", mend="put it in")
+
+
+def _check_encoder(recipe: SuperclassRecipe) -> None:
+    """Build the encoder on the meta device: shapes without memory."""
+    import torch
+
+    from mmkit.encoders.vit import build_encoder
+
+    encoder = recipe.encoder
+    with torch.device("meta"):
+        build_encoder(
+            encoder.architecture,
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            model_args=encoder.model_args,
+            layout=encoder.layout,
+        )

@@ -1,0 +1,21 @@
+"""What all tests share: the place of the shared fixtures, and a world without a hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The `data` folder of the shared fixtures; tests that need it are skipped where it is absent."""
+    default = Path(__file__).resolve().parents[1].parent / "shared"
+    folder = Path(os.environ.get("MMKIT_SHARED", default)) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"shared fixtures not found at {folder}; set MMKIT_SHARED to the folder that holds data/")
+    return folder

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmkit.data.llava_json import read_llava
+from mmkit.errors import InputError
+
+GOOD = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+TEXT = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    (tmp_path / "images" / "sub" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "outside.jpg").write_bytes(b"x")
+    return tmp_path / "images"
+
+
+def write(root, items, name="data.json"):
+    path = root.parent / name
+    lines = name.endswith(".jsonl")
+    path.write_text("".join(json.dumps(i) + "\n" for i in items) if lines else json.dumps(items), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_lists_and_lines_give_the_same(root, name):
+    items = [{"id": 7, "image": "sub/a.jpg", "conversations": GOOD}, {"id": "t", "conversations": TEXT}]
+    got, left = read_llava(write(root, items, name), image_root=root)
+    assert not left
+    assert [(i.id, i.image, i.turns) for i in got] == [
+        ("7", root / "sub" / "a.jpg", [("<image>\nWhat?", "A dog.")]),
+        ("t", None, [("Hi.", "Hello.")]),
+    ]
+
+
+def test_the_odd_items_of_the_shared_file(shared):
+    broken = shared / "broken"
+    got, left = read_llava(broken / "llava_odd_items.json", image_root=broken)
+    # The broken picture exists; it is found out when it is decoded.
+    assert [item.id for item in got] == [
+        "good", "image_last", "image_in_second_turn", "broken_file", "role_words_in_text", "long",
+    ]  # fmt: skip
+    reasons = {row.key: row.reason for row in left}
+    expected = {
+        "two_images_one_file": "found 2",
+        "token_without_image": "no `image`",
+        "image_without_token": "found 0",
+        "token_in_answer": "in an answer",
+        "gpt_first": "human first",
+        "human_last": "no answer",
+        "human_twice": "alternate",
+        "no_turns": "no turns",
+        "unknown_role": "wizard",
+        "openai_roles": "OpenAI",
+        "empty_answer": "empty",
+        "missing_file": "not_there.jpg",
+        "good": "used before",
+    }
+    assert reasons.keys() == expected.keys()
+    for key, words in expected.items():
+        assert words in reasons[key]
+    by_id = {item.id: item for item in got}
+    assert by_id["image_last"].turns == [("<image>\nWhat is this?", "Coloured shapes.")]
+    assert by_id["image_in_second_turn"].turns[1][0] == "<image>\nWhat is this?"
+    assert len(by_id["long"].turns[0][1]) > 19_000
+    assert all(row.source.endswith("llava_odd_items.json") for row in left)
+
+
+def test_repeated_ids_can_be_kept_as_the_published_files_need(root):
+    path = write(root, [{"id": "a", "conversations": TEXT}] * 3)
+    assert [item.id for item in read_llava(path, image_root=root, unique_ids=False)[0]] == ["a", "a#2", "a#3"]
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("/etc/passwd", "absolute"),
+        ("C:\\x.jpg", "absolute"),
+        ("../outside.jpg", "climbs"),
+        ("sub/../../outside.jpg", "climbs"),
+        ("..\\outside.jpg", "climbs"),
+        ("sub", "no such picture"),
+        ("sub/b.jpg", "no such picture"),
+        ("", "no file name"),
+        (["sub/a.jpg"], "no file name"),
+        ("a\0b", "picture|looked up"),
+        ("x" * 5000, "picture|looked up"),
+    ],
+)
+def test_image_paths_stay_under_the_root(root, image, words):
+    got, left = read_llava(write(root, [{"id": "i", "image": image, "conversations": GOOD}]), image_root=root)
+    assert not got
+    assert any(word in left[0].reason for word in words.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ([], "no JSON object|not a JSON object"),
+        ({"id": "x"}, "conversations"),
+        ({"conversations": [{"from": "human", "value": 3}, TEXT[1]]}, "no text"),
+        ({"conversations": "hi"}, "no list"),
+        ({"conversations": [None]}, "lacks"),
+    ],
+)
+def test_malformed_items_are_left_out_with_their_place(root, item, words):
+    got, left = read_llava(write(root, [item, {"id": "t", "conversations": TEXT}]), image_root=root)
+    assert [i.id for i in got] == ["t"]
+    assert any(word in left[0].reason for word in words.split("|"))
+    assert left[0].key in ("item 0", "x")
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_cut_file_is_refused_with_line_and_column(root, share):
+    path = root.parent / "cut.json"
+    text = json.dumps([{"id": str(i), "conversations": TEXT} for i in range(5)], indent=1)
+    path.write_text(text[: int(len(text) * share)])
+    with pytest.raises(InputError, match=r"cut\.json:\d+:\d+: the file looks cut off"):
+        read_llava(path, image_root=root)
+
+
+def test_a_fault_inside_a_file_is_no_cut(root):
+    path = root.parent / "bad.json"
+    path.write_text('[\n {"id" 3}\n]')
+    with pytest.raises(InputError, match=r"bad\.json:2:8: not valid JSON"):
+        read_llava(path, image_root=root)
+
+
+def test_a_bad_line_is_left_out_and_a_cut_last_line_refused(root):
+    path = root.parent / "lines.jsonl"
+    good = json.dumps({"id": "t", "conversations": TEXT})
+    path.write_text(f"\ufeff{good}\n\n{{oops\n{good.replace(chr(34) + 't' + chr(34), chr(34) + 'u' + chr(34))}\r\n")
+    got, left = read_llava(path, image_root=root)
+    assert [i.id for i in got] == ["t", "u"]
+    assert [(row.key, "lines.jsonl:3" in row.reason) for row in left] == [("line 3", True)]
+    path.write_text(good + "\n" + good[:20])
+    with pytest.raises(InputError, match=r"lines\.jsonl:2:\d+: the file looks cut off"):
+        read_llava(path, image_root=root)
+
+
+def test_missing_empty_and_undecodable_files_are_refused(root):
+    with pytest.raises(InputError, match="no such file"):
+        read_llava(root / "none.json", image_root=root)
+    with pytest.raises(InputError, match="folder"):
+        read_llava(root, image_root=root)
+    (root / "e.json").write_text(" \n")
+    with pytest.raises(InputError, match="empty"):
+        read_llava(root / "e.json", image_root=root)
+    (root / "u.json").write_bytes(b'[{"id": "\xff"}]')
+    with pytest.raises(InputError, match="byte 9"):
+        read_llava(root / "u.json", image_root=root)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["human", "gpt", "<image>"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["id", "image", "conversations", "from", "value"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(JSON, max_size=5))
+def test_any_json_is_read_or_left_out_never_a_crash(tmp_path_factory, items):
+    folder = tmp_path_factory.getbasetemp()
+    path = folder / "any.json"
+    path.write_text(json.dumps(items), encoding="utf-8")
+    got, left = read_llava(path, image_root=folder)
+    assert len(got) + len(left) == len(items)
