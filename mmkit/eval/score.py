@@ -84,7 +84,9 @@ def _result(
     """Lay the score out as the design's JSON object."""
     for note in notes:
         logger.warning("%s: %s", task, note)
-    ci95 = {} if intervals is None else dict(zip(metrics, intervals.tolist(), strict=True))
+    rows = [] if intervals is None else intervals.tolist()
+    # NaN is no JSON: a metric that no resample could give has no interval.
+    ci95 = {name: row for name, row in zip(metrics, rows, strict=False) if not np.isnan(row).any()}
     return {
         "task": task,
         "metrics": dict(metrics),
@@ -133,11 +135,10 @@ def score_captions(task: str, predictions: Source, annotations: Source, question
     rouge = [rouge_l(h, r) for h, r in zip(hypotheses, grouped, strict=True)]
     columns = np.column_stack([counters, rouge, cider_d(hypotheses, grouped), np.ones(len(ids))])
     metrics = dict(zip(CAPTION_METRICS, _caption_statistics(columns.sum(axis=0, keepdims=True))[0].tolist(), strict=True))
+    # An image's BLEU is the corpus formula on one image, so the same function serves.
     rows = _caption_statistics(columns).tolist()
     per_sample = [{"id": key, **dict(zip(CAPTION_METRICS, row, strict=True))} for key, row in zip(ids, rows, strict=True)]
-    intervals = (
-        bootstrap_ci(columns, _caption_statistics, resamples=s.bootstrap, seed=s.seed) if s.bootstrap else None
-    )
+    intervals = bootstrap_ci(columns, _caption_statistics, resamples=s.bootstrap, seed=s.seed) if s.bootstrap else None
     settings = {
         "tokenizer": tokenizer,
         "cider": "CIDEr-D, document frequencies of this set",
@@ -204,6 +205,7 @@ def score_textvqa(task: str, predictions: Source, annotations: Source, questions
     _refuse(s.tokenizer, "tokenizer", task)
     _refuse(s.rule, "rule", task)
     _refuse(questions, "questions", task)
+    # Ids and answers are checked by the readers; from here on nothing can be malformed.
     known = formats.read_textvqa(annotations)
     return _score_answers(
         task, predictions, known, s, "m4c", lambda text, q: textvqa_accuracy(text, [a["answer"] for a in q.answers])
@@ -229,6 +231,7 @@ def _score_answers(
     counts = np.stack(list(masks.values()), axis=1).astype(np.float64)
     columns = np.concatenate([values[:, None] * counts, counts], axis=1)
     metrics = dict(zip(masks, ratio_of_sums(columns.sum(axis=0, keepdims=True))[0].tolist(), strict=True))
+    # Questions on one picture are answered well or badly together, so pictures are what is drawn.
     clusters: list[Hashable] = [known[key].image_id for key in ids]
     intervals = bootstrap_ci(columns, clusters=clusters, resamples=s.bootstrap, seed=s.seed) if s.bootstrap else None
     settings = {
@@ -320,10 +323,15 @@ def score(
     Raises:
         InputError: The task or a setting is unknown, or a file is wrong.
     """
+    # Settings are checked before any file is read.
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}", where="task", mend=_nearest(task, TASKS))
+    if not isinstance(allow_missing, bool):
+        what = f"allow_missing is true or false, not {allow_missing!r}"
+        raise InputError(what, where="allow_missing", mend="allow_missing=true")
     for name, value in (("bootstrap", bootstrap), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InputError(f"{name} is a whole number from 0, not {value!r}", where=name, mend=f"{name}=1000")
-    settings = Settings(tokenizer, None if rule is None else str(rule), bool(allow_missing), bootstrap, seed)
+    # A recipe or a shell may well read rule=2017 as a number.
+    settings = Settings(tokenizer, None if rule is None else str(rule), allow_missing, bootstrap, seed)
     return TASKS[task](task, predictions, annotations, questions, settings)

@@ -44,6 +44,7 @@ def cluster_sums(values: ArrayLike, clusters: Sequence[Hashable] | None) -> Floa
     index: dict[Hashable, int] = {}
     labels = np.array([index.setdefault(label, len(index)) for label in clusters], dtype=np.int64)
     sums = np.zeros((len(index), rows.shape[1]))
+    # add.at, since plain indexing would count a repeated label once.
     np.add.at(sums, labels, rows)
     return sums
 
@@ -101,10 +102,16 @@ def bootstrap_ci(
         seed: Seed of the draws.
 
     Returns:
-        f64[M, 2]: low and high.
+        f64[M, 2]: low and high; NaN where no draw gave a value.
     """
     drawn = statistic(resampled_sums(cluster_sums(values, clusters), resamples=resamples, seed=seed))
-    return np.nanpercentile(drawn, [2.5, 97.5], axis=0).T
+    interval = np.full((drawn.shape[1], 2), np.nan)
+    for row, column in zip(interval, drawn.T, strict=True):
+        # A rare answer type may be absent from some draws, and from all of them when there are few.
+        present = column[~np.isnan(column)]
+        if len(present):
+            row[:] = np.percentile(present, [2.5, 97.5])
+    return interval
 
 
 def mean_ci(
@@ -156,6 +163,7 @@ def paired_bootstrap(
             f"two systems can only be compared on the same ids; {len(odd)} are in one of them alone: {named}",
             mend="score both on the same file",
         )
+    # One order for both, whatever order the dictionaries have.
     keys = list(a)
     differences = [a[key] - b[key] for key in keys]
     labels = None if clusters is None else [clusters[key] for key in keys]

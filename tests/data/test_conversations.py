@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from models.tiny import tokenizer
 
 from mmkit.data.conversations import TEMPLATES, ConversationError, chat_template, encode_conversation, encode_prompt
+from mmkit.data.llava_json import read_llava
 from mmkit.data.skipped import SampleError
 from mmkit.errors import InputError
 
@@ -208,3 +209,40 @@ def test_tokens_added_later_are_seen():
         encode(TURNS, made, "chatml")
     made.add_special_tokens({"extra_special_tokens": ["<image>", "<|im_start|>", "<|im_end|>"]})
     assert encode(TURNS, made, "chatml").num_supervised > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", CHATS)
+def test_the_shared_odd_items_never_learn_a_human_turn(kind, template, shared):
+    made = tok(kind)
+    items, _ = read_llava(shared / "broken" / "llava_odd_items.json", image_root=shared / "broken")
+    for item in items:
+        out = encode(item.turns, made, template, n=4, max_length=600)
+        learnt = made.decode(supervised(out), skip_special_tokens=item.id != "role_words_in_text")
+        answers = "".join(answer for _, answer in item.turns)
+        if item.id == "long":
+            assert out.cut
+            assert len(out.input_ids) == 600
+            assert answers.startswith(learnt.strip())
+        elif item.id == "role_words_in_text":
+            assert learnt.replace(" ", "").startswith("ASSISTANT:hello</s>USER:bye")
+            assert "Finish" not in learnt
+        else:
+            assert learnt.replace(" ", "") == answers.replace(" ", "")
+            assert not out.cut
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ids_read_back_as_the_text(kind):
+    made = tok(kind)
+    out = encode(TURNS, made, "demo", n=1)
+    text = made.decode(out.input_ids, skip_special_tokens=False)
+    eos = made.eos_token
+    expected = f"USER: <image>\nWhat is this? ASSISTANT: a red circle.{eos}USER: how many ASSISTANT: It's 3, not 12!{eos}"
+    assert text.removeprefix(made.bos_token if kind == "sp" else "").replace(" ", "") == expected.replace(" ", "")
+
+
+def test_an_empty_question_is_allowed():
+    made = tok("sp")
+    out = encode([("<image>", "a dog")], made, "demo", n=2)
+    assert out.input_ids[: len(prompt("", made, "demo", n=2))] == prompt("", made, "demo", n=2)

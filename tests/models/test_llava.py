@@ -220,7 +220,7 @@ def test_a_batch_without_labels_has_loss_zero_and_gradients():
 def test_wrong_number_of_pictures_is_an_error():
     model, tok = make()
     ids, mask, labels, pixels = batch(model, tok)
-    with pytest.raises((ValueError, RuntimeError), match="image|Image"):
+    with pytest.raises((ValueError, RuntimeError), match=r"[Ii]mage"):
         llava_loss_sum(model, ids, mask, labels, pixels[:1])
 
 

@@ -7,11 +7,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AddedToken, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import AddedToken, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from mmkit.models.llm import build_llm, train_bpe_tokenizer, train_sentencepiece_tokenizer
 
-WORDS = ["a", "red", "blue", "green", "circle", "square", "on", "the", "table", "near", "two", "three", "big", "small", "dog", "bus", "what", "is", "this", "how", "many"]
+WORDS = ["a", "red", "blue", "green", "circle", "square", "on", "the", "table", "near", "two", "three", "big"]
+WORDS += ["small", "dog", "bus", "what", "is", "this", "how", "many"]
 TEXTS = [" ".join(WORDS[i % 7 : i % 7 + 4 + i % 5]) + ("." if i % 2 else "?") for i in range(60)]
 TEXTS += ["Coloured shapes.", "What is this?", "USER: hi ASSISTANT: hello", "It's 3, not 12!", "Describe the picture."]
 LLAMA = {
@@ -38,8 +39,6 @@ def _folder(kind: str) -> Path:
 
 def tokenizer(kind: str, *, image: bool = True, chatml: bool = False):
     """A fresh copy, so that tests may add tokens."""
-    from transformers import AutoTokenizer
-
     made = AutoTokenizer.from_pretrained(_folder(kind))
     extra = ["<image>"] * image + ["<|im_start|>", "<|im_end|>"] * chatml
     if extra:

@@ -64,9 +64,7 @@ def settings_of(score: Score, task: str, run: Run) -> dict[str, str]:
 
 def prompt_of(run: Run, task: str) -> str:
     """The prompt template that all predictions of a task share, the question put back as a placeholder."""
-    prompts = {
-        p.prompt.replace(p.question, "{question}") if p.question else p.prompt for p in run.predictions if p.task == task
-    }
+    prompts = {p.prompt.replace(p.question, "{question}") if p.question else p.prompt for p in run.predictions if p.task == task}
     if len(prompts) > 1:
         return f"differs by sample, e.g. {min(prompts)}"
     return next(iter(prompts), "")

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from mmkit.data.images import ImageRef, decode_image
+from mmkit.data.skipped import SampleError
 from mmkit.eval.report.collect import Prediction, Run
 from mmkit.eval.report.tables import Row
 
@@ -37,12 +39,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one system said; `mark` is right, partly, wrong or empty, `score` the figure beside it."""
+    """What one system said; `mark` is right, partly, wrong or empty, `score` the figure beside it.
+
+    `shown` is the picture a blind system saw instead, `shown_before` that the row above in its column shows it already.
+    """
 
     text: str
     mark: str
     score: str
     shown: Picture | None
+    shown_before: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,24 +123,25 @@ def read_picture(name: str, run: Run, *, side: int) -> Picture:
         The picture, or a placeholder that says what is wrong.
     """
     path = next((p for p in (Path(name), run.path / name) if p.is_file()), None)
+    label = Path(name).name or "(no name)"
     if path is None:
-        return Picture(Path(name).name or "(no name)", missing="file not found")
+        return Picture(label, missing="file not found")
     try:
-        with Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as file:
-            # Encoding anew also drops what the page must not carry: GPS position, embedded previews, trailing bytes.
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return Picture(path.name, missing=f"cannot be read ({error})".replace(str(path), path.name))
+        # The loader's own decoder: what is shown is what the model saw. Encoding anew below also drops what the page must
+        # not carry (GPS position, embedded previews, trailing bytes).
+        image = decode_image(ImageRef(str(path)).read())
+    except SampleError as error:
+        return Picture(label, missing=str(error))
     longest = max(image.size)
     if longest <= SMALL:
         factor = max(1, side // longest) if side >= longest else side / longest
         uri = _encode(image, "PNG") if side >= longest else _encode(_scaled(image, 2 * side), "JPEG")
         width, height = round(image.width * factor), round(image.height * factor)
-        return Picture(path.name, uri, width, height, pixelated=side >= longest)
+        return Picture(label, uri, width, height, pixelated=side >= longest)
     # Twice the size on the page, for screens of high density, within the limit on file size.
     factor = side / longest
     uri = _encode(_scaled(image, min(WIDEST, 2 * side)), "JPEG")
-    return Picture(path.name, uri, max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return Picture(label, uri, max(1, round(image.width * factor)), max(1, round(image.height * factor)))
 
 
 def truth_of(references: Sequence[str]) -> str:
@@ -182,7 +189,10 @@ def _entry(
     drawn = set(rng.sample(questions, min(QUESTIONS, len(questions))))
     chosen = captions + [key for key in keys if key in drawn]
     picture = _cached(name, first[keys[0]][1], SHOWN, cache)
-    items = [_item(key, first[key][0], [answers.get(key) for answers in here], cache) for key in chosen]
+    items: list[Item] = []
+    for key in chosen:
+        above = items[-1].answers if items else [None] * len(rows)
+        items.append(_item(key, first[key][0], [answers.get(key) for answers in here], above, cache))
     return Entry(picture, items, len(keys) - len(chosen))
 
 
@@ -190,6 +200,7 @@ def _item(
     key: tuple[str, str],
     first: Prediction,
     found: Sequence[tuple[Prediction, Run] | None],
+    above: Sequence[Answer | None],
     cache: dict[tuple[str, int], Picture],
 ) -> Item:
     """Captions show one truth and keep the others for a fold-out; answers are counted."""
@@ -197,15 +208,15 @@ def _item(
         truth, more = truth_of(first.references), []
     else:
         truth, more = (first.references[0] if first.references else ""), first.references[1:]
-    answers = [None if pair is None else _answer(*pair, cache) for pair in found]
+    answers = [None if pair is None else _answer(*pair, up, cache) for pair, up in zip(found, above, strict=True)]
     return Item(*key, first.question or "", truth, more, answers)
 
 
-def _answer(prediction: Prediction, run: Run, cache: dict[tuple[str, int], Picture]) -> Answer:
+def _answer(prediction: Prediction, run: Run, above: Answer | None, cache: dict[tuple[str, int], Picture]) -> Answer:
     """With the picture really shown, where that was another one."""
     blind = os.path.normpath(prediction.image_shown) != os.path.normpath(prediction.image)
     shown = _cached(prediction.image_shown, run, THUMB, cache) if blind else None
-    return Answer(prediction.text, *mark_of(prediction), shown)
+    return Answer(prediction.text, *mark_of(prediction), shown, above is not None and above.shown == shown)
 
 
 def _cached(name: str, run: Run, side: int, cache: dict[tuple[str, int], Picture]) -> Picture:

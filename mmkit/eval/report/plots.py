@@ -18,6 +18,7 @@ DASHES = ("", "5 2", "1.5 1.5", "7 2 1.5 2", "3 3", "9 3", "2 4")
 MAX_POINTS = 300
 # Stands for "the page's text colour" while matplotlib draws; no data colour comes near it.
 _INK = "#010203"
+_STEPS = [1, 2, 2.5, 5, 10]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def curves_svg(curves: Sequence[Curve], *, name: str, size: tuple[float, float] 
     style = {
         "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
         "svg.hashsalt": name,  # reproducible ids, different in every panel
-        "font.size": 9,
+        "font.size": 10.5,
         "font.family": ["sans-serif"],
         "text.color": _INK,
         "axes.labelcolor": _INK,
@@ -73,8 +74,8 @@ def curves_svg(curves: Sequence[Curve], *, name: str, size: tuple[float, float] 
             _draw(axes, curve)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axes.grid(axis="y", linewidth=0.4, alpha=0.25, color=_INK)
         axes.spines[["top", "right"]].set_visible(False)
         drawn = io.StringIO()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from mmkit.eval.report.collect import Prediction, Run, Score
@@ -201,10 +201,11 @@ def differences(rows: Sequence[Row], *, seed: int) -> tuple[list[Difference], li
             if len(shared) < 2:
                 without.append(f"{row.label}, {task}: {len(shared)} samples in common with {rows[0].label}")
                 continue
-            mine, base = {k: other[k] for k in shared}, {k: first[k] for k in shared}
+            mine: dict[Hashable, float] = {k: other[k] for k in shared}
+            base: dict[Hashable, float] = {k: first[k] for k in shared}
             pictures = {p.id: p.image for p in row.run_of(task).predictions if p.task == task}
             # Questions on one picture are not independent: they are drawn together.
-            clusters = {k: pictures.get(k, k) for k in shared}
+            clusters: dict[Hashable, Hashable] = {k: pictures.get(k, k) for k in shared}
             found.append(_difference(row.label, rows[0].label, column, mine, base, clusters, seed=seed))
             if len(shared) < max(len(first), len(other)):
                 total = f"{len(shared)} of {max(len(first), len(other))}"
@@ -216,14 +217,14 @@ def _difference(
     system: str,
     baseline: str,
     column: Column,
-    mine: dict[str, float],
-    base: dict[str, float],
-    clusters: dict[str, str],
+    mine: dict[Hashable, float],
+    base: dict[Hashable, float],
+    clusters: dict[Hashable, Hashable],
     *,
     seed: int,
 ) -> Difference:
     """Bootstrap one pair of systems; all three mappings have the same sample ids."""
-    value, low, high, n = paired_bootstrap(dict(mine), dict(base), clusters=dict(clusters), seed=seed)
+    value, low, high, n = paired_bootstrap(mine, base, clusters=clusters, seed=seed)
     return Difference(system, baseline, column, n, value, low, high)
 
 

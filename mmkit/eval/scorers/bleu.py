@@ -74,9 +74,11 @@ def bleu_from_statistics(statistics: NDArray[np.integer] | NDArray[np.floating])
     """
     values = np.asarray(statistics, dtype=np.float64)
     guess, correct = values[..., 2 : 2 + MAX_N], values[..., 2 + MAX_N :]
+    # TINY keeps a corpus without one match above 0; SMALL keeps a guess of 0 from dividing by zero.
     precision = (correct + TINY) / (guess + SMALL)
     bleu = np.cumprod(precision, axis=-1) ** (1.0 / np.arange(1, MAX_N + 1))
     ratio = (values[..., 0] + TINY) / (values[..., 1] + SMALL)
+    # minimum(): the branch that is not taken must not overflow.
     brevity = np.where(ratio < 1, np.exp(np.minimum(0.0, 1 - 1 / ratio)), 1.0)
     return bleu * brevity[..., None]
 

@@ -34,6 +34,7 @@ def document_frequencies(references: Sequence[Sequence[str]]) -> Counter[Ngram]:
     Returns:
         n-gram -> number of images.
     """
+    # A set for each image: df counts images, however often a reference repeats the n-gram.
     frequencies: Counter[Ngram] = Counter()
     for captions in references:
         frequencies.update({ngram for caption in captions for ngram in ngram_counts(caption.split())})
@@ -59,6 +60,7 @@ def _similarity(hypothesis: _Vector, reference: _Vector) -> float:
         hypothesis.weights, reference.weights, hypothesis.norms, reference.norms, strict=True
     ):
         product = sum(min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in mine.items() if ngram in theirs)
+        # The official code leaves a product undivided when a norm is 0; it is 0 then anyway.
         total += product / (my_norm * their_norm) if my_norm and their_norm else product
     delta = hypothesis.length - reference.length
     return total * math.exp(-(delta**2) / (2 * SIGMA**2))

@@ -52,6 +52,7 @@ def load_json(source: Source, label: str) -> tuple[Any, str]:
         return source, label
     name = str(source)
     try:
+        # utf-8-sig: editors on Windows put a byte order mark in front.
         text = Path(source).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read the {label} file: {error.strerror}", where=name, mend="check the path") from None
@@ -101,7 +102,7 @@ def _check_rows(rows: Sequence[Any], fields: Mapping[str, type], *, kind: str, k
         if not isinstance(row, dict):
             faults.append(f"{kind} number {index + 1} is {type(row).__name__}, not an object")
             continue
-        who = f"{kind} {row[key]}" if key in row else f"{kind} number {index + 1}"
+        who = f"{kind} {row[key]!r:.40}" if key in row else f"{kind} number {index + 1}"
         faults += [f"{who} {fault}" for field, of in fields.items() if (fault := _field_fault(row, field, of))]
     if faults:
         needs = ", ".join(f'"{field}" ({"whole number" if of is int else "text"})' for field, of in fields.items())
@@ -140,6 +141,7 @@ def read_captions(source: Source) -> dict[int, list[str]]:
             caption.
     """
     data, name = load_json(source, "annotations")
+    # All fields are checked before any is used, so that one message names every fault.
     images = _section(data, "images", name, "COCO caption annotation")
     annotations = _section(data, "annotations", name, "COCO caption annotation")
     _check_rows(images, {"id": int}, kind="image", key="id", name=name)
@@ -180,6 +182,7 @@ def read_results(source: Source, *, key: str, text: str) -> tuple[dict[int, str]
         raise InputError(what, where=name, mend=f"write {shape}; are predictions and annotations the wrong way round?")
     if not data:
         raise InputError("no results in the file", where=name, mend=f"write {shape}")
+    # The commonest slip of all has its own message: matched as they are, no id would be found.
     stringly = [row[key] for row in data if isinstance(row, dict) and isinstance(row.get(key), str)]
     if stringly:
         what = f'"{key}" is a string in {len(stringly)} of {len(data)} rows: {listed(repr(value) for value in stringly)}'
@@ -189,9 +192,7 @@ def read_results(source: Source, *, key: str, text: str) -> tuple[dict[int, str]
     return {row[key]: row[text] for row in data}, name
 
 
-def match_results(
-    results: Mapping[int, str], known: Collection[int], *, kind: str, name: str, allow_missing: bool
-) -> list[int]:
+def match_results(results: Mapping[int, str], known: Collection[int], *, kind: str, name: str, allow_missing: bool) -> list[int]:
     """Check that results and annotations are about the same ids.
 
     Args:
@@ -210,6 +211,7 @@ def match_results(
     unknown = [key for key in results if key not in known]
     scored = [key for key in known if key in results]
     missing = [key for key in known if key not in results]
+    # Both faults together: who mends one and runs again should not meet the next.
     faults, cures = [], []
     if unknown:
         faults.append(f"results for {len(unknown)} unknown {kind}s: {listed(unknown)}")
@@ -244,9 +246,9 @@ def read_vqa(annotations: Source, questions: Source | None = None) -> dict[int, 
     _check_answers(rows, name, dict)
     if questions is not None:
         _check_questions({row["question_id"]: row["image_id"] for row in rows}, questions, name)
+    # A dictionary keeps file order, and so does the result.
     return {
-        row["question_id"]: VqaQuestion(row["question_id"], row["image_id"], row["answers"], row["answer_type"])
-        for row in rows
+        row["question_id"]: VqaQuestion(row["question_id"], row["image_id"], row["answers"], row["answer_type"]) for row in rows
     }
 
 
@@ -273,7 +275,8 @@ def _check_answers(rows: Sequence[Mapping[str, Any]], name: str, kind: type) -> 
             count = f"{len(answers)} answers" if isinstance(answers, list) else "no list of answers"
             faults.append(f"question {row['question_id']} has {count}")
         elif not all(isinstance(_text_of(answer, kind), str) for answer in answers):
-            faults.append(f"question {row['question_id']} has an answer that is not a text")
+            shape = '{"answer": text, "answer_id": number}' if kind is dict else "a text"
+            faults.append(f"question {row['question_id']} has an answer that is not {shape}")
     if faults:
         raise InputError(listed(faults), where=name, mend=f"the rule needs exactly {ANSWERS} human answers a question")
 
@@ -281,7 +284,10 @@ def _check_answers(rows: Sequence[Mapping[str, Any]], name: str, kind: type) -> 
 def _text_of(answer: object, kind: type) -> object:
     """The text of an answer: itself in TextVQA, its field in VQAv2."""
     if kind is dict:
-        return answer.get("answer") if isinstance(answer, dict) else None
+        # An id that is a list could not be told apart from others.
+        if not isinstance(answer, dict) or isinstance(answer.get("answer_id"), (list, dict)):
+            return None
+        return answer.get("answer")
     return answer
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from mmkit.errors import InputError
 
 # pycocoevalcap's list, exactly: "?!" and ":-rrb-" are not on it and so count as words.
-REMOVED = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
+_REMOVED = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"
+REMOVED = frozenset(_REMOVED.split())
 # A line end inside a caption would become a line of its own in the Java tokeniser's output, and shift all that follow.
 _LINE_ENDS = re.compile("[\r\n\x0b\x0c\x85\u2028\u2029]")
 _JAVA_SECONDS = 600
@@ -37,12 +38,13 @@ _ENTITY = re.compile("|".join(_ENTITIES))
 
 # Titles, streets, firms, months, days and American states that own their period. The end of the caption does not
 # matter: there the Java tokeniser writes the period twice, and the second one is removed.
-_ABBREVIATIONS = """mr mrs ms drs dr messrs mlle mme msgr mt prof revs rev reps rep gen gov sens sen sgt lt maj capt cmdr
+_ABBREVIATIONS = """mr mrs ms drs dr messrs mlle mme msgr mt prof rev reps rep gen gov sens sen sgt lt maj capt cmdr
 col cpl adm atty det pvt pfc pres supt insp hon ste st ft ave blvd rd bldg ct rt sq dept inc ltd corp co cos bros assn
 intl mfg univ natl jr sr est tel ext vs cf al etc jan feb mar apr jun jul aug sept sep oct nov dec mon tues tue wed
 thurs thu fri wash ore fla pa va vt ill ind ga la md tenn tex penn conn mass mich minn miss mo mont neb nev okla kan ky
-ala ark ariz colo del dak calif wis wyo""".split()
-_BEFORE_NUMBERS = "nos no figs fig pp ca art prop".split()
+ala ark ariz colo del dak calif wis wyo"""
+# "no. 5" is one word and a number, "he said no." ends a sentence.
+_BEFORE_NUMBERS = "nos no figs fig pp ca art prop"
 
 # Letters and digits of any script, with combining marks, but no symbols, no emoji and nothing outside the first plane.
 _NO_LETTER = "\\s\\x00-\\x2f:-@\\[-`{-\\x9f\\xa0-\\xa9\\xab-\\xb4\\xb6-\\xb9\\xbb-\\xbf×÷\u2000-\u206f\u20a0-\u20cf\u2100-\u2bff"
@@ -60,12 +62,14 @@ _STARTER = rf"\s(?:{'|'.join(map(re.escape, _STARTERS.split()))})(?=\s|$)"
 _PATTERNS = (
     # A plain word, first for speed: nine tokens of ten.
     r"[A-Za-z]{2,}(?=\s|$)",
-    rf"https?://[^\s<>\"()]+\.[^\s<>\"()]*[^\s<>\"().,;:!?'’{{}}-]",
+    # Addresses, tags and faces, before their parts can match.
+    r"https?://[^\s<>\"()]+\.[^\s<>\"()]*[^\s<>\"().,;:!?'’{}-]",
     r"[A-Za-z0-9_.+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*|@[A-Za-z_]\w*",
     r"(?:[A-Za-z0-9-]+\.)+(?:com|net|org|edu)\b(?:/[^\s<>\"()]*[^\s<>\"().,;:!?'’-])?",
     r"</?[A-Za-z!?][^<>]*>|&#\d+;",
     r"-(?i:[lr][rcs]b)-",
     r"[:;=][-']?[()DPO\]\[\\|](?![A-Za-z])|\^_\^|-_-",
+    # Telephone numbers and mixed fractions, the tokens that hold a space.
     r"\([2-9]\d{2}\) ?\d{3}-\d{4}|\d{3} \d{3}[ -]\d{4}(?!\d)",
     r"\d+ \d{1,4}/\d{1,4}(?![\d/])",
     # Sizes and rates: C#, c++, US$.
@@ -76,10 +80,12 @@ _PATTERNS = (
     rf"{_APOSTROPHE}(?i:n{_APOSTROPHE}|em|(?:cause|till?|n(?!\.))(?!{_X}))|{_APOSTROPHE}[2-9]0s(?!{_X})|{_APOSTROPHE}\d\d(?=\s|$)",
     r"'(?i:t)(?=(?i:is|was))",
     rf"(?i:n{_APOSTROPHE}t){_L}*",
+    # "isn" + "t" is "is" + "n't": the word stops before its n.
     rf"(?:{_X}+[-/])*{_L}+?(?=(?i:n{_APOSTROPHE}t))",
+    # Else ".5" of "...5" would be taken for a number.
     r"\.{3}(?=\d)",
     # Abbreviations and initials with their period.
-    rf"(?i:{'|'.join(_ABBREVIATIONS)})\.(?!{_L})|(?i:{'|'.join(_BEFORE_NUMBERS)})\.(?=\s*\d)|(?i:ph\.d)\.?(?!{_X})",
+    rf"(?i:{'|'.join(_ABBREVIATIONS.split())})\.(?!{_L})|(?i:{'|'.join(_BEFORE_NUMBERS.split())})\.(?=\s*\d)|(?i:ph\.d)\.?(?!{_X})",
     rf"(?:[A-Za-z]\.)+[A-Za-z]\.(?!{_X}|[-/]{_X})|[A-Za-z]\.(?!{_L}|-{_X}|{_STARTER})",
     # Compounds, then numbers (longer ones win over a compound's first part), then words joined by a period or mark.
     rf"[A-Z]+&[A-Z]+|{_SEGMENT}(?:[-/_‐‑]{_SEGMENT})+",
@@ -87,7 +93,8 @@ _PATTERNS = (
     rf"{_L}{_X}*(?:[.!?]{_L}{_X}*)+|{_X}+|#[A-Za-z]+",
     # Runs that make one token; "?!" and "!!" survive the removal, as they do in Java.
     r"[?!]+|\*+|_+|#+|>>|\\\*",
-    rf"[^\s\U00010000-\U0010ffff\x00-\x1f\x7f‐‑‒₹\ufe00-\ufe0f「」\ud800-\udfff]",
+    # Any other visible sign is a token; emoji, odd hyphens and control characters vanish, as in Java.
+    r"[^\s\U00010000-\U0010ffff\x00-\x1f\x7f‐‑‒₹\ufe00-\ufe0f「」\ud800-\udfff]",
 )
 _TOKEN = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS))
 
@@ -129,8 +136,10 @@ def _rename(token: str) -> tuple[str, ...]:
         return _SPLIT.get(lowered, (lowered,))
     if lowered in _RENAMED:
         return (_RENAMED[lowered],)
+    # A curly apostrophe is straightened in contractions only; "’90s" keeps its own.
     if "’" in lowered and _CURLY_CONTRACTION.match(lowered):
         return (lowered.replace("’", "'"),)
+    # Faces keep their brackets, spelled out; none is on the removal list.
     if lowered[0] in ":;=(" and ("(" in lowered or ")" in lowered):
         lowered = lowered.translate(_BRACKETS)
     # "22 3/4", telephone numbers and tags are one token, held together by a no-break space.
@@ -209,12 +218,14 @@ def tokenise_java(captions: Sequence[str]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "captions.txt"
         path.write_bytes(lines.encode("utf-8", errors="replace"))
+        # A fixed locale: decimal commas and Turkish lower case would change tokens.
         command = [java, "-Duser.language=en", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", str(path)]
         try:
             done = subprocess.run(command, capture_output=True, timeout=_JAVA_SECONDS, check=False)
         except subprocess.TimeoutExpired:
             raise InputError(f"no end after {_JAVA_SECONDS} s", where="tokenizer=java", mend="use tokenizer=python") from None
+    # Fewer or more lines than captions would pair texts with the wrong images.
     out = done.stdout.decode("utf-8").split("\n")[:-1]
     if done.returncode or len(out) != len(captions):
         what = f"Java gave {len(out)} lines for {len(captions)} captions (exit code {done.returncode})"

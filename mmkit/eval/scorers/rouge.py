@@ -20,6 +20,7 @@ def lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
     Returns:
         The length.
     """
+    # One bit a word of `left`; a zero in `row` stands for a step of the common subsequence.
     positions: dict[str, int] = {}
     for index, word in enumerate(left):
         positions[word] = positions.get(word, 0) | (1 << index)
@@ -45,6 +46,7 @@ def rouge_l(hypothesis: str, references: Sequence[str]) -> float:
         A fraction in [0, 1].
     """
     words = hypothesis.split(" ")
+    # The two maxima may come from different references; that is the official code's way.
     precision = recall = 0.0
     for reference in references:
         reference_words = reference.split(" ")

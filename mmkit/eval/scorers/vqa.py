@@ -27,6 +27,7 @@ def rule_2021(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]]:
         Prediction and answers as they are compared.
     """
     prediction, cleaned = clean(prediction), [clean(answer) for answer in answers]
+    # Meant to spare answers read off signs; "Yes" against ten "yes" scores 0 because of it.
     if len(set(cleaned)) == 1:
         return prediction, cleaned
     return normalise_vqa(prediction), [process_digits_and_articles(process_punctuation(answer)) for answer in cleaned]
@@ -42,12 +43,13 @@ def rule_2017(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]]:
     Returns:
         Prediction and answers as they are compared.
     """
+    # Unlike since 2021, human answers keep their capitals, articles and number words, and the test is on raw text.
     agreed = len(set(answers)) == 1
     return normalise_vqa(prediction), [answer if agreed else process_punctuation(answer) for answer in answers]
 
 
 def rule_always(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]]:
-    """lmms-eval's rule since 0.5 (2025-08): everything is processed in full, always.
+    """lmms-eval's rule since 2025-08 (pull request 794): everything is processed in full, always.
 
     Args:
         prediction: The model's answer.

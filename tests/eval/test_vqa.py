@@ -1,0 +1,207 @@
+"""VQAv2 and TextVQA rules against the official evaluators' figures, question by question."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmkit.eval.score import score
+from mmkit.eval.scorers.normalise import (
+    CONTRACTIONS,
+    NUMBERS,
+    normalise_m4c,
+    normalise_vqa,
+    process_digits_and_articles,
+    process_punctuation,
+)
+from mmkit.eval.scorers.textvqa import textvqa_accuracy
+from mmkit.eval.scorers.vqa import RULES, leave_one_out, vqa_accuracy
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def entries(answers: list[str]) -> list[dict[str, Any]]:
+    return [{"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(answers, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "key"), [("official", "official_2021"), ("2017", "official_2017"), ("always", "lmms_vqav2_0_7_2")]
+)
+def test_recorded_cases(shared: Path, rule: str, key: str) -> None:
+    stem = str(shared / "scoring/vqa_cases_a_")
+    files = [f"{stem}{part}.json" for part in ("results", "annotations", "questions")]
+    result = score("vqav2", *files, rule=rule, bootstrap=20)
+    expected = load(Path(f"{stem}expected.json"))
+    assert result["n"] == 30
+    assert round(100 * result["metrics"]["accuracy"], 2) == expected["overall"][key]
+    for kind, value in expected["per_answer_type"].get(key, {}).items():
+        assert round(100 * result["metrics"][f"accuracy_{kind}"], 2) == value
+    got = {row["id"]: round(100 * row["accuracy"], 2) for row in result["per_sample"]}
+    assert got == {row["question_id"]: row[key] for row in expected["per_question"]}
+    assert result["settings"]["rule"] == rule
+    assert set(result["ci95"]) == set(result["metrics"])
+
+
+def test_recorded_m4c_cases(shared: Path) -> None:
+    expected = load(shared / "scoring/vqa_cases_a_expected.json")
+    total = 0.0
+    for row in expected["per_question"]:
+        assert normalise_m4c(row["prediction"]) == row["m4c_normalised_prediction"]
+        accuracy = textvqa_accuracy(row["prediction"], row["answers"])
+        assert round(100 * accuracy, 2) == row["m4c_textvqa"], row["question_id"]
+        total += accuracy
+    assert round(100 * total / expected["n"], 2) == expected["overall"]["m4c_textvqa"]
+
+
+def test_textvqa_from_files(shared: Path, tmp_path: Path) -> None:
+    expected = load(shared / "scoring/vqa_cases_a_expected.json")["per_question"]
+    data = [
+        {"question_id": r["question_id"], "image_id": f"i{n // 3}", "question": "?", "answers": r["answers"]}
+        for n, r in enumerate(expected)
+    ]
+    rows = [{"question_id": r["question_id"], "answer": r["prediction"]} for r in expected]
+    (tmp_path / "val.json").write_text(json.dumps({"data": data}))
+    (tmp_path / "out.json").write_text(json.dumps(rows))
+    result = score("textvqa", tmp_path / "out.json", tmp_path / "val.json")
+    assert round(100 * result["metrics"]["accuracy"], 2) == 95.0
+    assert list(result["metrics"]) == ["accuracy"]
+    assert (result["settings"]["rule"], result["settings"]["images"]) == ("m4c", 10)
+    low, high = result["ci95"]["accuracy"]
+    assert low < 0.95 < high
+
+
+def test_contraction_table() -> None:
+    assert len(CONTRACTIONS) == 120
+    for key, value in {
+        "dont": "don't",
+        "couldnt've": "couldn't've",
+        "couldn'tve": "couldn't've",
+        "Ive": "I've",
+        "hed've": "he'd've",
+        "he'dve": "he'd've",
+        "whos": "who's",
+        "theyre": "they're",
+        "somebody'd": "somebodyd",
+        "Im": "I'm",
+        "twas": "'twas",
+        "'ow'sat": "'ow's'at",
+    }.items():
+        assert CONTRACTIONS[key] == value
+    assert "cant" in CONTRACTIONS
+    assert "its" not in CONTRACTIONS
+    assert NUMBERS["none"] == "0"
+    assert NUMBERS["ten"] == "10"
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("two", "2"),
+        ("a building", "building"),
+        ("snow, mountain", "snow mountain"),
+        ("isnt", "isn't"),
+        ("the two mountain's \t \n   ", "2 mountain 's"),
+        ("red,white", "redwhite"),
+        ("1,000 m/s", "1000 m s"),
+        ("Im here", "im here"),
+    ],
+)
+def test_m4c_processor_cases_of_mmf(raw: str, clean: str) -> None:
+    assert normalise_m4c(raw) == clean
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("red,white", "red white"),
+        ("1,000 m/s", "1000 ms"),
+        ("t- shirt", "t shirt"),
+        ("3.5", "3.5"),
+        ("U.S.A.", "usa"),
+        ("$5 & 50%", "$5 & 50%"),
+        ("the None of it", "0 of it"),
+    ],
+)
+def test_vqa_processing(raw: str, clean: str) -> None:
+    assert normalise_vqa(raw) == clean
+
+
+def test_at_most_32_periods_go() -> None:
+    assert process_punctuation("a." * 40).count(".") == 8
+
+
+@pytest.mark.parametrize(("matches", "value"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_leave_one_out(matches: int, value: float) -> None:
+    assert leave_one_out("x", ["x"] * matches + ["y"] * (10 - matches)) == pytest.approx(value)
+
+
+def test_unanimous_answers_are_compared_raw_since_2021() -> None:
+    assert vqa_accuracy("Yes", entries(["yes"] * 10), RULES["official"]) == 0
+    assert vqa_accuracy("Yes", entries(["yes"] * 10), RULES["2017"]) == 1
+    assert vqa_accuracy("Yes", entries(["yes"] * 9 + ["no"]), RULES["official"]) == 1
+
+
+def test_rules_differ_on_number_words_in_the_answers() -> None:
+    truth = entries(["none"] * 9 + ["0"])
+    assert vqa_accuracy("0", truth, RULES["official"]) == 1
+    assert vqa_accuracy("0", truth, RULES["2017"]) == pytest.approx(0.3)
+
+
+def test_equal_entries_without_ids_lose_their_votes_as_upstream() -> None:
+    bare = [{"answer": "x"}] * 10
+    assert vqa_accuracy("x", bare, RULES["official"]) == 0
+    assert vqa_accuracy("x", entries(["x"] * 10), RULES["official"]) == 1
+
+
+def literal_accuracy(prediction: str, answers: list[str]) -> float:
+    """The official loop, written out."""
+    values = []
+    for index in range(len(answers)):
+        others = answers[:index] + answers[index + 1 :]
+        values.append(min(1.0, sum(other == prediction for other in others) / 3))
+    return sum(values) / len(values)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from("abc"), st.lists(st.sampled_from("abc"), min_size=10, max_size=10))
+def test_closed_form_equals_the_loop(prediction: str, answers: list[str]) -> None:
+    assert leave_one_out(prediction, answers) == pytest.approx(literal_accuracy(prediction, answers), abs=1e-12)
+
+
+def literal_punctuation(text: str) -> str:
+    """The official loop over all marks, written out without the short cut."""
+    import re
+
+    out = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        if mark + " " in text or " " + mark in text or re.search(r"[0-9],[0-9]", text):
+            out = out.replace(mark, "")
+        else:
+            out = out.replace(mark, " ")
+    return re.sub(r"\.(?![0-9])", "", out, count=32)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="ab1 ,.?!-/'\"\t", max_size=20))
+def test_punctuation_equals_the_loop(text: str) -> None:
+    assert process_punctuation(text) == literal_punctuation(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+def test_any_answer(text: str) -> None:
+    for normalise in (normalise_vqa, normalise_m4c):
+        clean = normalise(text)
+        assert clean == clean.strip()
+        assert "\n" not in clean
+    assert "  " not in process_digits_and_articles(text)
+    for rule in RULES.values():
+        assert 0 <= vqa_accuracy(text, entries([text] * 5 + ["x"] * 5), rule) <= 1
+    assert textvqa_accuracy(text, [text] * 10) == 1
