@@ -98,7 +98,9 @@ def make_tokenizers(world: Path, out: Path) -> None:
     from mmkit.models.llm import train_bpe_tokenizer, train_sentencepiece_tokenizer
 
     captions = [row["caption"] for row in read_json(world / "captions_train.json")["annotations"]]
-    turns = [turn["value"] for item in read_json(world / "llava_train.json") for turn in item["conversations"]]
+    # As the template writes them: the role words must be tokens of their own, not nine byte tokens in every turn.
+    roles = {"human": "USER: ", "gpt": "ASSISTANT: "}
+    turns = [roles[t["from"]] + t["value"] for item in read_json(world / "llava_train.json") for t in item["conversations"]]
     makers: dict[str, tuple[Callable[..., object], list[str], int]] = {
         "bpe": (train_bpe_tokenizer, captions, 512),
         "sentencepiece": (train_sentencepiece_tokenizer, captions + turns, 768),

@@ -99,7 +99,7 @@ def _textvqa(config: TaskConfig) -> list[Example]:
         if config.ocr == "reference" and "ocr_tokens" not in row:
             raise InputError(f"question {i} has no ocr_tokens", where=config.annotations, mend="use ocr=none, or the 0.5.1 files with OCR")
         ocr = row["ocr_tokens"] if config.ocr == "reference" else []
-        image = _image(config, known.image_id, None, "{}.jpg")
+        image = _image(config, row["image_id"], None, "{}.jpg")
         examples.append(Example(i, image, _prompt(config, row["question"], ocr), row["question"], list(row["answers"])))
     return examples
 

@@ -20,7 +20,7 @@ METRICS = {
     "f1": ("F1", 100.0, "%"),
 }
 # Columns of one table before the next begins: what fits a page of 1280 px and a sheet of paper.
-COLUMNS_PER_TABLE = 8
+COLUMNS_PER_TABLE = 7
 MISSING = "–"
 
 
@@ -199,7 +199,7 @@ def differences(rows: Sequence[Row], *, seed: int) -> tuple[list[Difference], li
             other = per_sample(row, column)
             shared = [key for key in first if key in other]
             if len(shared) < 2:
-                without.append(f"{row.label}, {task}: {len(shared)} samples in common with {rows[0].label}")
+                without.append(f"{row.label}, {task}: fewer than two samples in common with {rows[0].label}")
                 continue
             mine: dict[Hashable, float] = {k: other[k] for k in shared}
             base: dict[Hashable, float] = {k: first[k] for k in shared}

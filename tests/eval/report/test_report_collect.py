@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmkit.errors import InputError
+from mmkit.eval.report.collect import collect, find_parent, read_run
+
+
+def test_reads_scores_predictions_and_skips(world: list[Path]) -> None:
+    run = collect(world).runs[0]
+    assert (run.name, run.kind, run.system) == ("superclass-captions", "eval", "SuperClass")
+    score = run.scores["coco-caption"]
+    assert score.n == 15 and set(score.metrics) == {"CIDEr", "Bleu_4"} and len(score.per_sample) == 15
+    assert score.ci95["CIDEr"][0] < score.metrics["CIDEr"] < score.ci95["CIDEr"][1]
+    assert run.predictions[0].references[0].startswith("a red circle") and run.predictions[0].id == "0"
+    assert [row["reason"] for row in run.skipped] == ["the file is empty"] * 2 + ["cut off"]
+    assert run.recipe.startswith("stage: eval")
+
+
+def test_ancestors_come_parents_first_and_once(world: list[Path]) -> None:
+    found = collect(world)
+    names = [run.name for run in found.ancestors]
+    assert len(names) == len(set(names)) == 8
+    assert names.index("superclass-encoder") < names.index("superclass-align") < names.index("superclass-tune")
+    encoder = next(run for run in found.ancestors if run.name == "superclass-encoder")
+    assert [run.name for run in found.descendants(encoder)] == [
+        "superclass-captions", "superclass-vqa", "superclass-probe", "blind",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("inside", ["", "model", "checkpoints/step-00000010"])
+def test_parent_may_be_a_run_its_model_or_a_checkpoint(runs, inside: str) -> None:
+    parent, child = runs.train("enc", "superclass"), runs.train("cap", "clipcap")
+    assert find_parent(str(parent / inside), child) == parent
+    # Relative to a folder above the runs, from wherever the report is built.
+    assert find_parent(str(Path("runs", "enc", inside)), child) == parent
+
+
+@pytest.mark.parametrize("named", ["lmsys/vicuna-7b-v1.5", "timm:vit_base_patch16_224", "model", "", None, 3])
+def test_models_from_elsewhere_are_no_run(runs, named: object) -> None:
+    assert find_parent(named, runs.train("cap", "clipcap")) is None
+
+
+def test_parents_in_a_circle_end(runs) -> None:
+    a, b = runs.train("a", "llava"), runs.train("b", "llava")
+    for one, other in ((a, b), (b, a)):
+        manifest = json.loads((one / "manifest.json").read_text())
+        manifest["parents"] = [{"role": "model", "path": str(other), "fingerprint": "x"}]
+        (one / "manifest.json").write_text(json.dumps(manifest))
+    assert [run.name for run in collect([a]).ancestors] == ["b"]
+
+
+def test_an_ancestor_may_be_unfinished_a_given_run_may_not(runs) -> None:
+    stopped = runs.train("enc", "superclass")
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    (stopped / "manifest.json").write_text(json.dumps({**manifest, "status": "stopped"}))
+    child = runs.train("cap", "clipcap", parents=[stopped])
+    assert collect([child]).ancestors[0].manifest["status"] == "stopped"
+    with pytest.raises(InputError, match=r"not done .status 'stopped'.*same command again"):
+        collect([stopped])
+
+
+def test_same_folder_names_are_told_apart_and_repeats_dropped(runs) -> None:
+    one, two = runs.train("a/enc", "superclass"), runs.train("b/enc", "superclass")
+    assert [run.name for run in collect([one, two, one]).runs] == ["a/enc", "b/enc"]
+
+
+def test_refusals_name_what_and_mend(runs, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run directory given"):
+        collect([])
+    with pytest.raises(InputError, match=r"nowhere: no such directory; give the directory of a finished"):
+        collect([tmp_path / "nowhere"])
+    with pytest.raises(InputError, match=r"pictures: not a run directory \(it has no manifest.json\)"):
+        collect([runs.pictures])
+    with pytest.raises(InputError, match=r"manifest.json: kind is 'demo', not one of eval, probe, train"):
+        collect([runs.run("demo", "demo")])
+    with pytest.raises(InputError, match=r"has no scores.json"):
+        collect([runs.run("eval", "eval")])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"tasks": {"vqav2": {"met', "is not JSON"),
+        ('{"vqav2": 1}', 'no "tasks" object'),
+        ('{"tasks": {"vqav2": {"n": 3}}}', "task 'vqav2' is no score object .KeyError"),
+        ('{"tasks": {"vqav2": {"metrics": {"accuracy": "high"}}}}', "task 'vqav2' is no score object .ValueError"),
+        ('{"tasks": {"vqav2": [1]}}', "task 'vqav2' is no score object .AttributeError"),
+    ],
+)
+def test_damaged_scores(runs, text: str, message: str) -> None:
+    path = runs.run("eval", "eval")
+    (path / "scores.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        collect([path])
+
+
+def test_damaged_predictions_name_the_row(runs) -> None:
+    path = runs.run("eval", "eval", scores={}, predictions=[{"task": "vqav2", "id": 1, "prediction": "a"}, {"id": 2}])
+    with pytest.raises(InputError, match=r"predictions.jsonl: row 2 is no prediction"):
+        collect([path])
+
+
+def test_a_cut_last_line_is_noted_a_broken_one_refused(runs) -> None:
+    path = runs.train("enc", "superclass", steps=3)
+    whole = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(whole + '{"step": 4, "lo')
+    run = read_run(path, need_done=True)
+    assert len(run.metrics) == 4 and run.notes == ["metrics.jsonl:5: last line cut in the middle, left out"]
+    (path / "metrics.jsonl").write_text('{"step": 4, "lo\n' + whole)
+    with pytest.raises(InputError, match=r"metrics.jsonl:1: not valid JSON"):
+        read_run(path, need_done=True)
+    (path / "metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(InputError, match=r"metrics.jsonl:1: not a JSON object"):
+        read_run(path, need_done=True)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from report_runs import row, score
+
+from mmkit.eval.report.collect import Score, collect
+from mmkit.eval.report.conditions import conditions, flat
+from mmkit.eval.report.tables import (
+    Column,
+    Difference,
+    differences,
+    headline_metrics,
+    score_tables,
+    system_rows,
+    task_columns,
+)
+
+
+def rows_of(world: list[Path]):
+    return system_rows([run for run in collect(world).runs if run.kind == "eval"])
+
+
+def test_runs_of_one_system_merge_in_the_given_order(world: list[Path]) -> None:
+    rows = rows_of(world)
+    assert [row.label for row in rows] == ["SuperClass", "random frozen", "blind"]
+    assert [run.name for run in rows[0].runs] == ["superclass-captions", "superclass-vqa"]
+    assert set(rows[0].scores) == {"coco-caption", "vqav2"} and rows[0].run_of("vqav2").name == "superclass-vqa"
+
+
+def test_the_same_task_twice_gives_rows_with_the_runs_names(runs) -> None:
+    answers = {"vqav2": [row(1, Path("a.png"), "red", ["red"], {"accuracy": 1.0}, question="colour?")]}
+    paths = [runs.eval("first", "SuperClass", answers), runs.eval("second", "SuperClass", answers)]
+    assert [r.label for r in rows_of(paths)] == ["SuperClass (first)", "SuperClass (second)"]
+
+
+def test_cells_are_scaled_and_the_best_is_bold(world: list[Path]) -> None:
+    rows = rows_of(world)
+    (table,) = score_tables(rows)
+    assert [(t, [c.heading for c in cs]) for t, cs in table.tasks] == [
+        ("coco-caption", ["CIDEr", "BLEU-4"]),
+        ("vqav2", ["Accuracy"]),
+    ]
+    for label, cells in table.rows:
+        accuracy = next(r for r in rows if r.label == label).scores["vqav2"].metrics["accuracy"]
+        column, cell = cells[-1]
+        assert cell.text == f"{accuracy * 100:.1f}" and column.unit == "%"
+        assert cell.interval == f"{accuracy * 100 - 4:.1f} to {accuracy * 100 + 4:.1f}"
+    assert [cell.best for _, cells in table.rows for _, cell in cells] == [True] * 3 + [False] * 6
+
+
+def test_ties_are_all_best_one_row_has_none_and_missing_is_a_dash(runs) -> None:
+    def run(name: str, **tasks: float) -> Path:
+        return runs.run(name, "eval", manifest={"system": name}, scores={t: score(t, {"accuracy": v}) for t, v in tasks.items()})
+
+    a, b, c = run("a", gqa=0.50004, pope=0.5), run("b", gqa=0.50001), run("c", gqa=0.2)
+    (table,) = score_tables(rows_of([a, b, c]))
+    assert [cells[0][1].best for _, cells in table.rows] == [True, True, False]
+    assert [(cells[1][1].text, cells[1][1].best) for _, cells in table.rows] == [("50.0", False), ("–", False), ("–", False)]
+    (table,) = score_tables(rows_of([a]))
+    assert not any(cell.best for _, cells in table.rows for _, cell in cells)
+
+
+def test_wide_tables_are_cut_between_tasks(runs) -> None:
+    tasks = {f"task{i}": score("coco-caption", {"CIDEr": 1.0, "Bleu_4": 0.3, "ROUGE_L": 0.5}) for i in range(5)}
+    tables = score_tables(rows_of([runs.run("a", "eval", scores=tasks)]))
+    assert [[task for task, _ in t.tasks] for t in tables] == [["task0", "task1"], ["task2", "task3"], ["task4"]]
+
+
+def test_headline_metrics_and_figures_without_a_known_scale() -> None:
+    def of(*names: str) -> list[str]:
+        return headline_metrics(Score("t", dict.fromkeys(names, 0.5), {}, 1, {}, []))
+
+    assert of("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr") == ["CIDEr", "Bleu_4", "ROUGE_L"]
+    assert of("yes_ratio", "f1", "accuracy") == ["accuracy", "f1"]
+    assert of("perception", "cognition", "x") == ["perception", "cognition"]
+    assert Column("mme", "perception").show(1510.7) == "1510.700"
+    assert Column("vqav2", "accuracy").show(math.nan) == "–"
+
+
+def test_differences_are_system_minus_first_with_the_sign_of_the_interval(world: list[Path]) -> None:
+    rows = rows_of(world)
+    found, without = differences(rows, seed=0)
+    assert [(d.system, d.column.task, d.n) for d in found] == [
+        ("random frozen", "coco-caption", 15), ("blind", "coco-caption", 15),
+        ("random frozen", "vqav2", 30), ("blind", "vqav2", 30),
+    ]  # fmt: skip
+    assert without == []
+    for d in found:
+        expected = [
+            next(r for r in rows if r.label == s).scores[d.column.task].metrics[d.column.metric] for s in (d.system, d.baseline)
+        ]
+        assert d.value == pytest.approx(expected[0] - expected[1])
+        assert d.low <= d.value <= d.high < 0 and d.verdict == "lower"
+    assert found == differences(rows, seed=0)[0] != differences(rows, seed=1)[0]
+
+
+def test_differences_pair_by_id_and_tell_what_is_not_shared(runs) -> None:
+    def eval_run(name: str, values: dict[int, float]) -> Path:
+        rows = [row(k, Path(f"{k}.png"), "x", ["x"], {"accuracy": v}, question="q") for k, v in values.items()]
+        return runs.eval(name, name, {"vqav2": rows})
+
+    a = eval_run("a", {1: 0.0, 2: 1.0, 3: 0.5, 4: 0.0})
+    b = eval_run("b", {3: 0.5, 2: 1.0, 1: 0.0, 9: 1.0})
+    c = eval_run("c", {70: 1.0, 1: 0.2})
+    found, without = differences(rows_of([a, b, c]), seed=0)
+    assert [(d.system, d.n, d.value, d.verdict) for d in found] == [("b", 3, 0.0, "unclear")]
+    assert without == ["b, vqav2: only 3 of 4 samples are shared with a", "c, vqav2: fewer than two samples in common with a"]
+
+
+def test_signed_figures() -> None:
+    column = Column("vqav2", "accuracy")
+    d = Difference("b", "a", column, 10, 0.031, 0.001, 0.06)
+    assert [d.show(v) for v in (0.031, -0.031, 0.0, -0.00001)] == ["+3.1", "−3.1", "0.0", "0.0"]
+    assert d.verdict == "higher"
+
+
+def test_conditions_merge_equal_values_and_split_different_ones(runs) -> None:
+    asked = {"vqav2": [row(i, Path("a.png"), "x", ["x"], {"accuracy": 1.0}, question=f"q{i}?") for i in range(2)]}
+    encoder = runs.train("enc", "superclass")
+    a = runs.eval("a", "A", asked, model=encoder, settings={"ocr": "none", "max_new_tokens": 16})
+    b = runs.eval("b", "B", asked, model=encoder, settings={"batch_size": 8, "notes": ["x", {"k": True}]})
+    lines = [(c.name, c.value, c.systems) for c in conditions(rows_of([a, b]))["vqav2"]]
+    assert lines == [
+        ("Prompt", "USER: <image>\n{question}\nASSISTANT:", []),
+        ("OCR", "none", ["A"]),
+        ("OCR", "not recorded", ["B"]),
+        ("Rule", "official", []),
+        ("Decoding", "greedy", []),
+        ("Batch size", "32", ["A"]),
+        ("Batch size", "8", ["B"]),
+        ("n", "2", []),
+        ("Model", "model mmmmmmmmmmmm…", []),
+        ("max_new_tokens", "16", ["A"]),
+        ("max_new_tokens", "not recorded", ["B"]),
+        ("notes", "not recorded", ["A"]),
+        ("notes", "x, k=true", ["B"]),
+    ]
+    assert flat(None) == "" and flat({"a": None, "b": [1, 2.5]}) == "a=none, b=1, 2.5"
+
+
+def test_prompts_that_differ_and_empty_prompts_are_said(runs) -> None:
+    rows = [row(i, Path("a.png"), "x", ["x"], {"CIDEr": 1.0}, prompt=p) for i, p in enumerate(["one", "two"])]
+    a = runs.eval("a", "A", {"coco-caption": rows})
+    b = runs.eval("b", "B", {"coco-caption": rows}, settings={"prompt": ""})
+    lines = [(c.value, c.systems) for c in conditions(rows_of([a, b]))["coco-caption"] if c.name == "Prompt"]
+    assert lines == [("differs by sample, e.g. one", ["A"]), ("none", ["B"])]
+
+
+def test_columns_follow_the_first_mention(world: list[Path]) -> None:
+    assert [task for task, _ in task_columns(rows_of(world[::-1]))] == ["coco-caption", "vqav2"]
