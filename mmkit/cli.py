@@ -45,6 +45,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _complain(str(error))
         code = EXIT_INPUT
     except typer.TyperException as error:
+        # `mmkit` or `mmkit data` alone: typer's message is the whole help, a page that is no use on one line.
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(EXIT_INPUT)
         _complain(error.format_message(), hint="mmkit --help")
         code = EXIT_INPUT
     except StoppedError as error:
@@ -53,6 +57,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         code = 130
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        _complain(f"{error.filename}: {error.strerror}; choose another place, or mend its rights")
+        code = EXIT_INPUT
     except BrokenPipeError:
         # `mmkit ls | head`: the reader has enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -182,8 +189,8 @@ def score(
     chosen = parse_settings(words)
     found = run(task, predictions, annotations, questions, **chosen)
     for metric, value in found["metrics"].items():
-        low, high = found["ci95"][metric]
-        _say(f"{metric:16} {value:.6f}  [{low:.4f}, {high:.4f}]")
+        low, high = found["ci95"].get(metric, (None, None))  # none with bootstrap=0, or where no resample gave a value
+        _say(f"{metric:16} {value:.6f}" + (f"  [{low:.4f}, {high:.4f}]" if low is not None else ""))
     _say(f"n {found['n']}  " + "  ".join(f"{k}={v}" for k, v in found["settings"].items() if not isinstance(v, dict | list)))
     if out is not None:
         write_json(out, found)

@@ -26,7 +26,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class Section(BaseModel):
     """A group of keys; an unknown key is an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class EncoderConfig(Section):
@@ -54,9 +54,7 @@ class DataConfig(Section):
     val_image_root: str | None = None
     workers: int = Field(4, ge=0)
     limit: int | None = Field(None, ge=1, description="use the first N samples only")
-    max_skipped: float = Field(
-        0.01, ge=0, le=1, description="share of samples that may be unreadable before the run stops"
-    )
+    max_skipped: float = Field(0.01, ge=0, le=1, description="share of samples that may be unreadable before the run stops")
     max_pixels: int = Field(100_000_000, ge=1, description="a picture with more is left out from its header alone")
 
 
@@ -64,20 +62,23 @@ class PairDataConfig(DataConfig):
     """Image-text pairs for SuperClass."""
 
     labels: str = Field("clip", description="clip, a Hugging Face tokenizer folder, or a SentencePiece .model")
-    context_length: int | None = Field(
-        None, ge=3, description="cut captions like CLIP's 77-token context; null: no limit"
-    )
+    context_length: int | None = Field(None, ge=3, description="cut captions like CLIP's 77-token context; null: no limit")
     idf: Literal["online", "none"] = "online"
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="area range of RandomResizedCrop")
+
+    @model_validator(mode="after")
+    def _is_range(self) -> PairDataConfig:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale {list(self.crop_scale)} is no range of area shares: give 0 < low <= high <= 1")
+        return self
 
 
 class TrainConfig(Section):
     """Optimisation. ``batch_size`` is global: micro-batch x accumulation x world size."""
 
     batch_size: int = Field(ge=1)
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="per process and forward pass; null: batch_size / world size"
-    )
+    micro_batch_size: int | None = Field(None, ge=1, description="per process and forward pass; null: batch_size / world size")
     steps: int | None = Field(None, ge=0)
     epochs: float | None = Field(None, gt=0)
     samples: int | None = Field(None, ge=1)
@@ -159,7 +160,7 @@ class RunRecipe(Section):
 
     run: str = Field(description="run directory")
     system: str | None = Field(None, description="row label in the report")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class SuperclassRecipe(RunRecipe):
@@ -252,9 +253,7 @@ class TaskConfig(Section):
     annotations: str
     questions: str | None = None
     image_root: str
-    image_name: str | None = Field(
-        None, description="file name from the image id where the files do not say, e.g. {:012d}.jpg"
-    )
+    image_name: str | None = Field(None, description="file name from the image id where the files do not say, e.g. {:012d}.jpg")
     prompt: str = "{question}"
     ocr: Literal["none", "reference"] = "none"
     limit: int | None = Field(None, ge=1)
@@ -312,16 +311,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     try:
         tree = OmegaConf.load(path)
-    except (yaml.YAMLError, OSError) as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the recipe ({_one_line(error)})", where=path, mend="fix the YAML") from None
     try:
         for item in overrides:
             key, equals, value = item.partition("=")
             if not equals or not key:
                 raise InputError(f"override {item!r} is not of the form key=value", mend="write e.g. train.lr=1e-3")
-            OmegaConf.update(tree, key, yaml.safe_load(value) if value else None, force_add=True)
+            OmegaConf.update(tree, key, _parse_value(value), force_add=True)
         plain = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+    # OmegaConf reports a malformed key (`[`, a word as list position) with plain Python errors.
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, IndexError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(_one_line(error), where=path, mend="check the override or the interpolation") from None
     if not isinstance(plain, dict):
         raise InputError("a recipe is a mapping of keys", where=path, mend="start from `mmkit copy NAME DEST`")
@@ -335,27 +337,36 @@ def check_recipe(plain: dict[str, Any], *, where: object) -> Recipe:
         InputError: One line for all faults; unknown keys come with the nearest and all known keys.
     """
     stage = plain.get("stage")
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         near = difflib.get_close_matches(str(stage), STAGES, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(f"stage {stage!r} is unknown", where=where, mend=f"{hint}known: {', '.join(STAGES)}")
     try:
         return _ADAPTER.validate_python(plain)
     except ValidationError as error:
-        faults = [_describe(dict(e), STAGES[str(stage)]) for e in error.errors()]
-        raise InputError(
-            "; ".join(faults), where=where, mend="see the recipe's head or `mmkit copy` a shipped one"
-        ) from None
+        faults = [_describe(dict(e), STAGES[stage]) for e in error.errors()]
+        raise InputError("; ".join(faults), where=where, mend="see the recipe's head or `mmkit copy` a shipped one") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, in schema order; loading it again gives an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    from omegaconf import OmegaConf
+
+    # OmegaConf's dumper quotes what its reader would take for a number: YAML 1.1 writes the name 1e5 bare.
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
+
+
+def _parse_value(text: str) -> Any:
+    """The value of an override, by the same YAML rules as the recipe's own (1e-3 is a number, a date is text)."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    return typing.cast(dict[str, Any], tree)["value"] if text else None
 
 
 def _describe(error: dict[str, Any], schema: type[BaseModel]) -> str:
     """One pydantic error in words."""
-    location = [part for part in error["loc"] if part not in STAGES]
+    location = list(error["loc"][1:])  # the first part is the stage, which chose the schema
     key = ".".join(map(str, location)) or "recipe"
     if error["type"] == "extra_forbidden":
         known = sorted(_keys(schema))
@@ -371,7 +382,10 @@ def _describe(error: dict[str, Any], schema: type[BaseModel]) -> str:
         return f"unknown key {key!r}; {hint}known keys here: {', '.join(k.rpartition('.')[2] for k in siblings)}"
     if error["type"] == "missing":
         return f"key {key!r} is missing"
-    return f"{key}={error.get('input')!r}: {error['msg'].removeprefix('Value error, ')}" if location else error["msg"]
+    what = error["msg"].removeprefix("Value error, ")
+    if isinstance(error.get("input"), dict):  # a rule between keys: the whole section would drown the message
+        return f"{key}: {what}" if location else what
+    return f"{key}={error.get('input')!r}: {what}"
 
 
 def _plain(location: Sequence[Any]) -> str:
@@ -389,11 +403,7 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The sections that an annotation may hold (through unions and tuples)."""
-    if (
-        isinstance(annotation, type)
-        and not isinstance(annotation, types.GenericAlias)
-        and issubclass(annotation, BaseModel)
-    ):
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):
         yield from _models_in(argument)

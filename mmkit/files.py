@@ -51,9 +51,7 @@ def read_json(path: Path, *, mend: str = "") -> Any:
     except json.JSONDecodeError as error:
         cut = " (the file looks cut off)" if not error.doc[error.pos :].strip() or "Unterminated" in error.msg else ""
         where = f"{path}:{error.lineno}:{error.colno}"
-        raise InputError(
-            f"is not JSON: {error.msg}{cut}", where=where, mend=mend or "fetch or write the file again"
-        ) from None
+        raise InputError(f"is not JSON: {error.msg}{cut}", where=where, mend=mend or "fetch or write the file again") from None
 
 
 @contextlib.contextmanager

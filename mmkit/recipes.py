@@ -44,9 +44,7 @@ def find_recipe(name: str) -> Path:
         return shipped[name]
     near = difflib.get_close_matches(path.stem, shipped, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(
-        f"no recipe {name!r}", mend=f"{hint}`mmkit ls` lists the shipped ones; a path to a YAML file works too"
-    )
+    raise InputError(f"no recipe {name!r}", mend=f"{hint}`mmkit ls` lists the shipped ones; a path to a YAML file works too")
 
 
 def find_deepspeed(name: str) -> Path:
@@ -61,9 +59,7 @@ def find_deepspeed(name: str) -> Path:
         if candidate.is_file():
             return candidate
     known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.json")))
-    raise InputError(
-        f"no DeepSpeed settings {name!r}", where="train.deepspeed", mend=f"use a JSON file or one of: {known}"
-    )
+    raise InputError(f"no DeepSpeed settings {name!r}", where="train.deepspeed", mend=f"use a JSON file or one of: {known}")
 
 
 def describe(path: Path) -> str:

@@ -71,6 +71,8 @@ def resolve_parent(role: str, name: str) -> Parent:
                 where=path,
                 mend="run its command again, it goes on from the last checkpoint",
             )
+        if not (path / "model").is_dir():
+            raise InputError(f"this run has no model to use as {role}", where=path, mend="give a training run")
         return Parent(role, name, manifest["product"], path / "model")
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -108,10 +110,15 @@ class Run:
         Raises:
             InputError: The folder holds another recipe, other parents, or no run at all.
         """
-        if restart or not self.path.exists() or not any(self.path.iterdir()):
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError("is a file, not a run directory", where=self.path, mend="choose another run=DIR")
+        if not self.path.exists() or not any(self.path.iterdir()):
             return "new"
+        # Before `restart`: emptying a folder that mmkit did not make could cost the user everything in it.
         if not (self.path / "recipe.yaml").is_file():
             raise InputError("folder is not empty and no run", where=self.path, mend="choose another run=DIR")
+        if restart:
+            return "new"
         before = (self.path / "recipe.yaml").read_text(encoding="utf-8")
         now = dump_recipe(recipe)
         if before != now:
@@ -183,7 +190,7 @@ class Run:
 
     def skip(self, samples: list[LeftOut]) -> None:
         """List samples that were left out, each once."""
-        new = [s for s in dict.fromkeys(samples) if (s.source, s.key) not in self._skipped]
+        new = [s for k, s in {(s.source, s.key): s for s in reversed(samples)}.items() if k not in self._skipped][::-1]
         self._skipped.update((s.source, s.key) for s in new)
         if self.write and new:
             append_jsonl(self.path / "skipped.jsonl", [dataclasses.asdict(s) for s in new])
@@ -210,8 +217,13 @@ class Run:
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append rows to a JSON-lines file; a last line that a kill cut off is dropped first."""
+    if path.exists():
+        with path.open("r+b") as old:
+            whole = old.read()
+            old.truncate(whole.rfind(b"\n") + 1)
+    # A lone surrogate (a file name that is not UTF-8) has no UTF-8 form, but \udcff inside a JSON string is legal.
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -219,7 +231,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file that mmkit wrote; an absent file has none, a last line cut by a kill is dropped."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     # Only text before the final newline is whole: a killed writer leaves its last line without one.
     return [json.loads(line) for line in lines[:-1] if line]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +21,13 @@ Fit = Literal["squash", "crop", "pad"]
 Pixels = NDArray[np.uint8]
 # Transparent pixels are shown on white, as a browser would show them.
 BACKGROUND = (255, 255, 255)
+# What Pillow raises on damaged files: seen on mutated JPEG, PNG, TIFF, WebP, AVIF and on broken EXIF blocks.
+_DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
+    AttributeError, IndexError, KeyError, OverflowError, TypeError,
+)  # fmt: skip
+# A padded square larger than this is made smaller first: one row of 100,000 pixels would need 30 GB.
+_LARGEST_SQUARE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +56,8 @@ class ImageRef:
                 return file.read(self.size)
         except OSError as error:
             raise SampleError(f"cannot be read ({error.strerror})") from None
+        except ValueError as error:  # a name with a NUL or a lone surrogate
+            raise SampleError(f"cannot be read ({error})") from None
 
 
 def decode_image(data: bytes, *, max_pixels: int = 100_000_000) -> Image.Image:
@@ -69,17 +80,18 @@ def decode_image(data: bytes, *, max_pixels: int = 100_000_000) -> Image.Image:
             # Our own limit decides, the same way on every run; Pillow's warns once a process.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-        if image.width * image.height > max_pixels:
-            raise SampleError(f"{image.width} x {image.height} pixels are over the limit of {max_pixels}")
-        image.load()
+        if image.width * image.height <= max_pixels:
+            return _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
-        raise SampleError(f"its header claims more pixels than the limit of {max_pixels}") from None
+        # Pillow has a limit of its own, which holds where max_pixels is higher.
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise SampleError(f"its header claims more pixels than the limit of {limit}") from None
     except Image.UnidentifiedImageError:
         start = data[:15].decode("latin-1").encode("unicode_escape").decode()
         raise SampleError(f"is no picture (starts with {start!r})") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise SampleError(f"cannot be decoded ({error})") from None
-    return _to_rgb(ImageOps.exif_transpose(image))
+    except _DECODING_ERRORS as error:
+        raise SampleError(f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from None
+    raise SampleError(f"{image.width} x {image.height} pixels are over the limit of {max_pixels}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -121,6 +133,9 @@ def fit_square(image: Image.Image, size: int, *, fit: Fit, fill: tuple[int, int,
         square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     else:
         side = max(width, height)
+        if side > max(_LARGEST_SQUARE, size):
+            scale = max(_LARGEST_SQUARE, size) / side
+            return fit_square(image.resize((max(1, int(width * scale)), max(1, int(height * scale)))), size, fit="pad", fill=fill)
         canvas = Image.new("RGB", (side, side), fill)
         canvas.paste(image, ((side - width) // 2, (side - height) // 2))
         square = canvas.resize((size, size), Image.Resampling.BICUBIC)

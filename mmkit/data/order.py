@@ -6,6 +6,7 @@ The global batch of a step is the same for every world size; a rank takes its sh
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -17,9 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from mmkit.data.skipped import LeftOut, SampleError
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Position(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Position:
     """One draw: which epoch, and which sample of the data set."""
 
     epoch: int
@@ -62,14 +65,14 @@ class Order:
                 yield self.positions(step * batch_size + offset, micro_batch_size)
 
 
-class SampleSet(Protocol[T]):
+class SampleSet(Protocol[T_co]):
     """What a stage trains on: samples by position, with their own random numbers."""
 
     def __len__(self) -> int:
         """Number of samples."""
         ...
 
-    def load(self, index: int, rng: np.random.Generator) -> T:
+    def load(self, index: int, rng: np.random.Generator) -> T_co:
         """Sample ``index``; ``rng`` drives its augmentation. Raises SampleError when it cannot be used."""
         ...
 
@@ -103,8 +106,8 @@ class ReplacingSet(Dataset[Drawn[T]]):
         Raises:
             SampleError: No usable sample in 50 attempts: the data set is broken.
         """
-        epoch, index = position
-        left_out = []
+        epoch, index = position.epoch, position.index
+        left_out: list[LeftOut] = []
         for attempt in range(self.ATTEMPTS):
             rng = np.random.default_rng([self.seed, epoch, position.index, attempt])
             try:
@@ -115,9 +118,7 @@ class ReplacingSet(Dataset[Drawn[T]]):
                 # A random other sample, not the next one: neighbours of a bad shard are often bad too.
                 index = int(rng.integers(len(self.samples)))
         last = left_out[-1]
-        raise SampleError(
-            f"{self.ATTEMPTS} samples in a row cannot be used, the last: {last.source} {last.key}: {last.reason}"
-        )
+        raise SampleError(f"{self.ATTEMPTS} samples in a row cannot be used, the last: {last.source} {last.key}: {last.reason}")
 
 
 def make_loader(
@@ -140,19 +141,22 @@ def make_loader(
         pin_memory: Copy batches to pinned memory for the device.
     """
 
-    def collate_drawn(drawn: list[Drawn[T]]) -> tuple[dict[str, Any], list[LeftOut]]:
-        return collate([d.sample for d in drawn]), [s for d in drawn for s in d.left_out]
-
     loader: DataLoader[Any] = DataLoader(
         ReplacingSet(samples, seed),
         batch_sampler=_Batches(micro_batches),
-        collate_fn=collate_drawn,
+        # No closure: where processes are not forked (macOS, Python 3.14), it must pickle.
+        collate_fn=functools.partial(_collate_drawn, collate),
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=False,
         worker_init_fn=_one_thread if workers else None,
     )
     return iter(loader)
+
+
+def _collate_drawn(collate: Callable[[list[T]], dict[str, Any]], drawn: list[Drawn[T]]) -> tuple[dict[str, Any], list[LeftOut]]:
+    """The batch, and what was left out to fill it."""
+    return collate([d.sample for d in drawn]), [s for d in drawn for s in d.left_out]
 
 
 class _Batches(torch.utils.data.Sampler[list[Position]]):

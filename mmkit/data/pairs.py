@@ -69,9 +69,7 @@ def open_pairs(location: str, *, kind: str = "auto", image_root: str | None = No
         "webdataset": lambda where, _: _read_shards(where),
     }
     if kind not in readers:
-        raise InputError(
-            f"data type {kind!r} holds no image-text pairs", where=location, mend=f"use {', '.join(readers)}"
-        )
+        raise InputError(f"data type {kind!r} holds no image-text pairs", where=location, mend=f"use {', '.join(readers)}")
     source = readers[kind](location, Path(image_root) if image_root else Path(location).parent)
     if not source.pairs:
         first = source.left_out[0] if source.left_out else None
@@ -103,6 +101,8 @@ def safe_image_path(root: Path, name: object) -> Path:
     if not isinstance(name, str) or not name:
         raise ValueError("image is missing")
     path = Path(name)
+    if "\0" in name or not name.isprintable():
+        raise ValueError(f"image {name!r} is no file name")
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"image {name!r} points outside the data folder")
     return root / path
@@ -129,7 +129,7 @@ def _read_jsonl(location: str, root: Path) -> PairSource:
             pairs.append(Pair(location, f"{key} {row['image']}", ImageRef(str(image)), caption))
         except UnicodeDecodeError as error:
             left_out.append(LeftOut(location, key, f"invalid UTF-8 at byte {error.start}"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             left_out.append(LeftOut(location, key, " ".join(str(error).split())))
     return PairSource(pairs, left_out, hash_file(path))
 
@@ -139,16 +139,18 @@ def _read_coco(location: str, root: Path) -> PairSource:
     from mmkit.eval.scorers.formats import read_captions
 
     path = Path(location)
+    read_captions(path)  # the scorer's strict reader: one set of rules for what a caption file is
     data = read_json(path, mend="check data.train")
-    read_captions(data)  # the scorer's strict reader: one set of rules for what a caption file is
     files = {image["id"]: image.get("file_name") for image in data["images"]}
     pairs: list[Pair] = []
     left_out: list[LeftOut] = []
-    for row in data["annotations"]:
-        key = f"{path.name}#{row['id']} {files[row['image_id']]}"
+    for number, row in enumerate(data["annotations"], start=1):
+        # Annotation ids are optional: nothing but messages needs them.
+        key = f"{path.name}#{row.get('id', f'row {number}')}"
         try:
-            image = safe_image_path(root, files[row["image_id"]])
-            pairs.append(Pair(location, key, ImageRef(str(image)), clean_caption(row["caption"])))
+            name = files[row["image_id"]]
+            image = safe_image_path(root, name)
+            pairs.append(Pair(location, f"{key} {name}", ImageRef(str(image)), clean_caption(row["caption"])))
         except ValueError as error:
             left_out.append(LeftOut(location, key, str(error)))
     return PairSource(pairs, left_out, hash_file(path))
@@ -226,6 +228,27 @@ def _shard_samples(shard: Path, left_out: list[LeftOut]) -> Iterator[tuple[str, 
                     break
                 ref = ImageRef(str(shard), member.offset_data, member.size)
                 groups.setdefault(key, {})[f".{suffix.lower()}"] = ref
+            else:
+                if fault := _end_fault(shard, tar.offset):
+                    left_out.append(LeftOut(str(shard), current or "(start)", fault))
     except (tarfile.TarError, EOFError, OSError) as error:
         left_out.append(LeftOut(str(shard), current or "(start)", f"the shard cannot be read on from here ({error})"))
     yield from groups.items()
+
+
+def _end_fault(shard: Path, offset: int) -> str:
+    """What is wrong where tarfile stopped reading; empty when that is the end of a whole shard.
+
+    tarfile takes a missing end mark and a damaged header for the end, and says nothing.
+    """
+    with shard.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        rest = file.read(1 << 20)
+    if len(block) < tarfile.BLOCKSIZE:
+        return "the shard is cut off after this"
+    if any(block):
+        return "the shard is damaged after this"
+    if any(rest):
+        return "there is more after the shard's end mark, which is not read (joined with cat?)"
+    return "" if offset else "the shard is empty"

@@ -94,7 +94,7 @@ class Engine:
         """
         divisor = count.clamp(min=1).float()
         if self.uses_deepspeed:
-            self.module.set_gradient_accumulation_boundary(is_boundary=last)
+            self.module.set_gradient_accumulation_boundary(is_boundary=last)  # type: ignore[operator]
             loss_sum = self.module(batch)
             self.module.backward(loss_sum * self.world_size / divisor, scale_wrt_gas=False)  # type: ignore[operator]
             return loss_sum.detach().float()
@@ -121,7 +121,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         if self.uses_deepspeed:
-            self.module.step()
+            self.module.step()  # type: ignore[operator]
             return torch.as_tensor(float(self.module.get_global_grad_norm() or 0.0))  # type: ignore[operator]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

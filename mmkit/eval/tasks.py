@@ -94,10 +94,12 @@ def _textvqa(config: TaskConfig) -> list[Example]:
     """TextVQA, with or without the reference OCR tokens in the prompt."""
     rows = {row["question_id"]: row for row in read_json(Path(config.annotations))["data"]}
     examples = []
-    for i, known in read_textvqa(config.annotations).items():
+    for i in read_textvqa(config.annotations):
         row = rows[i]
         if config.ocr == "reference" and "ocr_tokens" not in row:
-            raise InputError(f"question {i} has no ocr_tokens", where=config.annotations, mend="use ocr=none, or the 0.5.1 files with OCR")
+            raise InputError(
+                f"question {i} has no ocr_tokens", where=config.annotations, mend="use ocr=none, or the 0.5.1 files with OCR"
+            )
         ocr = row["ocr_tokens"] if config.ocr == "reference" else []
         image = _image(config, row["image_id"], None, "{}.jpg")
         examples.append(Example(i, image, _prompt(config, row["question"], ocr), row["question"], list(row["answers"])))

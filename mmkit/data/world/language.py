@@ -141,13 +141,13 @@ def ten_answers(question: Question, rng: np.random.Generator) -> list[dict[str, 
 
 
 def conversation(scene: Scene, asked: list[Question], rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Turns of a conversation: short questions in random order, the caption request at a random place.
+    """Turns of a conversation: short questions in random order, the caption request last.
 
-    The first short question carries the short-answer sentence, as in LLaVA's mix (llava.md 1.3).
+    A caption before the questions would answer them all from the text, and the model would not learn to look. The
+    first short question carries the short-answer sentence, as in LLaVA's mix (llava.md 1.3).
     """
     turns = [(q.text, q.answer) for q in asked]
     turns = [turns[i] for i in rng.permutation(len(turns))]
     turns[0] = (turns[0][0] + SHORT_ANSWER, turns[0][1])
     request = CAPTION_REQUESTS[int(rng.integers(len(CAPTION_REQUESTS)))]
-    turns.insert(int(rng.choice([0, len(turns)])), (request, captions(scene)[0]))
-    return turns
+    return [*turns, (request, captions(scene)[0])]
