@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code: 0 done, 2 wrong input, 75 stopped by a signal, 1 a bug."""
     _set_up_logging()
     try:
-        app(args=arguments, standalone_mode=False)
+        words = sys.argv[1:] if arguments is None else arguments
+        # DeepSpeed's launcher adds --local_rank; the environment says the same, and that is what is read.
+        app(args=[w for w in words if not w.startswith("--local_rank=")], standalone_mode=False)
         code = EXIT_DONE
     except InputError as error:
         _complain(str(error))
@@ -48,8 +50,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # `mmkit` or `mmkit data` alone: typer's message is the whole help, a page that is no use on one line.
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)
-            sys.exit(EXIT_INPUT)
-        _complain(error.format_message(), hint="mmkit --help")
+        else:
+            _complain(error.format_message(), hint="mmkit --help")
         code = EXIT_INPUT
     except StoppedError as error:
         _complain(str(error))
@@ -86,6 +88,7 @@ def _set_up_logging() -> None:
     logging.getLogger("mmkit").setLevel(level)
     logging.captureWarnings(True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _say(text: str) -> None:
@@ -247,8 +250,10 @@ def synth(
 ) -> None:
     """Make the demo world: pictures with captions, questions, conversations and shards in the official formats."""
     from mmkit.data.world import make_world
+    from mmkit.data.world.tokenizers import make_tokenizers
 
     counts = make_world(out, train=train, heldout=heldout, image_size=image_size, seed=seed)
+    make_tokenizers(out)
     _say("  ".join(f"{k} {v}" for k, v in counts.items()))
     _say(f"done: {out}")
 

@@ -9,13 +9,12 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from mmkit.commands import run_train
 from mmkit.config import EvalRecipe, ProbeRecipe, load_recipe
 from mmkit.data.world import make_world
-from mmkit.files import new_folder, read_json
+from mmkit.data.world.tokenizers import make_tokenizers
 from mmkit.recipes import find_recipe
 from mmkit.run import Run
 
@@ -42,9 +41,11 @@ def run_demo(out: Path, *, restart: bool = False) -> Path:
         return report
     # The demo recipes take every path below this folder; the same recipes run from the shell.
     os.environ["MMKIT_DEMO"] = str(out)
+    # Tiny models load in a blink; a bar for each would bury the demo's own lines.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     counts = make_world(out / "world")
     logger.info("world: %s", "  ".join(f"{k} {v}" for k, v in counts.items()))
-    make_tokenizers(out / "world", out / "tokenizers")
+    make_tokenizers(out / "world")
     runs: list[Path] = []
 
     def stage(recipe: str, *overrides: str) -> Path:
@@ -91,24 +92,6 @@ def _measure(recipe: str, overrides: list[str], restart: bool) -> Run:
         return run_probe(loaded, restart=restart)
     assert isinstance(loaded, EvalRecipe)
     return run_eval(loaded, restart=restart)
-
-
-def make_tokenizers(world: Path, out: Path) -> None:
-    """Train the demo's tokenizers on its own texts: byte-level BPE for the captioner, SentencePiece for the MLLM."""
-    from mmkit.models.llm import train_bpe_tokenizer, train_sentencepiece_tokenizer
-
-    captions = [row["caption"] for row in read_json(world / "captions_train.json")["annotations"]]
-    # As the template writes them: the role words must be tokens of their own, not nine byte tokens in every turn.
-    roles = {"human": "USER: ", "gpt": "ASSISTANT: "}
-    turns = [roles[t["from"]] + t["value"] for item in read_json(world / "llava_train.json") for t in item["conversations"]]
-    makers: dict[str, tuple[Callable[..., object], list[str], int]] = {
-        "bpe": (train_bpe_tokenizer, captions, 512),
-        "sentencepiece": (train_sentencepiece_tokenizer, captions + turns, 768),
-    }
-    for name, (train, texts, vocab_size) in makers.items():
-        if not (out / name / "tokenizer.json").is_file():
-            with new_folder(out / name) as folder:
-                train(texts, folder, vocab_size=vocab_size)
 
 
 def read_scores(out: Path) -> dict[str, dict[str, float]]:

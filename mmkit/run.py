@@ -190,8 +190,11 @@ class Run:
 
     def skip(self, samples: list[LeftOut]) -> None:
         """List samples that were left out, each once."""
-        new = [s for k, s in {(s.source, s.key): s for s in reversed(samples)}.items() if k not in self._skipped][::-1]
-        self._skipped.update((s.source, s.key) for s in new)
+        new = []
+        for sample in samples:
+            if (sample.source, sample.key) not in self._skipped:
+                self._skipped.add((sample.source, sample.key))
+                new.append(sample)
         if self.write and new:
             append_jsonl(self.path / "skipped.jsonl", [dataclasses.asdict(s) for s in new])
 
@@ -218,10 +221,12 @@ class Run:
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a JSON-lines file; a last line that a kill cut off is dropped first."""
-    if path.exists():
+    if path.exists() and path.stat().st_size:
         with path.open("r+b") as old:
-            whole = old.read()
-            old.truncate(whole.rfind(b"\n") + 1)
+            old.seek(-1, os.SEEK_END)
+            if old.read() != b"\n":
+                old.seek(0)
+                old.truncate(old.read().rfind(b"\n") + 1)
     # A lone surrogate (a file name that is not UTF-8) has no UTF-8 form, but \udcff inside a JSON string is legal.
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -121,6 +121,11 @@ def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess
     return python(*launch, *arguments)
 
 
+def pictures() -> list[Path]:
+    """The held-out pictures' files."""
+    return sorted((root() / "world" / "images" / "heldout").glob("*.jpg"))
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of a run's product, by file and name."""
     files = sorted((run / "model").rglob("*.safetensors"))

@@ -140,7 +140,6 @@ def make_loader(
         workers: Loader processes; the result does not depend on it.
         pin_memory: Copy batches to pinned memory for the device.
     """
-
     loader: DataLoader[Any] = DataLoader(
         ReplacingSet(samples, seed),
         batch_sampler=_Batches(micro_batches),

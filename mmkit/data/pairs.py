@@ -101,7 +101,8 @@ def safe_image_path(root: Path, name: object) -> Path:
     if not isinstance(name, str) or not name:
         raise ValueError("image is missing")
     path = Path(name)
-    if "\0" in name or not name.isprintable():
+    name.encode("utf-8")  # raises a ValueError on a lone surrogate, which no file name holds
+    if "\0" in name:
         raise ValueError(f"image {name!r} is no file name")
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"image {name!r} points outside the data folder")

@@ -9,6 +9,8 @@ else in mmkit scales a loss, and ``tests/distributed`` holds one process equal t
 from __future__ import annotations
 
 import os
+import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -32,8 +34,20 @@ class Engine:
 
     def __init__(
         self, *, precision: str, deepspeed: Path | None, batch_size: int, micro_batch_size: int | None, clip: float | None
-    ):
-        from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs
+    ) -> None:
+        """Join the processes that the launcher started.
+
+        Args:
+            precision: ``fp32``, or ``bf16`` (autocast over fp32 weights; DeepSpeed keeps its own fp32 copy).
+            deepspeed: DeepSpeed JSON; None is one process or DDP.
+            batch_size: Global batch.
+            micro_batch_size: Samples per process and forward pass; None takes a process's share of the batch in one piece.
+            clip: Largest gradient norm; None does not clip.
+
+        Raises:
+            InputError: The global batch does not divide.
+        """
+        from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.micro_batch_size = micro_batch_size or max(1, batch_size // world_size)
@@ -51,13 +65,25 @@ class Engine:
             settings = deepspeed_settings(
                 deepspeed, micro_batch_size=self.micro_batch_size, accumulation=self.accumulation, clip=clip, precision=precision
             )
+            _prepare_deepspeed()
             plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
         # Frozen parts are excluded by requires_grad, every trainable part takes part in every step (dummy path for text-only
         # batches), so the search for unused parameters stays off; buffers such as the IDF are summed by hand, not broadcast.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        handlers: list[Any] = [ddp]
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu and "LOCAL_RANK" in os.environ:
+            # Accelerate sees the launcher's processes on CPUs only if it is told so; its DeepSpeed path must not be told.
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
         self._accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no", deepspeed_plugin=plugin, kwargs_handlers=[ddp]
+            cpu=on_cpu and not self.uses_deepspeed,
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            gradient_accumulation_steps=self.accumulation if self.uses_deepspeed else 1,
+            deepspeed_plugin=plugin,
+            kwargs_handlers=handlers,
         )
+        if self.uses_deepspeed:
+            _forget_deepspeed_in_transformers()
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
@@ -73,7 +99,10 @@ class Engine:
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap the finished objective for the chosen mode."""
         if self.uses_deepspeed or self.world_size > 1:
-            self.module, self.optimizer = self._accelerator.prepare(module, optimizer)
+            with warnings.catch_warnings():
+                # torch has a new name for broadcast_buffers, which Accelerate does not know yet.
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+                self.module, self.optimizer = self._accelerator.prepare(module, optimizer)
         else:
             self.module, self.optimizer = module.to(self.device), optimizer
 
@@ -211,6 +240,33 @@ class Engine:
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(True)
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def _prepare_deepspeed() -> None:
+    """What DeepSpeed needs to start: a rendezvous where no launcher made one, and no compiler on CPUs."""
+    if "LOCAL_RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        # It would compile shared-memory kernels first (a minute, and a C++ compiler); gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _forget_deepspeed_in_transformers() -> None:
+    """Keep transformers from cutting models into ZeRO-3 pieces while they are built.
+
+    Accelerate registers its settings there even with ``zero3_init_flag=False``. Models would be loaded into pieces, by rank 0
+    alone and outside our seeds, and saved under names that no other program opens; DeepSpeed cuts up the finished objective.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def _changing_state(module: nn.Module) -> dict[str, Tensor]:

@@ -66,6 +66,8 @@ def train(stage: Stage, engine: Engine, run: Run, config: TrainConfig, settings:
     warmup = warmup_steps(config.warmup, total)
     groups = parameter_groups(objective.named_parameters(), lr=config.lr, weight_decay=config.weight_decay, lr_of=stage.lr_of)
     optimizer = make_optimizer(groups, betas=config.betas, eps=config.eps, device=engine.device)
+    if config.compile:
+        objective.compile()
     engine.prepare(objective, optimizer)
     start = load_newest(engine, run.checkpoints)
     run.drop_metrics_after(start)
@@ -217,23 +219,27 @@ def validate(stage: Stage, engine: Engine, config: TrainConfig, settings: LoopSe
     size = min(len(stage.validation), config.val_batches * config.batch_size)
     mine = [Position(0, i) for i in range(engine.rank, size, engine.world_size)]
     step = engine.micro_batch_size
+    # Every rank runs the same number of forward passes, or ZeRO-3's gathers would wait for each other for ever: a rank that has
+    # fewer samples sees a batch again, which does not count.
+    passes = math.ceil(math.ceil(size / engine.world_size) / step)
+    shares = [mine[i * step : (i + 1) * step] for i in range(passes)]
     batches = make_loader(
         stage.validation,
         stage.collate,
-        [mine[i : i + step] for i in range(0, len(mine), step)],
+        [share or [Position(0, 0)] for share in shares],
         seed=settings.seed,
         workers=0,
         pin_memory=False,
     )
-    sums: dict[str, float] = {"loss": 0.0}
+    sums: dict[str, float] = {}
     count = 0
-    for batch, _ in batches:
+    for share, (batch, _) in zip(shares, batches, strict=True):
         batch = to_device(batch, engine.device)
         with engine.autocast():
-            sums["loss"] += float(stage.objective(batch))
-            for name, value in stage.objective.evaluate(batch).items():
-                sums[name] = sums.get(name, 0.0) + value
-        count += stage.objective.count(batch)
+            found = {"loss": float(stage.objective(batch)), **stage.objective.evaluate(batch)}
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + (value if share else 0.0)
+        count += stage.objective.count(batch) if share else 0
     names = sorted(sums)
     totals = engine.sum(torch.tensor([*(sums[n] for n in names), count], dtype=torch.float64, device=engine.device))
     return {f"val_{n}": float(totals[i] / totals[-1].clamp(min=1)) for i, n in enumerate(names)}

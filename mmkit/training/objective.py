@@ -37,7 +37,7 @@ class Objective(nn.Module, ABC):
         """Take in the global counts of :meth:`statistics`."""
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
-        """Extra validation sums of one batch (hits, tokens, ...), beside the loss. Divided by the count."""
+        """Extra validation sums (hits, ...) of the batch that forward has just seen in eval mode. Divided by the count."""
         return {}
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mmkit.data.world.scene import COLORS, PLACES, SHAPES, Group, Scene
+from mmkit.data.world.scene import COLORS, SHAPES, Group, Scene
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-CAPTION_REQUESTS = ("Describe the picture.", "Write a short caption for the picture.", "What does the picture show?")
-WORD_QUESTIONS = ("What word is written in the picture?", "What does the sign say?", "Which word can be read at the top?")
+CAPTION_REQUESTS = ("Describe the picture.", "Write a short caption.", "What does it show?")
+WORD_QUESTIONS = ("What word is written?", "What does the sign say?", "Which word can be read?")
 # Conversations without a picture keep the text-only path in use.
 TEXT_ONLY = (
     ("Which number comes after one?", "two"),
@@ -70,21 +70,14 @@ def captions(scene: Scene) -> list[str]:
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Six questions about the shapes: three yes/no, one number, two other.
+    """Five questions about the shapes: two yes/no, one number, two other.
 
-    Answers are balanced: of the two questions about presence one is yes and one is no, with the same distribution of colours
-    and shapes in both; the question about a place is yes or no by a coin; counts, colours, shapes and places are uniform.
+    Answers are balanced: of the two questions about presence one is yes and one is no, and each colour and shape is asked for as
+    often with either answer; counts, colours, shapes and places are uniform.
     """
-    pick = [scene.groups[int(rng.integers(len(scene.groups)))] for _ in range(5)]
-    present = _presence(pick[0].color, pick[0].shape, "yes")
-    absent = _presence(*_absent(scene, pick[1], rng), "no")
-    true_place = rng.random() < 0.5
-    place = pick[2].place if true_place else _other(PLACES, pick[2].place, rng)
-    be = "Is" if pick[2].count == 1 else "Are"
-    where = Question(f"{be} the {noun(pick[2])} at the {place}?", "yes" if true_place else "no", "yes/no", be.lower() + " the")
-    shapes = plural(pick[3].shape, 2)
-    count = Question(f"How many {shapes} are there?", str(pick[3].count), "number", "how many")
-    asked = [present, absent, where, count, *_other_questions(pick[4], rng)]
+    pick = [scene.groups[int(rng.integers(len(scene.groups)))] for _ in range(3)]
+    count = Question(f"How many {plural(pick[0].shape, 2)} are there?", str(pick[0].count), "number", "how many")
+    asked = [_presence(scene, pick[1], "yes", rng), _presence(scene, pick[1], "no", rng), count, *_other_questions(pick[2], rng)]
     return [asked[i] for i in rng.permutation(len(asked))]
 
 
@@ -95,22 +88,13 @@ def word_question(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question(WORD_QUESTIONS[int(rng.integers(len(WORD_QUESTIONS)))], scene.word, "text", "what word")
 
 
-def _presence(color: str, shape: str, answer: str) -> Question:
-    """``Is there a red circle in the picture?``"""
-    article = "an" if color[0] in "aeiou" else "a"
-    return Question(f"Is there {article} {color} {shape} in the picture?", answer, "yes/no", "is there a")
-
-
-def _absent(scene: Scene, group: Group, rng: np.random.Generator) -> tuple[str, str]:
-    """A colour and shape that are not together in the picture, one of them right: presence must be looked up, not guessed."""
-    pairs = {(g.color, g.shape) for g in scene.groups}
-    while True:
-        if rng.random() < 0.5:
-            found = (_other(COLORS, group.color, rng), group.shape)
-        else:
-            found = (group.color, _other(SHAPES, group.shape, rng))
-        if found not in pairs:
-            return found
+def _presence(scene: Scene, group: Group, answer: str, rng: np.random.Generator) -> Question:
+    """``Is there a circle?`` or ``Is there something red?``: about this group for yes, about what no group has for no."""
+    if rng.random() < 0.5:
+        shape = group.shape if answer == "yes" else _other(SHAPES, {g.shape for g in scene.groups}, rng)
+        return Question(f"Is there a {shape}?", answer, "yes/no", "is there a")
+    color = group.color if answer == "yes" else _other(COLORS, {g.color for g in scene.groups}, rng)
+    return Question(f"Is there something {color}?", answer, "yes/no", "is there")
 
 
 def _other_questions(group: Group, rng: np.random.Generator) -> list[Question]:
@@ -119,14 +103,14 @@ def _other_questions(group: Group, rng: np.random.Generator) -> list[Question]:
     found = [
         Question(f"What color {be} the {plural(group.shape, group.count)}?", group.color, "other", f"what color {be} the"),
         Question(f"What shape is at the {group.place}?", group.shape, "other", "what"),
-        Question(f"Where {be} the {noun(group)}?", group.place, "other", f"where {be} the"),
+        Question(f"Where {be} the {plural(group.shape, group.count)}?", group.place, "other", f"where {be} the"),
     ]
     return [found[i] for i in rng.permutation(3)[:2]]
 
 
-def _other(values: tuple[str, ...], value: str, rng: np.random.Generator) -> str:
-    """Another value than this one, uniform."""
-    rest = [v for v in values if v != value]
+def _other(values: tuple[str, ...], present: set[str], rng: np.random.Generator) -> str:
+    """A value that is not present, uniform."""
+    rest = [v for v in values if v not in present]
     return rest[int(rng.integers(len(rest)))]
 
 

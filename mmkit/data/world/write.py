@@ -34,6 +34,7 @@ Training and held-out pictures never share a (shapes, colours, places, word) com
 | vqa_{train,heldout}_{questions,annotations}.json | VQA v2 questions: yes/no, number, other; ten answers |
 | textvqa_{train,heldout}.json | TextVQA questions about the rendered word, OCR tokens included |
 | llava_align_train.json, llava_train.json | LLaVA conversations |
+| tokenizers/{bpe,sentencepiece}/ | tokenizers trained on these texts, for the demo's language models |
 | probe_{train,heldout}.jsonl | pictures with one group, for probes (labels: shape, color, count, place, word) |
 """
 
@@ -68,13 +69,13 @@ def make_world(out: Path, *, train: int = 4000, heldout: int = 300, image_size: 
         InputError: The folder holds a world of other arguments, or something else.
     """
     arguments = {"format": FORMAT, "train": train, "heldout": heldout, "image_size": image_size, "seed": seed}
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / "world.json").is_file():
-            raise InputError("folder is not empty and no demo world", where=out, mend="choose another --out")
+            raise InputError("is not an empty folder and no demo world", where=out, mend="choose another --out")
         found = read_json(out / "world.json")
-        if found["arguments"] != arguments:
+        if found.get("arguments") != arguments:
             raise InputError(
-                f"holds a world made with {found['arguments']}", where=out, mend="choose another --out, or remove it"
+                f"holds a world made with {found.get('arguments')}", where=out, mend="choose another --out, or remove it"
             )
         counts: dict[str, int] = found["counts"]
         return counts

@@ -1,0 +1,192 @@
+"""Order of samples: permutation, worlds and accumulation, workers, going on, and replacement of bad samples."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmkit.data.order import Drawn, Order, Position, ReplacingSet, _collate_drawn, make_loader
+from mmkit.data.skipped import LeftOut, SampleError
+
+
+class Numbers:
+    """Sample ``i`` is (i, a random number of its own); those in ``bad`` cannot be used."""
+
+    def __init__(self, size: int, bad: frozenset[int] = frozenset()) -> None:
+        self.size, self.bad = size, bad
+
+    def __len__(self) -> int:
+        return self.size
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[int, float]:
+        if index in self.bad:
+            raise SampleError(f"number {index} is bad")
+        return index, float(rng.random())
+
+    def describe(self, index: int) -> tuple[str, str]:
+        return "numbers", str(index)
+
+
+def collate(samples: list[tuple[int, float]]) -> dict[str, torch.Tensor]:
+    return {"index": torch.tensor([s[0] for s in samples]), "value": torch.tensor([s[1] for s in samples], dtype=torch.float64)}
+
+
+def batches_of(order: Order, **more: int) -> list[list[Position]]:
+    split: dict[str, Any] = {"first_step": 0, "micro_batch_size": 4, "rank": 0, "world_size": 1, **more}
+    return list(order.micro_batches(**split))
+
+
+def load_all(samples: Numbers, batches: list[list[Position]], workers: int = 0) -> list[tuple[list[int], list[float], list[LeftOut]]]:
+    loader = make_loader(samples, collate, batches, seed=5, workers=workers, pin_memory=False)
+    return [(b["index"].tolist(), b["value"].tolist(), left) for b, left in loader]
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 200), seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
+def test_an_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
+    found = Order(size, seed).positions(epoch * size, size)
+    assert sorted(p.index for p in found) == list(range(size))
+    assert {p.epoch for p in found} == {epoch}
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        return [p.index for p in Order(50, seed).positions(number * 50, 50)]
+
+    assert epoch(1, 0) == epoch(1, 0)
+    assert len({tuple(epoch(seed, number)) for seed in range(3) for number in range(3)}) == 9
+    assert epoch(0, 0) != sorted(epoch(0, 0))
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 40), start=st.integers(0, 200), first=st.integers(0, 30), second=st.integers(0, 30))
+def test_positions_join_without_a_gap(size: int, start: int, first: int, second: int) -> None:
+    order = Order(size, 3)
+    joined = order.positions(start, first) + Order(size, 3).positions(start + first, second)
+    assert joined == order.positions(start, first + second)
+
+
+@pytest.mark.parametrize("size", [7, 64, 100])
+def test_batches_cover_the_epochs_without_gap_or_duplicate(size: int) -> None:
+    flat = [p for batch in batches_of(Order(size, 0), last_step=3 * size, batch_size=4) for p in batch]
+    assert len(flat) == len(set(flat)) == 12 * size
+    for epoch in range(12):
+        assert sorted(p.index for p in flat[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_a_step_is_the_same_for_every_split(world_size: int, micro: int) -> None:
+    order = Order(37, 1)
+    steps = 5
+    found: list[list[Position]] = [[] for _ in range(steps)]
+    rounds = 16 // (micro * world_size)
+    for rank in range(world_size):
+        mine = batches_of(order, last_step=steps, batch_size=16, micro_batch_size=micro, rank=rank, world_size=world_size)
+        assert len(mine) == steps * rounds
+        assert {len(b) for b in mine} == {micro}
+        for i, batch in enumerate(mine):
+            found[i // rounds] += batch
+    for step in range(steps):
+        assert len(found[step]) == len(set(found[step])) == 16
+        assert set(found[step]) == set(order.positions(step * 16, 16))
+
+
+def test_micro_batches_interleave_the_ranks() -> None:
+    order = Order(100, 0)
+    whole = order.positions(0, 8)
+    for rank in (0, 1):
+        mine = batches_of(order, last_step=1, batch_size=8, micro_batch_size=2, rank=rank, world_size=2)
+        assert mine == [whole[2 * rank : 2 * rank + 2], whole[4 + 2 * rank : 6 + 2 * rank]]
+
+
+def test_a_split_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(AssertionError, match="micro x accumulation x world"):
+        batches_of(Order(10, 0), last_step=1, batch_size=8, micro_batch_size=3)
+
+
+@pytest.mark.parametrize("step", [0, 1, 9, 19])
+def test_going_on_at_a_step_is_the_tail_of_the_whole(step: int) -> None:
+    samples = Numbers(30, frozenset({3, 4}))
+    whole = load_all(samples, batches_of(Order(30, 2), last_step=20, batch_size=8))
+    tail = load_all(samples, batches_of(Order(30, 2), first_step=step, last_step=20, batch_size=8))
+    assert tail == whole[step * 2 :]
+
+
+def test_workers_change_nothing() -> None:
+    samples = Numbers(30, frozenset({3, 4, 5}))
+    batches = batches_of(Order(30, 2), last_step=8, batch_size=8)
+    assert load_all(samples, batches, workers=0) == load_all(samples, batches, workers=2)
+
+
+def test_batches_may_come_from_an_iterator() -> None:
+    order = Order(30, 2)
+    lazy = order.micro_batches(first_step=0, last_step=10**9, batch_size=4, micro_batch_size=4, rank=0, world_size=1)
+    loader = make_loader(Numbers(30), collate, lazy, seed=5, workers=0, pin_memory=False)
+    found = [b["index"].tolist() for b, _ in islice(loader, 3)]
+    assert found == [[p.index for p in b] for b in batches_of(order, last_step=3, batch_size=4)]
+
+
+def test_augmentation_differs_by_epoch_and_sample_not_by_place() -> None:
+    draw = ReplacingSet(Numbers(10), 5)
+    values = {(e, i): draw[Position(e, i)].sample[1] for e in range(3) for i in range(10)}
+    assert len(set(values.values())) == 30
+    assert draw[Position(2, 7)].sample == (7, values[2, 7])
+    assert ReplacingSet(Numbers(10), 6)[Position(2, 7)].sample[1] != values[2, 7]
+
+
+def test_a_bad_sample_is_replaced_the_same_way_and_listed() -> None:
+    samples = Numbers(10, frozenset(range(7)))
+    first = [ReplacingSet(samples, 5)[Position(0, i)] for i in range(10)]
+    assert first == [ReplacingSet(samples, 5)[Position(0, i)] for i in range(10)]
+    for i, (sample, left_out) in enumerate(first):
+        assert sample[0] in (7, 8, 9)
+        assert (left_out == []) == (i >= 7)
+        if left_out:
+            assert left_out[0] == LeftOut("numbers", str(i), f"number {i} is bad")
+    # Neighbours are often bad too: replacements must not all be the next good one.
+    assert len({first[i].sample[0] for i in range(7)}) > 1
+
+
+def test_left_out_samples_come_with_their_batch() -> None:
+    samples = Numbers(8, frozenset({2}))
+    order = Order(8, 0)
+    found = load_all(samples, batches_of(order, last_step=2, batch_size=4))
+    keys = [s.key for _, _, left in found for s in left]
+    assert set(keys) == {"2"}
+    assert all(len(index) == 4 and 2 not in index for index, _, _ in found)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_fifty_bad_samples_in_a_row_stop_the_run(workers: int) -> None:
+    samples = Numbers(10, frozenset(range(10)))
+    with pytest.raises(SampleError, match="50 samples in a row cannot be used, the last: numbers"):
+        load_all(samples, [[Position(0, 0)]], workers=workers)
+
+
+def test_forty_nine_bad_samples_do_not() -> None:
+    class Later(Numbers):
+        tries = 0
+
+        def load(self, index: int, rng: np.random.Generator) -> tuple[int, float]:
+            self.tries += 1
+            if self.tries < ReplacingSet.ATTEMPTS:
+                raise SampleError("not yet")
+            return index, 0.0
+
+    assert len(ReplacingSet(Later(10), 0)[Position(0, 0)].left_out) == 49
+
+
+def test_what_goes_to_the_workers_can_be_pickled() -> None:
+    # Linux forks today; macOS and Python 3.14 do not.
+    draw, merge = pickle.loads(pickle.dumps((ReplacingSet(Numbers(3), 0), _collate_drawn)))
+    batch, left = merge(collate, [draw[Position(0, 1)], Drawn((2, 0.5), [LeftOut("a", "b", "c")])])
+    assert batch["index"].tolist() == [1, 2]
+    assert left == [LeftOut("a", "b", "c")]

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from mmkit.distributed.preemption import SIGNALS, Preemption
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_remembered_and_nothing_else_happens(number):
+    with Preemption() as preemption:
+        assert preemption.requested is None
+        os.kill(os.getpid(), number)
+        assert preemption.requested is number
+
+
+def test_a_second_interrupt_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), Preemption():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Preemption():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before

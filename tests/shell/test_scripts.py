@@ -1,0 +1,295 @@
+"""The shell scripts: clean, and every mmkit command in them is one that mmkit takes.
+
+The scripts run for real, with the launchers and mmkit replaced by a stub that writes down how it was called.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from click import Command
+
+from mmkit.cli import app
+from mmkit.config import load_recipe
+from mmkit.recipes import find_recipe, list_recipes
+from mmkit.validate import check_parts
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = [ROOT / name for name in ("encoders", "training", "eval")]
+SCRIPTS = sorted(p for folder in FOLDERS for suffix in ("sh", "sbatch") for p in folder.rglob(f"*.{suffix}"))
+READMES = [folder / "README.md" for folder in FOLDERS]
+WITH_RECIPE = ("train", "probe", "eval", "validate")
+STUB = """#!/usr/bin/env bash
+{ printf '%s\\n' "${0##*/}" "$@"; printf '\\0'; } >>"$CALLS"
+exit "${STUB_EXIT:-0}"
+"""
+
+
+def _commands() -> dict[str, Command]:
+    import typer.main
+
+    group = typer.main.get_command(app)
+    return dict(group.commands)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs a script with stubs in front of PATH; gives its exit code and the calls, as lists of words."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name in ("mmkit", "torchrun", "deepspeed", "python", "scontrol", "srun"):
+        (stubs / name).write_text(STUB, encoding="utf-8")
+        (stubs / name).chmod(0o755)
+    for name in ("NGPU", "DATA", "RUNS", "MMKIT_DEMO", "HOSTFILE", "NNODES", "PYTHON", "WORLD"):
+        monkeypatch.delenv(name, raising=False)
+    log = tmp_path / "calls"
+
+    def run(script: str, *arguments: str, **environment: str) -> tuple[int, list[list[str]], str]:
+        log.unlink(missing_ok=True)
+        done = subprocess.run(
+            ["bash", str(ROOT / script), *arguments],
+            env={**os.environ, "PATH": f"{stubs}:{os.environ['PATH']}", "CALLS": str(log), **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        text = log.read_text(encoding="utf-8") if log.exists() else ""
+        return done.returncode, [c.split("\n")[:-1] for c in text.split("\0") if c], done.stderr
+
+    return run
+
+
+def mmkit_words(call: list[str]) -> list[str]:
+    """What reaches mmkit in a recorded call."""
+    if call[0] in ("mmkit", "scontrol"):
+        return call[1:] if call[0] == "mmkit" else []
+    return call[call.index("mmkit") + 1 :] if "mmkit" in call else []
+
+
+def check_calls(recorded: list[list[str]]) -> list[str]:
+    """Every call is a command of mmkit, and its recipe takes its overrides; gives 'command recipe' of each."""
+    seen = []
+    for call in recorded:
+        words = mmkit_words(call)
+        if not words:
+            continue
+        assert words[0] in _commands(), call
+        if words[0] in WITH_RECIPE:
+            recipe = load_recipe(find_recipe(words[1]), words[2:])
+            check_parts(recipe)
+            verb = "train" if recipe.stage in ("superclass", "clipcap", "llava") else recipe.stage
+            assert words[0] in (verb, "validate"), call
+            seen.append(" ".join(words[:2]))
+        else:
+            seen.append(words[0])
+    return seen
+
+
+def code_in(path: Path) -> str:
+    """What a user would run: code of a README, lines of a script, and quoted code in either's prose."""
+    text = path.read_text(encoding="utf-8")
+    quoted = re.findall(r"`([^`\n]+)`", text)
+    if path.suffix == ".md":
+        return "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S) + quoted)
+    return "\n".join([line for line in text.splitlines() if not line.startswith("#")] + quoted)
+
+
+def test_there_are_scripts() -> None:
+    names = {str(p.relative_to(ROOT)) for p in SCRIPTS}
+    assert names >= {
+        "encoders/pretrain.sh",
+        "training/run.sh",
+        "training/launch/torchrun.sh",
+        "training/launch/deepspeed_hostfile.sh",
+        "training/launch/slurm.sbatch",
+        "eval/run.sh",
+        "eval/prepare.sh",
+        "eval/pipeline_cpu.sh",
+    }
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_script_is_clean(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n# ")
+    assert "\nset -euo pipefail\n" in text
+    for word in ("usage", "hardware", "time"):
+        assert re.search(rf"^#   {word}\b", text, re.M), f"no {word} in the head of {path.name}"
+    assert max(map(len, text.splitlines())) <= 130
+    assert os.access(path, os.X_OK) or path.suffix == ".sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_shellcheck(path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS + READMES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_commands_and_recipes_in_the_text_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    commands, recipes = _commands(), list_recipes()
+    used = re.findall(r"(?<![\w/.-])mmkit ([a-z]+)(?: ([\w\"$-]+))?", code_in(path))
+    assert used or path.parent.name == "launch" or path.name == "prepare.sh"
+    for command, word in used:
+        assert command in commands, f"mmkit {command}"
+        if command in WITH_RECIPE and re.match(r"[a-z]", word):
+            assert word in recipes, f"mmkit {command} {word}"
+    for name in re.findall(r"\b(?:superclass-vit|llava-7b|clipcap|demo)-[a-z0-9-]*[a-z0-9]", text):
+        assert {name, name.removesuffix("-probe")} & set(recipes), f"{path.name} names {name}"
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda p: p.parent.name)
+def test_readme_names_files_that_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert 25 <= len(text.splitlines()) <= 60
+    files = re.findall(r"`(mmkit/[\w/]+\.py)`", text) + re.findall(r"((?:encoders|training|eval)/[\w/]+\.(?:sh|sbatch))", text)
+    assert files
+    for name in files:
+        assert (ROOT / name).is_file(), f"{path.parent.name}/README.md names {name}"
+    assert "measured\nnone" in text or "measured none" in text
+
+
+def test_pretrain_validates_first_and_launches_all_gpus(calls) -> None:
+    code, found, stderr = calls("encoders/pretrain.sh", "superclass-vit-l16", "train.lr=1e-3", NGPU="4", RUNS="out")
+    assert code == 0
+    assert check_calls(found) == ["validate superclass-vit-l16", "train superclass-vit-l16"]
+    assert found[1][:4] == ["torchrun", "--standalone", "--nproc_per_node", "4"]
+    assert found[1][-2:] == ["train.lr=1e-3", "run=out/superclass-vit-l16"]
+    assert "probe is left out" in stderr
+
+
+def test_pretrain_probes_where_imagenet_is(calls, tmp_path: Path) -> None:
+    (tmp_path / "data/imagenet/train").mkdir(parents=True)
+    code, found, _ = calls("encoders/pretrain.sh", NGPU="1")
+    assert code == 0
+    assert check_calls(found)[-1] == "probe probe-imagenet"
+    assert found[1][:3] == ["python", "-m", "mmkit"]
+    assert "encoder=runs/superclass-vit-b16" in found[-1]
+
+
+def test_training_runs_align_fine_tune_and_captioner(calls) -> None:
+    code, found, _ = calls("training/run.sh", "runs/other", "data.workers=8", FINETUNE="llava-7b-lora")
+    assert code == 0
+    assert check_calls(found) == [
+        "validate llava-7b-align",
+        "validate llava-7b-lora",
+        "train llava-7b-align",
+        "train llava-7b-lora",
+        "train clipcap-superclass",
+    ]
+    assert found[2][:5] == ["deepspeed", "--num_gpus", "8", "--no_local_rank", "--module"]
+    assert "encoder=runs/other" in found[2]
+
+
+def test_a_failing_stage_stops_the_script(calls) -> None:
+    for script in ("encoders/pretrain.sh", "training/run.sh", "eval/run.sh", "eval/pipeline_cpu.sh"):
+        code, found, _ = calls(script, STUB_EXIT="75")
+        assert (code, len(found)) == (75, 1), script
+
+
+def test_hostfile_must_exist(calls, tmp_path: Path) -> None:
+    code, found, stderr = calls("training/launch/deepspeed_hostfile.sh", "train", "llava-7b-align", HOSTFILE="nowhere")
+    assert (code, found) == (2, [])
+    assert "nowhere" in stderr
+    (tmp_path / "hosts").write_text("a slots=8\n", encoding="utf-8")
+    code, found, _ = calls("training/launch/deepspeed_hostfile.sh", "train", "llava-7b-align", HOSTFILE="hosts")
+    assert found[0][:3] == ["deepspeed", "--hostfile", "hosts"]
+    assert check_calls(found) == ["train llava-7b-align"]
+
+
+def test_several_machines_by_torchrun(calls) -> None:
+    environment = {"NNODES": "8", "NODE_RANK": "3", "MASTER_ADDR": "host0"}
+    code, found, _ = calls("training/launch/torchrun.sh", "train", "superclass-vit-l14", **environment)
+    assert code == 0
+    assert found[0][1:7] == ["--nnodes", "8", "--node_rank", "3", "--master_addr", "host0"]
+    assert check_calls(found) == ["train superclass-vit-l14"]
+    code, found, stderr = calls("training/launch/torchrun.sh", "train", "superclass-vit-l14", NNODES="8", NODE_RANK="")
+    assert code != 0 and not found and "NODE_RANK" in stderr
+
+
+def test_slurm_requeues_after_a_checkpoint_only(calls, tmp_path: Path) -> None:
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}
+    (tmp_path / "stubs/scontrol").write_text(STUB.replace('"${STUB_EXIT:-0}"', "0"), encoding="utf-8")
+    for exit_code, requeued in (("0", False), ("75", True), ("1", False)):
+        code, found, _ = calls("training/launch/slurm.sbatch", "train", "llava-7b-align", STUB_EXIT=exit_code, **slurm)
+        assert code == int(exit_code)
+        assert (["scontrol", "requeue", "7"] in found) is requeued
+        assert any(c[0] == "srun" and c[-2:] == ["train", "llava-7b-align"] for c in found)
+
+
+def test_evaluation_scores_both_models_and_reports(calls) -> None:
+    code, found, _ = calls("eval/run.sh", "tasks.0.limit=5", BLIND="1")
+    assert code == 0
+    assert check_calls(found) == ["eval coco-captions", "eval vqa-textvqa"] * 2 + ["report"]
+    runs = [w.removeprefix("run=") for c in found for w in c if w.startswith("run=")]
+    assert len(set(runs)) == 4
+    assert found[-1] == ["mmkit", "report", *runs, "--out", "runs/report"]
+
+
+def test_cpu_pipeline_is_the_demo_in_shell(calls) -> None:
+    code, found, _ = calls("eval/pipeline_cpu.sh", MMKIT_DEMO="runs/demo")
+    assert code == 0
+    seen = check_calls(found)
+    encoder = ["probe demo-probe", "train demo-clipcap", "train demo-llava-align", "train demo-llava-finetune"]
+    scores = ["eval demo-eval-captioner", "eval demo-eval-mllm"]
+    assert seen == ["data", "train demo-superclass", "train demo-superclass", *(encoder + scores) * 2, *scores, "report"]
+    trained = [w for c in found for w in c if w.startswith("run=")]
+    assert len(trained) == len(set(trained))
+    evaluated = [c for c in found if c[1] in ("eval", "probe")]
+    runs = [w.removeprefix("run=") for c in evaluated for w in c if w.startswith("run=")]
+    assert found[-1][2:-4] == runs
+
+
+def test_prepare_writes_the_karpathy_split_and_ocr_tokens(calls, tmp_path: Path) -> None:
+    if shutil.which("jq") is None:
+        pytest.skip("jq is not installed")
+    images = [
+        {"cocoid": i, "split": split, "filepath": "val2014", "filename": f"COCO_val2014_{i:012d}.jpg",
+         "sentences": [{"raw": f"caption {i} {k}", "sentid": 10 * i + k} for k in range(2)]}
+        for i, split in enumerate(["train", "restval", "val", "test"])
+    ]  # fmt: skip
+    question = {"image_id": "a1", "question_id": 1, "question": "what?", "answers": ["x"] * 10}
+    write_json(tmp_path / "data/coco/dataset_coco.json", {"images": images})
+    write_json(
+        tmp_path / "data/textvqa/TextVQA_0.5.1_val.json", {"data": [question, {**question, "image_id": "b2", "question_id": 2}]}
+    )
+    tokens = {"data": [{"image_id": "a1", "ocr_tokens": ["STOP", "now"]}]}
+    write_json(tmp_path / "data/textvqa/TextVQA_Rosetta_OCR_v0.2_val.json", tokens)
+    code, _, stderr = calls("eval/prepare.sh")
+    assert code == 0, stderr
+    coco = tmp_path / "data/coco"
+    rows = [json.loads(line) for line in (coco / "karpathy_train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 4
+    assert rows[0] == {"image": "val2014/COCO_val2014_000000000000.jpg", "caption": "caption 0 0"}
+    from mmkit.eval.scorers.formats import read_captions, read_textvqa
+
+    assert read_captions(str(coco / "karpathy_test.json")) == {3: ["caption 3 0", "caption 3 1"]}
+    assert read_captions(str(coco / "karpathy_val.json")) == {2: ["caption 2 0", "caption 2 1"]}
+    joined = tmp_path / "data/textvqa/TextVQA_0.5.1_val_ocr.json"
+    found = json.loads(joined.read_text(encoding="utf-8"))["data"]
+    assert [row["ocr_tokens"] for row in found] == [["STOP", "now"], []]
+    assert found[0]["question"] == "what?"
+    assert 1 in read_textvqa(str(joined))
+
+
+def test_prepare_names_what_is_missing(calls, tmp_path: Path) -> None:
+    code, found, stderr = calls("eval/prepare.sh")
+    assert (code, found) == (0, [])
+    assert "dataset_coco.json" in stderr and "Rosetta" in stderr
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")

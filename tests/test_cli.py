@@ -1,0 +1,314 @@
+"""The command line: its frozen surface, exit codes, and one clear line for every wrong input."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import typer
+
+import mmkit
+import mmkit.cli
+import mmkit.commands
+from mmkit.errors import StoppedError
+from mmkit.recipes import list_recipes
+
+# Every command, its arguments and its options. A change here is a change for users: CHANGELOG, README, deprecation.
+SURFACE = {
+    "": ["--version"],
+    "demo": ["--out", "--restart"],
+    "train": ["RECIPE", "[KEY=VALUE]...", "--restart"],
+    "probe": ["RECIPE", "[KEY=VALUE]...", "--restart"],
+    "eval": ["RECIPE", "[KEY=VALUE]...", "--restart"],
+    "score": ["TASK", "--predictions", "--annotations", "--questions", "--out", "[KEY=VALUE]..."],
+    "report": ["RUN...", "--out", "--title"],
+    "predict": ["MODEL", "IMAGE...", "--prompt", "--max-new-tokens", "--num-beams"],
+    "ls": [],
+    "copy": ["NAME", "DEST"],
+    "validate": ["RECIPE", "[KEY=VALUE]...", "--show"],
+    "data": [],
+    "data synth": ["--out", "--train", "--heldout", "--image-size", "--seed"],
+}
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
+    """Run the command line in this process: exit code, standard output, standard error."""
+    monkeypatch.delenv("RANK", raising=False)
+    level = logging.getLogger("mmkit").level
+
+    def run(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            mmkit.cli.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, captured.out, captured.err
+
+    yield run
+    logging.captureWarnings(False)
+    logging.getLogger("mmkit").setLevel(level)
+
+
+def refused(call: Call, *words: object) -> str:
+    """The one line of a refusal."""
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert err.startswith("mmkit: ")
+    assert "Traceback" not in err
+    return err
+
+
+def surface(command: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
+    yield name, [p.metavar if p.param_type_name == "argument" else p.opts[0] for p in command.params]
+    assert all(len(p.opts) == 1 for p in command.params if p.param_type_name == "option"), "short forms are surface, too"
+    for word, inner in getattr(command, "commands", {}).items():
+        yield from surface(inner, f"{name} {word}".strip())
+
+
+def test_the_surface_is_frozen() -> None:
+    assert dict(surface(typer.main.get_command(mmkit.cli.app))) == SURFACE
+
+
+@pytest.mark.parametrize("command", SURFACE)
+def test_every_command_explains_itself(call: Call, command: str) -> None:
+    code, out, err = call(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    assert "Usage:" in out
+    for word in SURFACE[command]:
+        assert word.strip("[].") in out
+    assert len(out.splitlines()) > 5
+
+
+def test_version(call: Call) -> None:
+    assert call("--version") == (0, f"mmkit {mmkit.__version__}\n", "")
+
+
+def test_no_command_shows_the_help(call: Call) -> None:
+    for words in ((), ("data",)):
+        code, _, err = call(*words)
+        assert code == 2
+        assert "Commands:" in err
+        assert len(err.splitlines()) > 5
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tarin"], "No such command 'tarin'. Did you mean 'train'?"),
+        (["train"], "Missing argument 'RECIPE'"),
+        (["train", "--fast", "x"], "No such option: --fast"),
+        (["score", "vqav2"], "Missing option '--predictions'"),
+        (["data", "synth", "--out", "x", "--train", "3"], "'--train'"),
+        (["train", "demo-superclas"], "did you mean 'demo-superclass'?"),
+        (["train", "demo-superclass", "train.lrr=1"], "unknown key 'train.lrr'; did you mean train.lr?"),
+        (["train", "demo-superclass", "nonsense"], "override 'nonsense' is not of the form key=value"),
+        (["train", "demo-probe"], "use `mmkit probe`"),
+        (["eval", "demo-probe"], "stage probe"),
+        (["probe", "demo-superclass"], "stage superclass"),
+        (["predict", "runs/none", "no_such.jpg"], "no_such.jpg: cannot be read"),
+        (["copy", "demo-superclas", "x.yaml"], "did you mean 'demo-superclass'?"),
+        (["validate", "none.yaml"], "no recipe 'none.yaml'"),
+    ],
+)
+def test_wrong_words_are_one_line(
+    call: Call, words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(call, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ls_and_copy(call: Call, tmp_path: Path) -> None:
+    code, out, _ = call("ls")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(list_recipes())
+    target = tmp_path / "mine.yaml"
+    assert call("copy", "demo-superclass", target) == (0, f"written: {target}\n", "")
+    assert target.read_text() == list_recipes()["demo-superclass"].read_text()
+    assert f"{target}: file exists" in refused(call, "copy", "demo-superclass", target)
+    code, out, _ = call("validate", target)
+    assert (code, out) == (0, f"valid: {target} (stage superclass)\n")
+
+
+def test_validate_shows_the_resolved_recipe(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMKIT_DEMO", "somewhere")
+    code, out, _ = call("validate", "demo-clipcap", "train.lr=2e-3", "--show")
+    assert code == 0
+    assert "run: somewhere/superclass/clipcap\n" in out
+    assert "  lr: 0.002\n" in out
+    assert out.endswith("valid: demo-clipcap (stage clipcap)\n")
+
+
+def test_validate_looks_into_the_parts(call: Call) -> None:
+    assert "vit_tiny_patch16_225" in refused(call, "validate", "demo-superclass", "encoder.architecture=vit_tiny_patch16_225")
+    assert "DeepSpeed" in refused(call, "validate", "demo-superclass", "train.deepspeed=zero9")
+    assert "tasks.0.prompt" in refused(call, "validate", "demo-eval-mllm", "tasks.0.prompt=what")
+
+
+def test_score_writes_the_designs_layout(call: Call, shared: Path, tmp_path: Path) -> None:
+    files = [shared / "scoring" / f"vqa_cases_a_{kind}.json" for kind in ("results", "annotations", "questions")]
+    words = ["score", "vqav2", "--predictions", files[0], "--annotations", files[1], "--questions", files[2]]
+    out = tmp_path / "deep" / "scores.json"
+    code, said, err = call(*words, "--out", out, "bootstrap=50", "seed=3")
+    assert (code, err) == (0, "")
+    assert "accuracy         0.916667  [" in said
+    assert "n 30" in said
+    assert f"written: {out}" in said
+    found = json.loads(out.read_text())
+    assert list(found) == ["task", "metrics", "ci95", "n", "settings", "per_sample"]
+    assert (found["task"], found["n"], len(found["per_sample"])) == ("vqav2", 30, 30)
+    assert found["metrics"]["accuracy"] == pytest.approx(0.916667, abs=1e-6)
+    assert set(found["metrics"]) >= {"accuracy", "accuracy_yes/no", "accuracy_number", "accuracy_other"}
+    assert (found["settings"]["bootstrap"], found["settings"]["seed"], found["settings"]["rule"]) == (50, 3, "official")
+    low, high = found["ci95"]["accuracy"]
+    assert low <= found["metrics"]["accuracy"] <= high
+    assert all(set(row) == {"id", "accuracy"} for row in found["per_sample"])
+    again = mmkit.score("vqav2", files[0], files[1], files[2], bootstrap=50, seed=3)
+    assert json.loads(json.dumps(again)) == found
+
+
+def test_score_settings_change_the_number_and_intervals_can_be_left_out(call: Call, shared: Path) -> None:
+    files = [shared / "scoring" / f"vqa_cases_a_{kind}.json" for kind in ("results", "annotations")]
+    code, said, _ = call("score", "vqav2", "--predictions", files[0], "--annotations", files[1], "rule=2017", "bootstrap=0")
+    assert code == 0
+    assert "accuracy         0.783333\n" in said
+    assert "[" not in said
+
+
+def test_score_captions(call: Call, shared: Path) -> None:
+    broken = shared / "broken"
+    words = ["--predictions", broken / "results_good.json", "--annotations", broken / "captions_good.json"]
+    code, said, _ = call("score", "coco-caption", *words, "bootstrap=20")
+    assert code == 0
+    assert [line.split()[0] for line in said.splitlines()] == ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "n"]
+    assert "n 6  tokenizer=python" in said
+
+
+@pytest.mark.parametrize(
+    ("predictions", "annotations", "expected"),
+    [
+        ("results_good.json", "captions_cut.json", "looks cut off"),
+        ("results_good.json", "captions_unknown_image_ids.json", "999, 1000"),
+        ("results_good.json", "captions_wrong_fields.json", "annotation 107"),
+        ("results_unknown_image_ids.json", "captions_good.json", "unknown images: 999"),
+        ("results_duplicate.json", "captions_good.json", "more than one row for image 3"),
+        ("results_missing.json", "captions_good.json", "2 of 6 images have no result: 5, 6"),
+        ("results_string_ids.json", "captions_good.json", "is a string in 6 of 6 rows"),
+        ("results_none.json", "captions_good.json", "No such file"),
+        ("results_good.json", "captions_none.json", "No such file"),
+        ("results_good.json", "zero_bytes.jpg", "the file is empty"),
+        ("good.jpg", "captions_good.json", "not UTF-8"),
+        ("captions_good.json", "results_good.json", "this is no COCO caption annotation file"),
+    ],
+)
+def test_bad_score_files_are_one_line(call: Call, shared: Path, predictions: str, annotations: str, expected: str) -> None:
+    broken = shared / "broken"
+    message = refused(
+        call, "score", "coco-caption", "--predictions", broken / predictions, "--annotations", broken / annotations
+    )
+    assert expected in message
+    assert str(broken) in message
+
+
+def test_bad_vqa_results_name_both_faults(call: Call, shared: Path) -> None:
+    broken = shared / "broken"
+    words = ["--predictions", broken / "vqa_results_missing_and_extra.json", "--annotations", broken / "vqa_annotations.json"]
+    message = refused(call, "score", "vqav2", *words, "--questions", broken / "vqa_questions.json")
+    assert "99999" in message
+    assert "1002" in message
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "expected"),
+    [
+        ("coco-captions", "seed=1", "did you mean coco-caption?"),
+        ("coco-caption", "tokeniser=none", "did you mean tokenizer?"),
+        ("coco-caption", "tokenizer=perl", "unknown tokenizer 'perl'"),
+        ("coco-caption", "bootstrap=many", "bootstrap is a whole number"),
+        ("coco-caption", "rule=2017", "rule does not apply"),
+        ("coco-caption", "none", "setting 'none' is not of the form key=value"),
+    ],
+)
+def test_bad_score_settings(call: Call, shared: Path, task: str, setting: str, expected: str) -> None:
+    broken = shared / "broken"
+    words = ["--predictions", broken / "results_good.json", "--annotations", broken / "captions_good.json"]
+    assert expected in refused(call, "score", task, *words, setting)
+
+
+def test_out_that_cannot_be_written_is_no_bug(call: Call, shared: Path, tmp_path: Path) -> None:
+    broken = shared / "broken"
+    words = ["--predictions", broken / "results_good.json", "--annotations", broken / "captions_good.json", "bootstrap=0"]
+    code, _, err = call("score", "coco-caption", *words, "--out", tmp_path)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert str(tmp_path) in err
+
+
+def test_broken_picture_and_its_reason(call: Call, shared: Path) -> None:
+    picture = shared / "broken" / "truncated.jpg"
+    assert f"{picture}: cannot be decoded" in refused(call, "predict", "runs/none", shared / "broken" / "good.jpg", picture)
+
+
+def test_synth_says_what_it_made(call: Call, tmp_path: Path) -> None:
+    words = ["data", "synth", "--out", tmp_path / "w", "--train", 8, "--heldout", 4, "--image-size", 32]
+    code, first, _ = call(*words)
+    assert code == 0
+    assert "train_pictures 8" in first
+    assert call(*words)[:2] == (0, first)
+    assert "choose another --out" in refused(call, *words, "--seed", 1)
+
+
+def raiser(error: BaseException) -> Callable[..., NoReturn]:
+    def fail(*arguments: object, **options: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "last"),
+    [
+        (RuntimeError("boom"), 1, "mmkit: this is a bug in mmkit; please report it with the lines above"),
+        (KeyError("x"), 1, "mmkit: this is a bug in mmkit; please report it with the lines above"),
+        (StoppedError("stopped at step 5"), 75, "mmkit: stopped at step 5"),
+        (KeyboardInterrupt(), 130, "mmkit: interrupted"),
+    ],
+)
+def test_exit_codes(call: Call, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, last: str) -> None:
+    monkeypatch.setattr(mmkit.commands, "run_train", raiser(error))
+    found, out, err = call("train", "demo-superclass")
+    assert (found, out) == (code, "")
+    assert err.splitlines()[-1] == last
+    assert ("Traceback" in err) == (code == 1)
+
+
+def test_only_the_main_process_complains(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert call("train", "no-such-recipe") == (2, "", "")
+
+
+def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(Path(mmkit.__file__).parent.parent)}
+    return subprocess.run([sys.executable, *code.split(), *words], capture_output=True, text=True, check=False, env=env)
+
+
+def test_as_a_process(shared: Path) -> None:
+    broken = shared / "broken"
+    words = ["--predictions", f"{broken}/results_unknown_image_ids.json", "--annotations", f"{broken}/captions_good.json"]
+    done = python("-m mmkit score coco-caption", *words)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "results for 1 unknown images: 999" in done.stderr
+
+
+def test_importing_and_listing_is_light() -> None:
+    code = "import sys, mmkit, mmkit.cli; print([m for m in ('torch', 'transformers', 'timm', 'deepspeed') if m in sys.modules])"
+    assert python("-c", code).stdout.strip() == "[]"

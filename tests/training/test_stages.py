@@ -1,0 +1,232 @@
+"""Every stage through the real command line: golden losses, exact resume, accumulation, dirty data."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pipeline
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmkit.training import loop
+
+# Losses of four steps at seed 0 on the tiny world; they move only when data order, initialisation, loss or optimiser do.
+GOLDEN = {
+    "superclass": [],
+    "clipcap": [],
+    "align": [],
+    "finetune": [],
+    "lora": [],
+}
+SIX = ["train.steps=6", "train.checkpoint_every=100"]
+
+
+@pytest.mark.parametrize("stage", GOLDEN)
+def test_golden_losses(stage, tmp_path):
+    run = pipeline.trained(stage)
+    if stage == "lora":  # dropout draws from torch's generator, which may change between releases
+        run = tmp_path / "lora"
+        assert pipeline.mmkit(*pipeline.lora(run, "lora.dropout=0")) == 0
+    assert pipeline.losses(run) == pytest.approx(GOLDEN[stage], abs=1e-3)
+
+
+def test_what_a_finished_run_holds():
+    run = pipeline.trained("finetune")
+    manifest = pipeline.manifest(run)
+    assert manifest["status"] == "done" and manifest["kind"] == "train" and manifest["stage"] == "llava"
+    assert [(p["role"], p["path"]) for p in manifest["parents"]] == [("model", str(pipeline.trained("align")))]
+    assert manifest["parents"][0]["fingerprint"] == pipeline.manifest(pipeline.trained("align"))["product"]
+    assert manifest["trainable_parameters"] < manifest["parameters"] and manifest["world_size"] == 1
+    assert manifest["skipped"] == 0 and not (run / "skipped.jsonl").exists()
+    row = pipeline.rows(run / "metrics.jsonl")[0]
+    wanted = {"step", "samples", "loss", "lr", "grad_norm", "samples_per_second", "data_wait", "memory_gib", "seconds"}
+    assert set(row) == wanted and row["step"] == 1 and row["samples"] == 8 and row["lr"] == 0.001
+
+
+def test_frozen_parts_do_not_move():
+    before, after = (pipeline.weights(pipeline.trained(s)) for s in ("align", "finetune"))
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and not any("vision_tower" in k for k in moved)
+    assert any("projector" in k for k in moved) and any("embed_tokens" in k for k in moved)
+    lora = pipeline.weights(pipeline.trained("lora"))
+    moved = {k for k in before if not torch.equal(before[k], lora[k])}
+    assert any("q_proj" in k for k in moved) and any("projector" in k for k in moved)
+    assert not any("embed_tokens" in k or "lm_head" in k or "vision_tower" in k or "norm" in k for k in moved)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process SIGTERM in the middle of the step before ``step``."""
+    scale = loop.lr_scale
+
+    def stopping(at: int, **more):
+        if at == step - 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return scale(at, **more)
+
+    monkeypatch.setattr(loop, "lr_scale", stopping)
+
+
+@pytest.mark.parametrize("stage", ["superclass", "clipcap", "lora"])
+def test_stopped_and_continued_is_bit_equal_to_straight(stage, tmp_path, monkeypatch, capsys):
+    # LoRA has dropout: its random numbers too are those of an undisturbed run.
+    run = tmp_path / "run"
+    arguments = pipeline.STAGES[stage](run, *SIX)
+    assert pipeline.mmkit(*arguments) == 0
+    straight = tmp_path / "straight"
+    shutil.move(run, straight)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert pipeline.mmkit(*arguments) == 75
+    assert "mmkit: stopped by a signal after step 3 of 6; run the same command to go on" in capsys.readouterr().err
+    assert pipeline.manifest(run)["status"] == "stopped" and not (run / "model").exists()
+    assert [r["step"] for r in pipeline.rows(run / "metrics.jsonl")] == [1, 2, 3]
+    assert pipeline.mmkit(*arguments) == 0
+    assert pipeline.manifest(run)["status"] == "done"
+    assert [r["step"] for r in pipeline.rows(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert pipeline.losses(run) == pipeline.losses(straight)
+    assert pipeline.largest_difference(run, straight) == 0.0
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path):
+    # A kill leaves no word: rows past the checkpoint, a half line, a half checkpoint.
+    run = tmp_path / "run"
+    arguments = pipeline.superclass(run, "train.steps=6", "train.checkpoint_every=2")
+    assert pipeline.mmkit(*arguments) == 0
+    before = pipeline.weights(run)
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    shutil.copytree(run / "checkpoints" / "step-00000002", run / "checkpoints" / ".step-00000004")
+    (run / "checkpoints" / ".step-00000004" / "model.safetensors").write_bytes(b"half")
+    (run / "manifest.json").write_text(json.dumps({**pipeline.manifest(run), "status": "running"}))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    assert pipeline.mmkit(*arguments) == 0
+    assert [r["step"] for r in pipeline.rows(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    after = pipeline.weights(run)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_process_ends_with_75(tmp_path):
+    run = tmp_path / "run"
+    script = tmp_path / "stop.py"
+    script.write_text(
+        "import os, signal, sys\nfrom mmkit import cli\nfrom mmkit.training import loop\nscale = loop.lr_scale\n"
+        "def stopping(at, **more):\n    if at == 1: os.kill(os.getpid(), signal.SIGTERM)\n    return scale(at, **more)\n"
+        "loop.lr_scale = stopping\ncli.main(sys.argv[1:])\n"
+    )
+    done = pipeline.python(script, *pipeline.align(run, *SIX))
+    assert done.returncode == 75 and "Traceback" not in done.stderr
+    assert pipeline.manifest(run)["status"] == "stopped"
+
+
+def state_of(run: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(run.rglob("*"))}
+
+
+@pytest.mark.parametrize("stage", pipeline.STAGES)
+def test_a_finished_run_returns_at_once_and_changes_nothing(stage, capsys, monkeypatch):
+    run = pipeline.trained(stage)
+    before = state_of(run)
+    monkeypatch.setattr("mmkit.distributed.engine.Engine.__init__", lambda *_, **__: pytest.fail("training was started"))
+    assert pipeline.mmkit(*pipeline.STAGES[stage](run)) == 0
+    assert state_of(run) == before and capsys.readouterr().out == f"done: {run / 'model'}\n"
+
+
+def test_a_changed_recipe_or_parent_is_refused(tmp_path, capsys):
+    run = pipeline.trained("clipcap")
+    assert pipeline.mmkit(*pipeline.clipcap(run, "train.lr=5e-4")) == 2
+    error = capsys.readouterr().err
+    assert "-  lr: 0.001" in error and "+  lr: 0.0005" in error and "--restart" in error and error.count("\n") == 1
+    parent = tmp_path / "encoder"
+    shutil.copytree(pipeline.trained("superclass"), parent)
+    arguments = pipeline.clipcap(tmp_path / "run", f"encoder={parent}", "train.steps=1")
+    assert pipeline.mmkit(*arguments) == 0
+    manifest = pipeline.manifest(parent)
+    (parent / "manifest.json").write_text(json.dumps({**manifest, "product": "another"}))
+    capsys.readouterr()
+    assert pipeline.mmkit(*arguments) == 2
+    assert f"its encoder {parent} has changed since" in capsys.readouterr().err
+    assert pipeline.mmkit(*arguments, "--restart") == 0
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    # Conversations differ in supervised tokens: a mean of micro-batch means would differ by far more than 1e-5.
+    runs = [tmp_path / "whole", tmp_path / "parts"]
+    for run, micro in zip(runs, (8, 2), strict=True):
+        assert pipeline.mmkit(*pipeline.finetune(run, f"train.micro_batch_size={micro}", "train.steps=3")) == 0
+    assert pipeline.largest_difference(*runs) < 1e-5
+    assert pipeline.losses(runs[0]) == pytest.approx(pipeline.losses(runs[1]), abs=1e-5)
+    norms = [[r["grad_norm"] for r in pipeline.rows(run / "metrics.jsonl")] for run in runs]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_idf_counts_do_not_depend_on_the_micro_batch(tmp_path):
+    states = []
+    for micro in (8, 2):
+        run = tmp_path / str(micro)
+        arguments = pipeline.superclass(run, f"train.micro_batch_size={micro}", "train.checkpoint_every=3")
+        assert pipeline.mmkit(*arguments) == 0
+        states.append(load_file(run / "checkpoints" / "step-00000003" / "model.safetensors"))
+    assert states[0]["idf.n"].tolist() == [24] and torch.equal(states[0]["idf.df"], states[1]["idf.df"])
+    assert pipeline.largest_difference(tmp_path / "8", tmp_path / "2") < 1e-5
+
+
+@pytest.fixture
+def dirty(tmp_path) -> Path:
+    """The world's training data with one picture cut off and one missing."""
+    folder = tmp_path / "dirty"
+    shutil.copytree(pipeline.root() / "world", folder)
+    pictures = sorted((folder / "images" / "train").glob("*.jpg"))
+    pictures[3].write_bytes(pictures[3].read_bytes()[:300])
+    pictures[5].unlink()
+    lines = (folder / "pairs_train.jsonl").read_text().splitlines()
+    # One caption a picture, so that two pictures are two samples.
+    (folder / "pairs_train.jsonl").write_text("\n".join(lines[::5]) + "\n")
+    return folder
+
+
+def skipped(run: Path) -> list[tuple[str, str]]:
+    found = [(row["key"], row["reason"]) for row in pipeline.rows(run / "skipped.jsonl")]
+    assert len(set(found)) == len(found)
+    return found
+
+
+@pytest.mark.parametrize("stage", ["superclass", "clipcap", "align", "finetune"])
+def test_unreadable_pictures_are_listed_once_and_training_goes_on(stage, dirty, tmp_path, capsys):
+    run = tmp_path / "run"
+    data = {"align": "llava_align_train.json", "finetune": "llava_train.json"}.get(stage, "pairs_train.jsonl")
+    # Three passes: each bad sample is met three times and counted once.
+    common = [f"data.train={dirty / data}", f"data.image_root={dirty}", "train.steps=15"]
+    assert pipeline.mmkit(*pipeline.STAGES[stage](run, *common, "data.max_skipped=0.05")) == 0, capsys.readouterr().err
+    found = skipped(run)
+    assert len(found) == 2 and pipeline.manifest(run)["skipped"] == 2 and pipeline.manifest(run)["status"] == "done"
+    reasons = " ".join(reason for _, reason in found)
+    assert "truncated" in reasons and ("No such file" in reasons or "not found" in reasons or "missing" in reasons), found
+    assert len(pipeline.losses(run)) == 15
+    capsys.readouterr()
+    assert pipeline.mmkit(*pipeline.STAGES[stage](tmp_path / "strict", *common, "data.max_skipped=0")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be used, over the limit of 0.00%" in error and "data.max_skipped" in error
+    assert not (tmp_path / "strict" / "model").exists()
+
+
+@pytest.mark.parametrize("stage", ["superclass", "finetune"])
+def test_a_loss_that_is_not_finite_stops_with_step_and_samples(stage, tmp_path, capsys):
+    assert pipeline.mmkit(*pipeline.STAGES[stage](tmp_path / "run", "train.lr=1e30")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "is not finite at step" in error and "(samples: 0000" in error and "lower train.lr" in error
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_no_step_of_training_gives_the_initial_weights(tmp_path):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        assert pipeline.mmkit(*pipeline.superclass(run, "train.steps=0")) == 0
+    assert pipeline.largest_difference(*runs) == 0.0
+    assert pipeline.largest_difference(runs[0], pipeline.trained("superclass")) > 1e-4
