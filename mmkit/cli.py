@@ -19,6 +19,8 @@ from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputErr
 from mmkit.recipes import copy_recipe, describe, find_recipe, list_recipes
 from mmkit.run import Run
 
+EXIT_INTERRUPTED = 130  # the shell's own code for Ctrl-C
+
 app = typer.Typer(
     name="mmkit",
     help="From raw image-text pairs to a table fit for a paper.",
@@ -41,8 +43,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         words = sys.argv[1:] if arguments is None else arguments
         # DeepSpeed's launcher adds --local_rank; the environment says the same, and that is what is read.
-        app(args=[w for w in words if not w.startswith("--local_rank=")], standalone_mode=False)
-        code = EXIT_DONE
+        arguments = [w for w in words if not w.startswith("--local_rank=")]
+        # Typer turns Ctrl-C into a return value of 130; commands themselves return nothing.
+        code = int(app(args=arguments, standalone_mode=False) or EXIT_DONE)
+        sys.stdout.flush()
+        if code == EXIT_INTERRUPTED:
+            _complain("interrupted")
     except InputError as error:
         _complain(str(error))
         code = EXIT_INPUT
@@ -58,19 +64,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = EXIT_STOPPED
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
-        code = 130
+        code = EXIT_INTERRUPTED
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        _complain(f"{error.filename}: {error.strerror}; choose another place, or mend its rights")
+        _complain(f"{error.filename2 or error.filename}: {error.strerror}; choose another place, or mend its rights")
         code = EXIT_INPUT
-    except BrokenPipeError:
-        # `mmkit ls | head`: the reader has enough.
+    except (BrokenPipeError, SystemExit) as error:
+        # `mmkit ls | head`: the reader has enough. Typer makes an exit with 1 of it.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
     except Exception:
         traceback.print_exc()
         _complain("this is a bug in mmkit; please report it with the lines above")
         code = EXIT_BUG
-    sys.stdout.flush()
     sys.exit(code)
 
 

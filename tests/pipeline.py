@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from mmkit import cli
 from mmkit.data.world import make_world
-from mmkit.demo import make_tokenizers
+from mmkit.data.world.tokenizers import make_tokenizers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GPT2 = "llm.config={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 4, n_positions: 96, resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0}"
@@ -39,7 +39,7 @@ def root() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="mmkit-pipeline-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     make_world(folder / "world", train=40, heldout=8)
-    make_tokenizers(folder / "world", folder / "tokenizers")
+    make_tokenizers(folder / "world")
     return folder
 
 
@@ -48,7 +48,7 @@ def superclass(run: Path, *more: str) -> list[str]:
     tiny = [
         "encoder.image_size=32",
         "encoder.model_args={embed_dim: 32, depth: 2, num_heads: 2}",
-        f"data.labels={root() / 'tokenizers' / 'bpe'}",
+        f"data.labels={root()}/world/tokenizers/bpe",
         "data.val=null",
         "train.val_every=null",
     ]

@@ -212,9 +212,7 @@ def test_score_captions(call: Call, shared: Path) -> None:
 )
 def test_bad_score_files_are_one_line(call: Call, shared: Path, predictions: str, annotations: str, expected: str) -> None:
     broken = shared / "broken"
-    message = refused(
-        call, "score", "coco-caption", "--predictions", broken / predictions, "--annotations", broken / annotations
-    )
+    message = refused(call, "score", "coco-caption", "--predictions", broken / predictions, "--annotations", broken / annotations)
     assert expected in message
     assert str(broken) in message
 
@@ -307,6 +305,20 @@ def test_as_a_process(shared: Path) -> None:
     done = python("-m mmkit score coco-caption", *words)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "results for 1 unknown images: 999" in done.stderr
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    code = "import sys; from mmkit.cli import main; sys.stdin.readline(); main(['ls'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(mmkit.__file__).parent.parent)},
+    )  # fmt: skip
+    assert process.stdin and process.stdout and process.stderr
+    process.stdout.close()
+    process.stdin.write(b"go\n")
+    process.stdin.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+    process.stderr.close()
 
 
 def test_importing_and_listing_is_light() -> None:

@@ -116,7 +116,7 @@ def test_start_killed_before_the_manifest_is_new(tmp_path: Path) -> None:
 
 def test_parents(tmp_path: Path) -> None:
     run = begin(tmp_path / "run")
-    with pytest.raises(InputError, match="not finished.*goes on from the last checkpoint"):
+    with pytest.raises(InputError, match=r"not finished.*goes on from the last checkpoint"):
         resolve_parent("encoder", str(run.path))
     run.finish("done")
     with pytest.raises(InputError, match="has no model"):  # an evaluation, say

@@ -102,7 +102,8 @@ def train(stage: Stage, engine: Engine, run: Run, config: TrainConfig, settings:
             deepspeed_norm = engine.update(scale)
             if skipped:  # the same on every rank, so all of them gather
                 run.skip(engine.gather(left_out))
-                check_skipped(run.skipped, len(stage.samples), settings.max_skipped, where=run.path / "skipped.jsonl")
+                size = len(stage.samples) + len(stage.left_out)
+                check_skipped(run.skipped, size, settings.max_skipped, where=run.path / "skipped.jsonl")
 
             done = step + 1
             if done % config.log_every == 0 or done == total:

@@ -43,7 +43,9 @@ def batches_of(order: Order, **more: int) -> list[list[Position]]:
     return list(order.micro_batches(**split))
 
 
-def load_all(samples: Numbers, batches: list[list[Position]], workers: int = 0) -> list[tuple[list[int], list[float], list[LeftOut]]]:
+def load_all(
+    samples: Numbers, batches: list[list[Position]], workers: int = 0
+) -> list[tuple[list[int], list[float], list[LeftOut]]]:
     loader = make_loader(samples, collate, batches, seed=5, workers=workers, pin_memory=False)
     return [(b["index"].tolist(), b["value"].tolist(), left) for b, left in loader]
 

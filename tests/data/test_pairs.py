@@ -52,7 +52,9 @@ def pair(key: str, caption: str = "a dog") -> list[tuple[str, bytes]]:
 
 def test_coco_mini_in_both_formats(shared: Path) -> None:
     rows = open_pairs(str(shared / "coco-mini" / "pairs_train.jsonl"))
-    coco = open_pairs(str(shared / "coco-mini" / "captions_train.json"), image_root=str(shared / "coco-mini" / "images" / "train"))
+    coco = open_pairs(
+        str(shared / "coco-mini" / "captions_train.json"), image_root=str(shared / "coco-mini" / "images" / "train")
+    )
     assert (len(rows.pairs), len(rows.left_out), len(coco.pairs), len(coco.left_out)) == (400, 0, 400, 0)
     assert {(p.image.path, p.caption) for p in rows.pairs} == {(p.image.path, p.caption) for p in coco.pairs}
     assert decode_image(coco.pairs[0].image.read()).width <= 640
@@ -67,7 +69,14 @@ def test_bad_line_is_left_out_by_number(shared: Path) -> None:
 
 def test_bad_rows_each_with_its_reason(shared: Path) -> None:
     source = opened(shared, "pairs_bad_rows.jsonl")
-    expected = {6: "outside", 7: "outside", 8: "image is missing", 9: "caption is NoneType", 10: "caption is int", 11: "is a list"}
+    expected = {
+        6: "outside",
+        7: "outside",
+        8: "image is missing",
+        9: "caption is NoneType",
+        10: "caption is int",
+        11: "is a list",
+    }
     found = reasons(source)
     assert list(found) == [f"pairs_bad_rows.jsonl:{n}" for n in expected]
     assert all(part in reason for part, reason in zip(expected.values(), found.values(), strict=True))
@@ -124,7 +133,9 @@ def test_invalid_utf8_is_named_by_line_and_byte(shared: Path) -> None:
 def test_odd_rows_that_once_crashed(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     good = '{"image": "a.jpg", "caption": "x"}'
-    path.write_text("\n".join([r'{"image": "a\u0000.jpg", "caption": "x"}', r'{"image": "\ud83d.jpg", "caption": "x"}', "[" * 10**5, good]))
+    path.write_text(
+        "\n".join([r'{"image": "a\u0000.jpg", "caption": "x"}', r'{"image": "\ud83d.jpg", "caption": "x"}', "[" * 10**5, good])
+    )
     source = open_pairs(str(path))
     assert len(source.pairs) == 1
     assert list(reasons(source)) == ["p.jsonl:1", "p.jsonl:2", "p.jsonl:3"]

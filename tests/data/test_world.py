@@ -18,13 +18,14 @@ from mmkit.data.images import decode_image
 from mmkit.data.llava_json import read_llava
 from mmkit.data.pairs import open_pairs
 from mmkit.data.world import make_world
+from mmkit.data.world.language import CAPTION_REQUESTS, captions
 from mmkit.data.world.scene import COLORS, PLACES, SHAPES, WORDS, Scene, sample_split
 from mmkit.errors import InputError
 from mmkit.eval.scorers.formats import VqaQuestion, read_captions, read_textvqa, read_vqa
 from mmkit.eval.scorers.textvqa import textvqa_accuracy
 from mmkit.eval.scorers.vqa import rule_2021, vqa_accuracy
 
-TINY = {"train": 60, "heldout": 24, "image_size": 48, "seed": 3}
+TINY = {"train": 40, "heldout": 24, "image_size": 48, "seed": 3}
 LARGE = {"train": 3000, "heldout": 500, "image_size": 32, "seed": 0}
 
 
@@ -63,8 +64,8 @@ def scenes(arguments: dict[str, int]) -> dict[int, Scene]:
 def test_equal_arguments_give_equal_bytes(world: Path, tmp_path: Path) -> None:
     counts = make_world(tmp_path / "again", **TINY)
     assert content(tmp_path / "again") == content(world)
-    assert (counts["train_pictures"], counts["heldout_pictures"]) == (60, 24)
-    assert counts["heldout_questions"] == 24 * 6
+    assert (counts["train_pictures"], counts["heldout_pictures"]) == (40, 24)
+    assert counts["heldout_questions"] == 24 * 5
     assert counts == load(world / "world.json")["counts"]
 
 
@@ -76,7 +77,7 @@ def test_another_seed_gives_another_world(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_larger_world_starts_with_the_smaller_one(world: Path, tmp_path: Path) -> None:
-    make_world(tmp_path / "more", **{**TINY, "train": 80})
+    make_world(tmp_path / "more", **{**TINY, "train": 50})
     for image in sorted((world / "images" / "train").iterdir()):
         assert image.read_bytes() == (tmp_path / "more" / "images" / "train" / image.name).read_bytes()
 
@@ -91,8 +92,8 @@ def test_equal_arguments_return_at_once(world: Path, monkeypatch: pytest.MonkeyP
 
 def test_other_arguments_and_other_folders_are_refused(world: Path, tmp_path: Path) -> None:
     before = content(world)
-    with pytest.raises(InputError, match=r"holds a world made with .*'train': 60.*choose another --out"):
-        make_world(world, **{**TINY, "train": 61})
+    with pytest.raises(InputError, match=r"holds a world made with .*'train': 40.*choose another --out"):
+        make_world(world, **{**TINY, "train": 41})
     assert content(world) == before
     (tmp_path / "letter.txt").write_text("x")
     for out in (tmp_path, tmp_path / "letter.txt"):
@@ -114,7 +115,7 @@ def test_a_crash_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_smallest_world_works(tmp_path: Path) -> None:
     make_world(tmp_path, train=8, heldout=4, image_size=32)
     assert len(open_pairs(str(tmp_path / "shards")).pairs) == 8
-    assert len(read_vqa(tmp_path / "vqa_heldout_annotations.json", tmp_path / "vqa_heldout_questions.json")) == 24
+    assert len(read_vqa(tmp_path / "vqa_heldout_annotations.json", tmp_path / "vqa_heldout_questions.json")) == 4 * 5
 
 
 def test_splits_share_no_combination_but_every_value() -> None:
@@ -140,14 +141,15 @@ def test_combination_ignores_counts_and_group_order() -> None:
 
 
 def test_pictures_show_their_scene(world: Path) -> None:
-    """The cells that hold a group are colourful, the others grey; the word's strip is bright where there is a word."""
+    """The rows that hold a group are colourful, the others grey; the word's strip is bright where there is a word."""
     for number, scene in scenes(TINY).items():
         split = "heldout" if number > 900_000 else "train"
         image = decode_image((world / "images" / split / f"{number:012d}.jpg").read_bytes())
         assert image.size == (48, 48)
         values = np.asarray(image).astype(int)
         colour = values.max(-1) - values.min(-1)
-        full = {PLACES[r * 2 + c] for r in (0, 1) for c in (0, 1) if colour[12 + r * 18 : 30 + r * 18, c * 24 : c * 24 + 24].max() > 60}
+        # The middle half of each row, as shapes may touch the border between two rows.
+        full = {place for row, place in enumerate(PLACES) if colour[15 + row * 12 : 21 + row * 12].max() > 60}
         assert full == {g.place for g in scene.groups}, number
         assert (values[:12].min(-1).max() > 170) == (scene.word is not None), number
 
@@ -158,7 +160,8 @@ def test_captions_name_everything(world: Path) -> None:
         known = {n: s for n, s in scenes(TINY).items() if (n > 900_000) == (split == "heldout")}
         assert set(captions) == set(known)
         for number, texts in captions.items():
-            assert len(texts) == len(set(texts)) == 5
+            assert len(texts) == 5
+            assert len(set(texts)) >= 4  # one group and no word leave nothing to join in another way
             for text in texts:
                 named = {c for c in COLORS if re.search(rf"\b{c}\b", text)}
                 assert named == {g.color for g in known[number].groups}
@@ -172,7 +175,7 @@ def test_pairs_shards_and_captions_agree(world: Path) -> None:
     rows = open_pairs(str(world / "pairs_train.jsonl"))
     shards = open_pairs(str(world / "shards"))
     assert [len(s.left_out) for s in (coco, rows, shards)] == [0, 0, 0]
-    assert (len(coco.pairs), len(rows.pairs), len(shards.pairs)) == (300, 300, 60)
+    assert (len(coco.pairs), len(rows.pairs), len(shards.pairs)) == (200, 200, 40)
     assert [(p.image.path, p.caption) for p in rows.pairs] == [(p.image.path, p.caption) for p in coco.pairs]
     said = {(Path(p.image.path).stem, p.caption) for p in coco.pairs}
     assert {(p.key, p.caption) for p in shards.pairs} <= said
@@ -186,7 +189,7 @@ def test_conversations_are_accepted_whole(world: Path) -> None:
     for name, texts in (("llava_align_train.json", 0), ("llava_train.json", 1)):
         items, left_out = read_llava(world / name, image_root=world)[:2]
         assert left_out == []
-        assert len(items) == 60 + texts
+        assert len(items) == 40 + texts
         assert sum(item.image is None for item in items) == texts
         assert all(item.image is None or item.image.is_file() for item in items)
     known = scenes(TINY)
@@ -194,12 +197,15 @@ def test_conversations_are_accepted_whole(world: Path) -> None:
         if item.image is None:
             continue
         scene = known[int(item.id)]
-        assert len(item.turns) == (7 if scene.word is None else 8)
+        assert len(item.turns) == (6 if scene.word is None else 7)
         short = [q for q, _ in item.turns if q.endswith("Answer the question using a single word or phrase.")]
         assert len(short) == 1
         for question, answer in item.turns:
             plain = question.removeprefix("<image>\n").split("\n")[0]
-            if "picture" not in plain or plain.startswith("Is there"):
+            if plain in CAPTION_REQUESTS:
+                # A caption before the questions would answer them all from the text.
+                assert (question, answer) == (item.turns[-1][0], captions(scene)[0])
+            else:
                 assert answer == truth(plain, scene), (plain, scene)
 
 
@@ -212,7 +218,12 @@ def test_probe_rows_have_one_group(world: Path) -> None:
             scene = known[int(Path(row["image"]).stem)]
             assert (world / row["image"]).is_file()
             group = scene.groups[0]
-            assert (row["shape"], row["color"], row["count"], row["place"]) == (group.shape, group.color, group.count, group.place)
+            assert (row["shape"], row["color"], row["count"], row["place"]) == (
+                group.shape,
+                group.color,
+                group.count,
+                group.place,
+            )
             assert row["word"] == scene.word
 
 
@@ -228,16 +239,13 @@ def truth(question: str, scene: Scene) -> str:
         return word if word in SHAPES else {"crosses": "cross"}.get(word, word.removesuffix("s"))
 
     rules: list[tuple[str, Callable[[re.Match[str]], str]]] = [
-        (r"Is there an? (\w+) (\w+) in the picture\?", lambda m: "yes" if (m[1], m[2]) in {(g.color, g.shape) for g in groups} else "no"),
-        (
-            r"(?:Is|Are) the (\w+) (\w+) at the (\w+ \w+)\?",
-            lambda m: "yes" if one([g.place for g in groups if (g.color, g.shape) == (m[1], kind(m[2]))]) == m[3] else "no",
-        ),
+        (r"Is there a (\w+)\?", lambda m: "yes" if m[1] in {g.shape for g in groups} else "no"),
+        (r"Is there something (\w+)\?", lambda m: "yes" if m[1] in {g.color for g in groups} else "no"),
         (r"How many (\w+) are there\?", lambda m: one([str(g.count) for g in groups if g.shape == kind(m[1])])),
         (r"What color (?:is|are) the (\w+)\?", lambda m: one([g.color for g in groups if g.shape == kind(m[1])])),
-        (r"What shape is at the (\w+ \w+)\?", lambda m: one([g.shape for g in groups if g.place == m[1]])),
-        (r"Where (?:is|are) the (\w+) (\w+)\?", lambda m: one([g.place for g in groups if (g.color, g.shape) == (m[1], kind(m[2]))])),
-        (r"What word is written in the picture\?|What does the sign say\?|Which word can be read at the top\?", lambda m: str(scene.word)),
+        (r"What shape is (?:at|in) the (\w+)\?", lambda m: one([g.shape for g in groups if g.place == m[1]])),
+        (r"Where (?:is|are) the (\w+)\?", lambda m: one([g.place for g in groups if g.shape == kind(m[1])])),
+        (r"What word is written\?|What does the sign say\?|Which word can be read\?", lambda m: str(scene.word)),
     ]
     for pattern, answer in rules:
         if match := re.fullmatch(pattern, question):
@@ -264,7 +272,7 @@ def test_every_answer_is_true(large: Path, split: str) -> None:
         assert collections.Counter(a["answer"] for a in question.answers)[answer] >= 8
         kinds[row["answer_type"]] += 1
     pictures = LARGE[split]
-    assert kinds == {"yes/no": 3 * pictures, "number": pictures, "other": 2 * pictures}
+    assert kinds == {"yes/no": 2 * pictures, "number": pictures, "other": 2 * pictures}
     rows = load(large / f"textvqa_{split}.json")["data"]
     assert len(rows) == sum((n > 900_000) == (split == "heldout") and s.word is not None for n, s in known.items())
     for row in rows:
@@ -279,33 +287,28 @@ def test_guessing_by_the_question_scores_low(large: Path) -> None:
         votes[text][row["multiple_choice_answer"]] += 1
     best = {text: found.most_common(1)[0][0] for text, found in votes.items()}
     scores = [vqa_accuracy(best.get(text, "yes"), question.answers, rule_2021) for text, _, question in asked(large, "heldout")]
-    assert 0.3 < np.mean(scores) <= 0.42
+    assert 0.25 < np.mean(scores) <= 0.42
 
 
 def test_yes_and_no_are_even(large: Path) -> None:
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    total: collections.Counter[str] = collections.Counter()
     for text, row, _ in asked(large, "train"):
         if row["answer_type"] == "yes/no":
-            counts["presence" if text.startswith("Is there") else text.split()[0]][row["multiple_choice_answer"]] += 1
-    assert counts["presence"]["yes"] == counts["presence"]["no"] == LARGE["train"]
-    for template in ("Is", "Are"):
-        total = counts[template].total()
-        assert abs(counts[template]["yes"] / total - 0.5) < 3 * 0.5 / total**0.5
+            counts[text][row["multiple_choice_answer"]] += 1
+            total[row["multiple_choice_answer"]] += 1
+    assert total == {"yes": LARGE["train"], "no": LARGE["train"]}
     # No colour or shape of the question gives its answer away.
-    for values in (COLORS, SHAPES):
-        for value in values:
-            words: collections.Counter[str] = collections.Counter()
-            for text, row, _ in asked(large, "train"):
-                if text.startswith("Is there") and f" {value} " in text:
-                    words[row["multiple_choice_answer"]] += 1
-            assert abs(words["yes"] / words.total() - 0.5) < 4 * 0.5 / words.total() ** 0.5, value
+    assert len(counts) == len(COLORS) + len(SHAPES)
+    for text, found in counts.items():
+        assert abs(found["yes"] / found.total() - 0.5) < 4 * 0.5 / found.total() ** 0.5, text
 
 
 def test_one_word_for_all_scores_low(large: Path) -> None:
     train = collections.Counter(q.answers[0]["answer"] for q in read_textvqa(large / "textvqa_train.json").values())
     held = read_textvqa(large / "textvqa_heldout.json").values()
-    for word, _ in train.most_common(3):
-        assert np.mean([textvqa_accuracy(word, [a["answer"] for a in q.answers]) for q in held]) <= 0.15
+    word = train.most_common(1)[0][0]
+    assert np.mean([textvqa_accuracy(word, [a["answer"] for a in q.answers]) for q in held]) <= 0.15
 
 
 def test_file_names_and_sizes_are_told(world: Path) -> None:

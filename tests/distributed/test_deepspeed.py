@@ -51,7 +51,7 @@ def test_zero_equals_one_process_and_resumes(tmp_path, reference, stage):
     arguments = pipeline.finetune(run, "train.steps=5", "train.micro_batch_size=2", "train.checkpoint_every=3")
     arguments.append(f"train.deepspeed={settings(stage, tmp_path)}")
     if stage == 2:  # as the recipe's head says; the other launches go through torchrun, which starts faster
-        launch = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank", "--master_port", "29731"]
+        launch = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29731"]
         done = pipeline.python(*launch, "--module", "mmkit", *arguments, DS_ACCELERATOR="cpu")
     else:
         done = pipeline.torchrun(*arguments)

@@ -11,11 +11,13 @@ from pathlib import Path
 import pipeline
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from mmkit.models.llm import train_bpe_tokenizer, train_sentencepiece_tokenizer
 from mmkit.training import loop
 
-# Losses of four steps at seed 0 on the tiny world; they move only when data order, initialisation, loss or optimiser do.
+# Losses of four steps at seed 0 on sixteen fixed pictures; they move only when data order, initialisation, loss or optimiser do.
 GOLDEN = {
     "superclass": [],
     "clipcap": [],
@@ -26,13 +28,56 @@ GOLDEN = {
 SIX = ["train.steps=6", "train.checkpoint_every=100"]
 
 
-@pytest.mark.parametrize("stage", GOLDEN)
-def test_golden_losses(stage, tmp_path):
-    run = pipeline.trained(stage)
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory) -> Path:
+    """Pictures and texts written down here: the demo world may be retouched, the golden losses may not."""
+    folder = tmp_path_factory.mktemp("fixed")
+    pairs, align, tune = [], [], []
+    for i in range(16):
+        colour = ("red", "blue", "green", "white")[i % 4]
+        value = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30), "white": (250, 250, 250)}[colour]
+        # PNG: every decoder reads the same pixels.
+        picture = Image.new("RGB", (32, 32), value)
+        picture.paste((10 * i, 90, 90), (i, 4, i + 12, 20))
+        picture.save(folder / f"{i}.png")
+        caption = f"a {colour} wall with {i + 1} " + "small " * (i % 3) + "doors"
+        pairs.append({"image": f"{i}.png", "caption": caption})
+        question = {"from": "human", "value": "<image>\nDescribe the picture."}
+        align.append({"id": str(i), "image": f"{i}.png", "conversations": [question, {"from": "gpt", "value": caption}]})
+        more = [{"from": "human", "value": "Which colour is the wall?"}, {"from": "gpt", "value": colour}]
+        tune.append({**align[-1], "conversations": [*align[-1]["conversations"], *more]})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (folder / "align.json").write_text(json.dumps(align))
+    (folder / "tune.json").write_text(json.dumps(tune))
+    texts = [row["caption"] for row in pairs] + ["USER: Describe the picture. ASSISTANT: Which colour is the wall?"]
+    train_bpe_tokenizer(texts, folder / "bpe", vocab_size=300)
+    train_sentencepiece_tokenizer(texts, folder / "sentencepiece", vocab_size=320)
+    return folder
+
+
+def fixed_run(stage: str, folder: Path) -> Path:
+    """A run of a stage on the fixed data, made once."""
+    run = folder / "runs" / stage
+    if run.exists():
+        return run
+    data = {"superclass": "pairs.jsonl", "clipcap": "pairs.jsonl", "align": "align.json"}.get(stage, "tune.json")
+    more = [f"data.train={folder / data}", f"data.image_root={folder}"]
+    if stage == "superclass":
+        more.append(f"data.labels={folder / 'bpe'}")
+    if stage in ("clipcap", "align"):
+        more.append(f"encoder={fixed_run('superclass', folder)}")
+        more.append(f"llm.tokenizer={folder / ('bpe' if stage == 'clipcap' else 'sentencepiece')}")
+    if stage in ("finetune", "lora"):
+        more.append(f"model={fixed_run('align', folder)}")
     if stage == "lora":  # dropout draws from torch's generator, which may change between releases
-        run = tmp_path / "lora"
-        assert pipeline.mmkit(*pipeline.lora(run, "lora.dropout=0")) == 0
-    assert pipeline.losses(run) == pytest.approx(GOLDEN[stage], abs=1e-3)
+        more.append("lora.dropout=0")
+    assert pipeline.mmkit(*pipeline.STAGES[stage](run, *more)) == 0
+    return run
+
+
+@pytest.mark.parametrize("stage", GOLDEN)
+def test_golden_losses(stage, fixed):
+    assert pipeline.losses(fixed_run(stage, fixed)) == pytest.approx(GOLDEN[stage], abs=1e-3)
 
 
 def test_what_a_finished_run_holds():
@@ -142,7 +187,7 @@ def test_a_changed_recipe_or_parent_is_refused(tmp_path, capsys):
     run = pipeline.trained("clipcap")
     assert pipeline.mmkit(*pipeline.clipcap(run, "train.lr=5e-4")) == 2
     error = capsys.readouterr().err
-    assert "-  lr: 0.001" in error and "+  lr: 0.0005" in error and "--restart" in error and error.count("\n") == 1
+    assert "- lr: 0.001, + lr: 0.0005" in error and "--restart" in error and error.count("\n") == 1
     parent = tmp_path / "encoder"
     shutil.copytree(pipeline.trained("superclass"), parent)
     arguments = pipeline.clipcap(tmp_path / "run", f"encoder={parent}", "train.steps=1")
@@ -206,8 +251,8 @@ def test_unreadable_pictures_are_listed_once_and_training_goes_on(stage, dirty, 
     assert pipeline.mmkit(*pipeline.STAGES[stage](run, *common, "data.max_skipped=0.05")) == 0, capsys.readouterr().err
     found = skipped(run)
     assert len(found) == 2 and pipeline.manifest(run)["skipped"] == 2 and pipeline.manifest(run)["status"] == "done"
-    reasons = " ".join(reason for _, reason in found)
-    assert "truncated" in reasons and ("No such file" in reasons or "not found" in reasons or "missing" in reasons), found
+    reasons = " ".join(reason for _, reason in found).lower()
+    assert "truncated" in reasons and ("no such file" in reasons or "no such picture" in reasons), found
     assert len(pipeline.losses(run)) == 15
     capsys.readouterr()
     assert pipeline.mmkit(*pipeline.STAGES[stage](tmp_path / "strict", *common, "data.max_skipped=0")) == 2

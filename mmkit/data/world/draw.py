@@ -19,7 +19,7 @@ RGB = {
     "orange": (245, 140, 30),
 }
 JPEG_QUALITY = 92
-# Share of the height that the word's strip takes; shapes are drawn below it.
+# Share of the height that the word's strip takes; the three rows of shapes lie below it.
 WORD_STRIP = 0.25
 _SUPERSAMPLE = 4
 
@@ -56,16 +56,18 @@ def encode_jpeg(image: Image.Image) -> bytes:
 
 
 def _draw_group(pen: ImageDraw.ImageDraw, group: Group, scale: int, rng: np.random.Generator) -> None:
-    """The shapes of a group side by side in their quadrant below the word's strip."""
-    row, column = divmod(PLACES.index(group.place), 2)
-    top, height = scale * WORD_STRIP, scale * (1 - WORD_STRIP) / 2
-    cell = scale / 2 / 3
-    start = (3 - group.count) / 2 + rng.uniform(-0.5, 0.5) * (3 - group.count) * 0.6
+    """The shapes of a group side by side, somewhere in their row below the word's strip.
+
+    Cells are a quarter of the side: two patches of a ViT with an eighth of the side as patch, so that shapes can be told apart.
+    """
+    cell = scale / 4
+    y0 = scale * WORD_STRIP + PLACES.index(group.place) * cell
+    first = int(rng.integers(0, 4 - group.count + 1))
     color = tuple(int(np.clip(v + rng.integers(-18, 19), 0, 255)) for v in RGB[group.color])
     for i in range(group.count):
-        radius = cell * rng.uniform(0.4, 0.48)
-        x = column * scale / 2 + (start + i + 0.5) * cell
-        y = top + (row + 0.5) * height + rng.uniform(-0.2, 0.2) * height
+        radius = cell * rng.uniform(0.38, 0.45)
+        x = (first + i + 0.5 + rng.uniform(-0.06, 0.06)) * cell
+        y = y0 + (0.5 + rng.uniform(-0.06, 0.06)) * cell
         _draw_shape(pen, group.shape, x, y, radius, color)
 
 

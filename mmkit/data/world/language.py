@@ -53,9 +53,14 @@ def phrase(group: Group) -> str:
     return f"{'an' if group.color[0] in 'aeiou' else 'a'} {noun(group)}"
 
 
+def at(place: str) -> str:
+    """``at the top``, ``in the middle``."""
+    return f"{'in' if place == 'middle' else 'at'} the {place}"
+
+
 def captions(scene: Scene) -> list[str]:
     """Five captions: the plain one, and four other ways to say the same."""
-    placed = [f"{phrase(g)} at the {g.place}" for g in scene.groups]
+    placed = [f"{phrase(g)} {at(g.place)}" for g in scene.groups]
     plain = " and ".join(placed) + (f" with the word {scene.word}" if scene.word else "")
     verb = "is" if scene.groups[0].count == 1 else "are"
     tail = f" and the word {scene.word}" if scene.word else ""
@@ -102,7 +107,7 @@ def _other_questions(group: Group, rng: np.random.Generator) -> list[Question]:
     be = "is" if group.count == 1 else "are"
     found = [
         Question(f"What color {be} the {plural(group.shape, group.count)}?", group.color, "other", f"what color {be} the"),
-        Question(f"What shape is at the {group.place}?", group.shape, "other", "what"),
+        Question(f"What shape is {at(group.place)}?", group.shape, "other", "what"),
         Question(f"Where {be} the {plural(group.shape, group.count)}?", group.place, "other", f"where {be} the"),
     ]
     return [found[i] for i in rng.permutation(3)[:2]]

@@ -10,8 +10,8 @@ import numpy as np
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-# In reading order, which is also the order in which captions name the groups.
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+# Rows from above, which is also the order in which captions name the groups.
+PLACES = ("top", "middle", "bottom")
 WORDS = ("stop", "open", "sale", "taxi", "bank", "exit", "cafe", "zoo", "park", "hotel", "pizza", "bus")
 MAX_COUNT = 3
 HELD_OUT_SHARE = 0.1
