@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -297,9 +296,3 @@ def validate(
     if show:
         _say(dump_recipe(checked))
     _say(f"valid: {recipe} (stage {checked.stage})")
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo, "train": train, "probe": probe, "eval": evaluate, "score": score, "report": report,
-    "predict": predict, "ls": list_, "copy": copy, "validate": validate,
-}  # fmt: skip

@@ -85,7 +85,9 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         trainable_parameters=trainable,
     )
     data = recipe.data
-    settings = LoopSettings(seed=recipe.seed, workers=data.workers, max_skipped=data.max_skipped, title=run.path.name)
+    settings = LoopSettings(
+        seed=recipe.seed, workers=data.workers, max_skipped=data.max_skipped, title="/".join(run.path.parts[-2:])
+    )
     try:
         train(stage, engine, run, config, settings)
     except StoppedError:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmkit.distributed.settings import deepspeed_settings
 from mmkit.errors import InputError
+from mmkit.files import read_json
 
 
 class Engine:
@@ -213,13 +214,19 @@ class Engine:
         """Read what :meth:`save` wrote.
 
         Raises:
-            InputError: The checkpoint was written in another mode.
+            InputError: The checkpoint was written in another mode, or by another number of ZeRO processes.
         """
         written = "deepspeed" if (folder / "zero").is_dir() else "plain"
         if written != ("deepspeed" if self.uses_deepspeed else "plain"):
             raise InputError(f"checkpoint was written in {written} mode", where=folder, mend="keep train.deepspeed, or --restart")
         if self.uses_deepspeed:
-            self.module.load_checkpoint(str(folder), tag="zero", load_module_strict=False)  # type: ignore[operator]
+            before = read_json(folder / "state.json")["world_size"]
+            if before != self.world_size:
+                # Each process holds a piece of the optimizer's state; a plain checkpoint has no such limit.
+                what = f"a ZeRO checkpoint of {before} processes cannot go on with {self.world_size}"
+                raise InputError(what, where=folder, mend=f"start {before} processes, or --restart")
+            found, _ = self.module.load_checkpoint(str(folder), tag="zero", load_module_strict=False)  # type: ignore[operator]
+            assert found is not None, f"DeepSpeed did not load {folder}"
             return
         from safetensors.torch import load_file
 

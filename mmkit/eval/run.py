@@ -103,7 +103,7 @@ def _run_task(
     ]
     append_jsonl(run.path / "predictions.jsonl", rows)
     metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items())
-    logger.info("%s: %s (n %d): %s", run.path.name, name, found["n"], metrics)
+    logger.info("%s: %s (n %d): %s", "/".join(run.path.parts[-2:]), name, found["n"], metrics)
     return found
 
 
@@ -121,6 +121,7 @@ def generate(
     order = sorted(examples, key=lambda e: (len(e.prompt), e.id))
     size = task.generation.batch_size
     predictions: dict[int, str] = {}
+    lost = 0  # of this task alone: the limit is a share of its examples
     for start in range(0, len(order), size):
         batch, images = [], []
         for example in order[start : start + size]:
@@ -130,9 +131,10 @@ def generate(
             except SampleError as error:
                 run.skip([LeftOut(str(example.image), str(example.id), str(error))])
                 predictions[example.id] = ""
-        if run.skipped > max_skipped * len(examples):
+                lost += 1
+        if lost > max_skipped * len(examples):
             raise InputError(
-                f"{run.skipped} of {len(examples)} pictures cannot be used, over the limit of {max_skipped:.2%}",
+                f"{lost} of {len(examples)} pictures cannot be used, over the limit of {max_skipped:.2%}",
                 where=run.path / "skipped.jsonl",
                 mend="check image_root and image_name, or raise max_skipped",
             )

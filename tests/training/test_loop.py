@@ -128,7 +128,7 @@ def test_validation_is_a_mean_over_all_samples_and_training_mode_comes_back(tmp_
 
 
 def test_every_rank_makes_the_same_number_of_validation_passes():
-    # Rank 0 has three of five samples and rank 1 two: with micro-batches of two that is two passes and one, and ZeRO-3 would hang.
+    # Rank 0 has three of five samples and rank 1 two: by micro-batches of two, two passes and one, and ZeRO-3 would hang.
     passes, counts = [], []
     for rank in (0, 1):
         made = stage(VALUES, validation=[1.0, 2.0, 3.0, 4.0, 5.0])

@@ -46,7 +46,8 @@ def test_warmup_is_steps_or_a_share(warmup, total, steps):
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"), [({"steps": 7}, 7), ({"samples": 33}, 5), ({"epochs": 2.0}, 25), ({"epochs": 0.5}, 7), ({"steps": 0}, 0)]
+    ("length", "expected"),
+    [({"steps": 7}, 7), ({"samples": 33}, 5), ({"epochs": 2.0}, 25), ({"epochs": 0.5}, 7), ({"steps": 0}, 0)],
 )
 def test_length_of_a_run(length, expected):
     assert total_steps(TrainConfig(batch_size=8, lr=1e-3, **length), samples=100) == expected

@@ -19,11 +19,11 @@ from mmkit.training import loop
 
 # Losses of four steps at seed 0 on sixteen fixed pictures; they move only when data order, initialisation, loss or optimiser do.
 GOLDEN = {
-    "superclass": [],
-    "clipcap": [],
-    "align": [],
-    "finetune": [],
-    "lora": [],
+    "superclass": [5.95614, 6.01722, 5.61795, 5.24966],
+    "clipcap": [5.70503, 5.49121, 5.3099, 5.1974],
+    "align": [5.88216, 5.86855, 5.84457, 5.87403],
+    "finetune": [5.83157, 5.67506, 5.57736, 5.48201],
+    "lora": [5.83157, 5.78866, 5.79322, 5.72949],
 }
 SIX = ["train.steps=6", "train.checkpoint_every=100"]
 
@@ -178,6 +178,7 @@ def state_of(run: Path) -> dict[str, tuple[int, int]]:
 def test_a_finished_run_returns_at_once_and_changes_nothing(stage, capsys, monkeypatch):
     run = pipeline.trained(stage)
     before = state_of(run)
+    capsys.readouterr()
     monkeypatch.setattr("mmkit.distributed.engine.Engine.__init__", lambda *_, **__: pytest.fail("training was started"))
     assert pipeline.mmkit(*pipeline.STAGES[stage](run)) == 0
     assert state_of(run) == before and capsys.readouterr().out == f"done: {run / 'model'}\n"
@@ -219,7 +220,7 @@ def test_idf_counts_do_not_depend_on_the_micro_batch(tmp_path):
         assert pipeline.mmkit(*arguments) == 0
         states.append(load_file(run / "checkpoints" / "step-00000003" / "model.safetensors"))
     assert states[0]["idf.n"].tolist() == [24] and torch.equal(states[0]["idf.df"], states[1]["idf.df"])
-    assert pipeline.largest_difference(tmp_path / "8", tmp_path / "2") < 1e-5
+    assert pipeline.largest_difference(tmp_path / "8", tmp_path / "2") < 1e-4
 
 
 @pytest.fixture

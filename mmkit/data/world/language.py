@@ -77,12 +77,16 @@ def captions(scene: Scene) -> list[str]:
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Five questions about the shapes: two yes/no, one number, two other.
 
-    Answers are balanced: of the two questions about presence one is yes and one is no, and each colour and shape is asked for as
-    often with either answer; counts, colours, shapes and places are uniform.
+    Answers are balanced: whether something is present is a coin for each question by itself (a yes and a no in every picture
+    would let the second answer be told from the first), each colour and shape is asked for as often with either answer, and counts,
+    colours, shapes and places are uniform.
     """
-    pick = [scene.groups[int(rng.integers(len(scene.groups)))] for _ in range(3)]
-    count = Question(f"How many {plural(pick[0].shape, 2)} are there?", str(pick[0].count), "number", "how many")
-    asked = [_presence(scene, pick[1], "yes", rng), _presence(scene, pick[1], "no", rng), count, *_other_questions(pick[2], rng)]
+    pick = [scene.groups[int(rng.integers(len(scene.groups)))] for _ in range(4)]
+    presence = [_presence(scene, group, "yes" if rng.random() < 0.5 else "no", rng) for group in pick[:2]]
+    while presence[1].text == presence[0].text:
+        presence[1] = _presence(scene, pick[1], "yes" if rng.random() < 0.5 else "no", rng)
+    count = Question(f"How many {plural(pick[2].shape, 2)} are there?", str(pick[2].count), "number", "how many")
+    asked = [*presence, count, *_other_questions(pick[3], rng)]
     return [asked[i] for i in rng.permutation(len(asked))]
 
 

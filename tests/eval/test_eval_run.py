@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pipeline
+import pytest
+
+import mmkit
+
+
+def evaluate(kind: str, run: Path, *more: str) -> int:
+    """Evaluate the tiny captioner or MLLM with the demo's recipe."""
+    model = {"captioner": "clipcap", "mllm": "finetune"}[kind]
+    return pipeline.mmkit("eval", f"demo-eval-{kind}", f"run={run}", f"model={pipeline.trained(model)}", *more)
+
+
+def scores(run: Path) -> dict:
+    return json.loads((run / "scores.json").read_text())["tasks"]
+
+
+@pytest.fixture(scope="module")
+def mllm_run() -> Path:
+    run = pipeline.root() / "eval" / "mllm"
+    assert evaluate("mllm", run) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def captioner_run() -> Path:
+    run = pipeline.root() / "eval" / "captioner"
+    assert evaluate("captioner", run) == 0
+    return run
+
+
+def test_official_files_score_the_same_elsewhere(mllm_run, captioner_run):
+    world = pipeline.root() / "world"
+    files = {
+        "vqav2": (mllm_run, "vqa_heldout_annotations.json", world / "vqa_heldout_questions.json"),
+        "textvqa": (mllm_run, "textvqa_heldout.json", None),
+        "coco-caption": (captioner_run, "captions_heldout.json", None),
+    }
+    for task, (run, truth, questions) in files.items():
+        again = mmkit.score(task, run / "results" / f"{task}.json", world / truth, questions)
+        assert again["metrics"] == scores(run)[task]["metrics"] and again["n"] == scores(run)[task]["n"]
+        assert again["per_sample"] == scores(run)[task]["per_sample"]
+
+
+def test_what_a_finished_run_holds(mllm_run, captioner_run):
+    manifest = pipeline.manifest(mllm_run)
+    assert (manifest["status"], manifest["kind"], manifest["skipped"]) == ("done", "eval", 0)
+    assert manifest["parents"][0]["role"] == "model" and manifest["data"]["fingerprint"]
+    rows = pipeline.rows(mllm_run / "predictions.jsonl")
+    assert {r["task"] for r in rows} == {"vqav2", "textvqa"}
+    assert all(r["image"] == r["image_shown"] and r["prompt"].startswith(r["question"]) for r in rows)
+    per_sample = {r["id"]: r["accuracy"] for r in scores(mllm_run)["vqav2"]["per_sample"]}
+    assert {r["id"]: r["score"]["accuracy"] for r in rows if r["task"] == "vqav2"} == per_sample
+    settings = scores(mllm_run)["textvqa"]["settings"]
+    assert settings["decoding"] == "greedy" and settings["ocr"] == "none" and settings["blind"] is False
+    assert settings["model_fingerprint"] == pipeline.manifest(pipeline.trained("finetune"))["product"]
+    assert {r["prompt"] for r in pipeline.rows(captioner_run / "predictions.jsonl")} == {""}
+
+
+def test_a_finished_evaluation_returns_at_once(mllm_run, monkeypatch, capsys):
+    before = (mllm_run / "scores.json").stat().st_mtime_ns
+    monkeypatch.setattr("mmkit.eval.run.load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert evaluate("mllm", mllm_run) == 0
+    assert (mllm_run / "scores.json").stat().st_mtime_ns == before
+    assert "vqav2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["mllm", "captioner"])
+def test_predictions_do_not_depend_on_the_batch(kind, tmp_path, mllm_run, captioner_run):
+    # Questions of different length are padded on the left; one by one there is no padding at all.
+    sizes = ["tasks.0.generation.batch_size=1"] + ["tasks.1.generation.batch_size=1"] * (kind == "mllm")
+    assert evaluate(kind, tmp_path / "single", *sizes) == 0
+    whole = {"mllm": mllm_run, "captioner": captioner_run}[kind]
+    for task in scores(whole):
+        files = [json.loads((run / "results" / f"{task}.json").read_text()) for run in (whole, tmp_path / "single")]
+        assert files[0] == files[1] and len(files[0]) > 1
+
+
+def test_blind_shows_other_pictures_and_says_so(tmp_path, mllm_run):
+    assert evaluate("mllm", tmp_path / "blind", "blind=true", "system=blind") == 0
+    rows = pipeline.rows(tmp_path / "blind" / "predictions.jsonl")
+    assert rows and all(r["image"] != r["image_shown"] for r in rows)
+    assert scores(tmp_path / "blind")["vqav2"]["settings"]["blind"] is True
+    seen = pipeline.rows(mllm_run / "predictions.jsonl")
+    assert [(r["id"], r["prompt"], r["references"]) for r in rows] == [(r["id"], r["prompt"], r["references"]) for r in seen]
+
+
+def test_limit_and_reference_ocr(tmp_path):
+    more = ["tasks.0.limit=3", "tasks.1.limit=2", "tasks.1.ocr=reference"]
+    assert evaluate("mllm", tmp_path / "run", *more) == 0
+    found = scores(tmp_path / "run")
+    assert found["vqav2"]["n"] == 3 and found["textvqa"]["n"] == 2 and found["textvqa"]["settings"]["ocr"] == "reference"
+    rows = [r for r in pipeline.rows(tmp_path / "run" / "predictions.jsonl") if r["task"] == "textvqa"]
+    assert all("\nReference OCR token: " in r["prompt"] for r in rows)
+
+
+def test_beams_are_named(tmp_path):
+    assert evaluate("captioner", tmp_path / "run", "tasks.0.limit=2", "tasks.0.generation.num_beams=3") == 0
+    assert scores(tmp_path / "run")["coco-caption"]["settings"]["decoding"] == "beam 3"
+
+
+def test_a_captioner_answers_no_questions(tmp_path, capsys):
+    model = pipeline.trained("clipcap")
+    assert pipeline.mmkit("eval", "demo-eval-mllm", f"run={tmp_path / 'run'}", f"model={model}") == 2
+    assert "a model of kind captioner cannot do vqav2" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "scores.json").exists()
+
+
+def test_the_same_task_twice_with_one_ocr_mode_is_refused(tmp_path, capsys):
+    world = pipeline.root() / "world"
+    task = {"task": "textvqa", "annotations": str(world / "textvqa_heldout.json"), "image_root": str(world)}
+    assert evaluate("mllm", tmp_path / "run", f"tasks={json.dumps([task, task])}") == 2
+    assert "task textvqa is listed twice with the same OCR mode" in capsys.readouterr().err
+
+
+@pytest.fixture
+def broken_pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    shutil.copytree(pipeline.root() / "world" / "images" / "heldout", folder)
+    first, second, *_ = sorted(folder.glob("*.jpg"))
+    first.write_bytes(first.read_bytes()[:200])
+    second.unlink()
+    return folder
+
+
+def test_unreadable_pictures_score_as_wrong_and_are_listed(tmp_path, broken_pictures, capsys):
+    run = tmp_path / "run"
+    assert evaluate("captioner", run, f"tasks.0.image_root={broken_pictures}", "max_skipped=0.25") == 0
+    found = scores(run)["coco-caption"]
+    assert found["n"] == 8, "the denominator stays the official one"
+    listed = {r["key"] for r in pipeline.rows(run / "skipped.jsonl")}
+    bad = sorted(p.stem for p in pipeline.pictures())[:2]
+    assert listed == {str(int(stem)) for stem in bad} and pipeline.manifest(run)["skipped"] == 2
+    empty = [r for r in pipeline.rows(run / "predictions.jsonl") if str(r["id"]) in listed]
+    assert [r["prediction"] for r in empty] == ["", ""] and all(r["score"]["CIDEr"] == 0 for r in empty)
+    capsys.readouterr()
+    assert evaluate("captioner", tmp_path / "strict", f"tasks.0.image_root={broken_pictures}") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "of 8 pictures cannot be used, over the limit of 1.00%" in error and "max_skipped" in error
+
+
+def test_unreadable_pictures_are_counted_for_all_tasks_together(tmp_path, broken_pictures):
+    # Two bad pictures with several questions each: every question is listed, and the limit is a share of the questions.
+    roots = [f"tasks.{i}.image_root={broken_pictures}" for i in (0, 1)]
+    assert evaluate("mllm", tmp_path / "run", *roots, "max_skipped=0.6") == 0
+    rows = pipeline.rows(tmp_path / "run" / "predictions.jsonl")
+    bad = {p.name for p in pipeline.pictures()[:2]}
+    lost = [r for r in rows if Path(r["image"]).name in bad]
+    assert lost and all(r["prediction"] == "" and r["score"]["accuracy"] == 0 for r in lost)
+    assert pipeline.manifest(tmp_path / "run")["skipped"] == len({(r["image"], r["id"]) for r in lost})
+
+
+def test_an_unfinished_model_is_refused(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(pipeline.trained("finetune"), model)
+    (model / "manifest.json").write_text(json.dumps({**pipeline.manifest(model), "status": "stopped"}))
+    assert pipeline.mmkit("eval", "demo-eval-mllm", f"run={tmp_path / 'run'}", f"model={model}") == 2
+    assert "this model run is not finished (status 'stopped')" in capsys.readouterr().err

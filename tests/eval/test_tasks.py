@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pipeline
+import pytest
+
+from mmkit.config import TaskConfig
+from mmkit.errors import InputError
+from mmkit.eval.tasks import Example, load_task, result_rows, shuffle_pictures
+
+
+def config(task: str, **more) -> TaskConfig:
+    world = pipeline.root() / "world"
+    files = {
+        "coco-caption": {"annotations": "captions_heldout.json"},
+        "vqav2": {"annotations": "vqa_heldout_annotations.json", "questions": "vqa_heldout_questions.json"},
+        "textvqa": {"annotations": "textvqa_heldout.json"},
+    }[task]
+    named = {"image_name": "{:012d}.jpg"} if task == "textvqa" else {}
+    paths = {key: str(world / name) for key, name in files.items()}
+    return TaskConfig(**{"task": task, "image_root": str(world / "images" / "heldout"), **paths, **named, **more})
+
+
+def test_captions_are_one_example_a_picture():
+    examples = load_task(config("coco-caption"))
+    assert [e.image for e in examples] == pipeline.pictures() and all(len(e.references) == 5 for e in examples)
+    assert {(e.prompt, e.question) for e in examples} == {("", None)}
+    assert {e.prompt for e in load_task(config("coco-caption", prompt="Describe it."))} == {"Describe it."}
+
+
+def test_questions_become_prompts():
+    config_ = config("vqav2", prompt="{question}\nShort answer.")
+    examples = load_task(config_)
+    asked = {q["question_id"]: q for q in json.loads(Path(config_.questions).read_text())["questions"]}
+    assert len(examples) == len(asked) and len({e.image for e in examples}) > 1
+    for e in examples:
+        assert e.question == asked[e.id]["question"] and e.prompt == f"{e.question}\nShort answer."
+        assert e.image.name == f"{asked[e.id]['image_id']:012d}.jpg" and len(e.references) == 10
+
+
+def test_ocr_tokens_go_on_a_line_after_the_question():
+    plain, with_ocr = (load_task(config("textvqa", ocr=ocr, prompt="{question} Short.")) for ocr in ("none", "reference"))
+    rows = {r["question_id"]: r for r in json.loads((pipeline.root() / "world" / "textvqa_heldout.json").read_text())["data"]}
+    assert plain and len(plain) == len(with_ocr)
+    for a, b in zip(plain, with_ocr, strict=True):
+        assert a.prompt == f"{a.question} Short."
+        assert b.prompt == f"{a.question}\nReference OCR token: {', '.join(rows[a.id]['ocr_tokens'])} Short."
+        assert a.question == b.question
+
+
+def test_a_file_without_ocr_is_refused(tmp_path):
+    data = json.loads((pipeline.root() / "world" / "textvqa_heldout.json").read_text())
+    for row in data["data"]:
+        del row["ocr_tokens"]
+    (tmp_path / "no_ocr.json").write_text(json.dumps(data))
+    without = config("textvqa", annotations=str(tmp_path / "no_ocr.json"))
+    assert load_task(without)
+    with pytest.raises(InputError, match=r"no_ocr\.json: question \d+ has no ocr_tokens; use ocr=none"):
+        load_task(without.model_copy(update={"ocr": "reference"}))
+
+
+def test_limit_takes_the_first():
+    assert load_task(config("vqav2", limit=3)) == load_task(config("vqav2"))[:3]
+
+
+@pytest.mark.parametrize("pattern", ["{:012q}.jpg", "{5}.jpg", "../{}.jpg", "{name}.jpg"])
+def test_a_bad_image_name_is_refused(pattern):
+    with pytest.raises(InputError, match=r"image_name: no file name for image .*; use a pattern"):
+        load_task(config("textvqa", image_name=pattern))
+
+
+def test_blind_leaves_no_picture_in_its_place():
+    examples = load_task(config("vqav2"))
+    shown = shuffle_pictures(examples, 0)
+    assert [e.id for e in shown] == [e.id for e in examples] and [e.prompt for e in shown] == [e.prompt for e in examples]
+    assert all(a.image != b.image for a, b in zip(examples, shown, strict=True))
+    # All questions about a picture see the same other one, and every picture is shown.
+    other = {a.image: b.image for a, b in zip(examples, shown, strict=True)}
+    assert all(other[a.image] == b.image for a, b in zip(examples, shown, strict=True))
+    assert set(other.values()) == set(other)
+    assert shuffle_pictures(examples, 0) == shown != shuffle_pictures(examples, 1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("seed", range(5))
+def test_blind_for_any_seed(count, seed):
+    examples = [Example(i, Path(f"{i % count}.jpg"), "", None, []) for i in range(2 * count)]
+    assert all(a.image != b.image for a, b in zip(examples, shuffle_pictures(examples, seed), strict=True))
+
+
+def test_blind_needs_two_pictures():
+    with pytest.raises(InputError, match="blind needs at least two pictures"):
+        shuffle_pictures([Example(1, Path("a.jpg"), "", None, []), Example(2, Path("a.jpg"), "", None, [])], 0)
+
+
+def test_result_rows_are_the_official_ones():
+    assert result_rows("coco-caption", {3: "a dog"}) == [{"image_id": 3, "caption": "a dog"}]
+    assert result_rows("vqav2", {3: "yes"}) == result_rows("textvqa", {3: "yes"}) == [{"question_id": 3, "answer": "yes"}]
