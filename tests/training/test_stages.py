@@ -186,6 +186,7 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(stage, capsys, monke
 
 def test_a_changed_recipe_or_parent_is_refused(tmp_path, capsys):
     run = pipeline.trained("clipcap")
+    capsys.readouterr()
     assert pipeline.mmkit(*pipeline.clipcap(run, "train.lr=5e-4")) == 2
     error = capsys.readouterr().err
     assert "- lr: 0.001, + lr: 0.0005" in error and "--restart" in error and error.count("\n") == 1

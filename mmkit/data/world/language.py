@@ -77,16 +77,14 @@ def captions(scene: Scene) -> list[str]:
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Five questions about the shapes: two yes/no, one number, two other.
 
-    Answers are balanced: whether something is present is a coin for each question by itself (a yes and a no in every picture
-    would let the second answer be told from the first), each colour and shape is asked for as often with either answer, and counts,
-    colours, shapes and places are uniform.
+    Answers are balanced: presence is a coin for each question by itself (a yes and a no in every picture would let the second
+    answer be told from the first), half of the pictures have a word and half have two colours, each colour and shape is asked for
+    as often with either answer, and counts, colours, shapes and places are uniform.
     """
-    pick = [scene.groups[int(rng.integers(len(scene.groups)))] for _ in range(4)]
-    presence = [_presence(scene, group, "yes" if rng.random() < 0.5 else "no", rng) for group in pick[:2]]
-    while presence[1].text == presence[0].text:
-        presence[1] = _presence(scene, pick[1], "yes" if rng.random() < 0.5 else "no", rng)
-    count = Question(f"How many {plural(pick[2].shape, 2)} are there?", str(pick[2].count), "number", "how many")
-    asked = [*presence, count, *_other_questions(pick[3], rng)]
+    pick = [scene.groups[int(rng.integers(len(scene.groups)))] for _ in range(3)]
+    yes_no = [_presence(scene, pick[0], "yes" if rng.random() < 0.5 else "no", rng), *_structure(scene)]
+    count = Question(f"How many {plural(pick[1].shape, 2)} are there?", str(pick[1].count), "number", "how many")
+    asked = [*(yes_no[i] for i in rng.permutation(3)[:2]), count, *_other_questions(pick[2], rng)]
     return [asked[i] for i in rng.permutation(len(asked))]
 
 
@@ -104,6 +102,16 @@ def _presence(scene: Scene, group: Group, answer: str, rng: np.random.Generator)
         return Question(f"Is there a {shape}?", answer, "yes/no", "is there a")
     color = group.color if answer == "yes" else _other(COLORS, {g.color for g in scene.groups}, rng)
     return Question(f"Is there something {color}?", answer, "yes/no", "is there")
+
+
+def _structure(scene: Scene) -> list[Question]:
+    """Whether there is a word, and whether there is more than one colour."""
+    word = "yes" if scene.word else "no"
+    colors = "yes" if len(scene.groups) > 1 else "no"
+    return [
+        Question("Is there a word?", word, "yes/no", "is there a"),
+        Question("Is there more than one color?", colors, "yes/no", "is there"),
+    ]
 
 
 def _other_questions(group: Group, rng: np.random.Generator) -> list[Question]:
