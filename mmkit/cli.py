@@ -249,7 +249,7 @@ def predict(
 @data_app.command("synth")
 def synth(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    train: Annotated[int, typer.Option(min=8, help="Training pictures.")] = 4000,
+    train: Annotated[int, typer.Option(min=8, help="Training pictures.")] = 8000,
     heldout: Annotated[int, typer.Option(min=4, help="Held-out pictures.")] = 300,
     image_size: Annotated[int, typer.Option(min=32, max=512, help="Side in pixels.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed; equal arguments give equal bytes.")] = 0,

@@ -52,7 +52,7 @@ class _Picture:
     rng: np.random.Generator
 
 
-def make_world(out: Path, *, train: int = 4000, heldout: int = 300, image_size: int = 64, seed: int = 0) -> dict[str, int]:
+def make_world(out: Path, *, train: int = 8000, heldout: int = 300, image_size: int = 64, seed: int = 0) -> dict[str, int]:
     """Make the demo world, or return at once when it is there with equal arguments.
 
     Args:
