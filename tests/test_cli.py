@@ -127,6 +127,10 @@ def test_wrong_words_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_argument_that_deepspeed_adds_is_no_option(call: Call) -> None:
+    assert call("--local_rank=1", "ls") == call("ls")
+
+
 def test_ls_and_copy(call: Call, tmp_path: Path) -> None:
     code, out, _ = call("ls")
     assert code == 0

@@ -189,7 +189,7 @@ def test_training_runs_align_fine_tune_and_captioner(calls) -> None:
         "train llava-7b-lora",
         "train clipcap-superclass",
     ]
-    assert found[2][:5] == ["deepspeed", "--num_gpus", "8", "--no_local_rank", "--module"]
+    assert found[2][:5] == ["deepspeed", "--num_gpus", "8", "--module", "mmkit"]
     assert "encoder=runs/other" in found[2]
 
 

@@ -95,6 +95,15 @@ def run_loop(made: Stage, folder, *, max_skipped: float = 0.0, **config) -> Run:
 VALUES = [float(i) for i in range(10)]
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_compile_compiles_the_objective(tmp_path, monkeypatch, wanted):
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    made = stage(VALUES)
+    run_loop(made, tmp_path / "run", compile=wanted)
+    assert compiled == ([made.objective] if wanted else [])
+
+
 def test_batches_follow_the_order_and_statistics_come_first(tmp_path):
     made = stage(VALUES)
     run_loop(made, tmp_path / "run", micro_batch_size=2)

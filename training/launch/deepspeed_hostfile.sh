@@ -21,4 +21,4 @@ else
   where=(--num_gpus "$NGPU")
 fi
 # Ranks come from the environment; the launcher's extra --local_rank argument is switched off.
-exec deepspeed "${where[@]}" --no_local_rank --module mmkit "$@"
+exec deepspeed "${where[@]}" --module mmkit "$@"
