@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -137,7 +138,9 @@ def test_folder_opens_without_mmkit_with_equal_logits(tower, select, class_token
     save_mllm(model, made, tmp_path, meta={"encoder": {"path": "encoder", "fingerprint": "f"}})
     pixels = np.random.default_rng(0).integers(0, 255, (48, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
-    subprocess.run([sys.executable, "-c", OPEN_WITHOUT_MMKIT, str(tmp_path)], check=True, cwd=tmp_path)
+    # The same number of threads on both sides: another one sums in another order, and the last bit may differ.
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, "-c", OPEN_WITHOUT_MMKIT, str(tmp_path)], check=True, cwd=tmp_path, env=env)
     out = torch.load(tmp_path / "out.pt")
     image_id = model.config.image_token_id
     ids = encode_prompt("What is this?", tok, "demo", with_image=True, num_image_tokens=4, image_token_id=image_id)

@@ -72,7 +72,7 @@ def test_html_is_self_contained_and_says_it_all(world: list[Path], tmp_path: Pat
     page = assert_self_contained(text)
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and "@media print" in text
     assert re.findall(r"<h2>(.*?)</h2>", text) == [
-        "Scores", "Differences", "Score conditions", "Probes", "Training curves", "Gallery", "What was left out", "Lineage",
+        "Scores", "Differences", "Probes", "Training curves", "Gallery", "Score conditions", "What was left out", "Lineage",
     ]  # fmt: skip
     words = " ".join(page.text.split())
     for part in (
