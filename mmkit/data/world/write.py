@@ -13,7 +13,6 @@ import numpy as np
 
 from mmkit.data.world.draw import draw_scene, encode_jpeg
 from mmkit.data.world.language import (
-    CAPTION_REQUESTS,
     TEXT_ONLY,
     Question,
     captions,
@@ -188,9 +187,6 @@ def _write_conversations(folder: Path, pictures: list[_Picture], seed: int) -> i
         image = f"images/train/{p.name}"
         align.append(_llava_item(f"{p.id:012d}", image, [("Describe the picture.", p.captions[p.id % len(p.captions)])]))
         tune.append(_llava_item(f"{p.id:012d}", image, conversation(p.scene, p.questions, p.rng)))
-        if p.id % 4 == 0:  # a request to describe must also be understood as the first thing that is said
-            request = CAPTION_REQUESTS[p.id // 4 % len(CAPTION_REQUESTS)]
-            tune.append(_llava_item(f"{p.id:012d}-caption", image, [(request, p.captions[0])]))
     rng = np.random.default_rng([seed, 11])
     for i in range(max(1, len(pictures) // 50)):
         question, answer = TEXT_ONLY[int(rng.integers(len(TEXT_ONLY)))]
