@@ -11,11 +11,13 @@ import os
 import time
 from pathlib import Path
 
+import mmkit
 from mmkit.commands import run_train
 from mmkit.config import EvalRecipe, ProbeRecipe, load_recipe
 from mmkit.data.world import make_world
 from mmkit.data.world.tokenizers import make_tokenizers
-from mmkit.recipes import find_recipe
+from mmkit.files import hash_text, write_text
+from mmkit.recipes import find_recipe, list_recipes
 from mmkit.run import Run
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ def run_demo(out: Path, *, restart: bool = False) -> Path:
     """
     began = time.monotonic()
     report = out / "report" / "report.html"
-    if report.is_file() and not restart:
+    stamp = _stamp()
+    if report.is_file() and not restart and (out / "demo.txt").is_file() and (out / "demo.txt").read_text() == stamp:
         return report
     # The demo recipes take every path below this folder; the same recipes run from the shell.
     os.environ["MMKIT_DEMO"] = str(out)
@@ -78,8 +81,15 @@ def run_demo(out: Path, *, restart: bool = False) -> Path:
     from mmkit.eval.report import build_report
 
     path = build_report(runs, out / "report", title="mmkit demo")
+    write_text(out / "demo.txt", stamp)
     logger.info("the whole demo took %.0f s", time.monotonic() - began)
     return path
+
+
+def _stamp() -> str:
+    """What the report depends on: this version and the demo's recipes. After a change of these the runs are looked at again."""
+    recipes = [path for name, path in list_recipes().items() if name.startswith("demo-")]
+    return hash_text(mmkit.__version__, *(path.read_text(encoding="utf-8") for path in recipes)) + "\n"
 
 
 def _measure(recipe: str, overrides: list[str], restart: bool) -> Run:

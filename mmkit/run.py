@@ -143,15 +143,20 @@ class Run:
 
     def start(self, recipe: Recipe, parents: list[Parent], *, state: State, data_fingerprint: str, kind: str) -> None:
         """Make the folder (emptied when new), write recipe and manifest, load what an earlier start logged."""
+        if state == "continue":
+            # On every process, before the first one writes: the limit on left-out samples must be the same for all.
+            before = read_json(self.path / "manifest.json")
+            if before["data"]["fingerprint"] != data_fingerprint:
+                raise InputError(
+                    "the data have changed since this run began", where=self.path, mend="use another run=DIR, or --restart"
+                )
+            self._seconds_before = before.get("seconds", 0.0)
+            self._skipped.update((row["source"], row["key"]) for row in read_jsonl(self.path / "skipped.jsonl"))
         if not self.write:
             return
         if state == "new" and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        if state == "continue":
-            self._seconds_before = read_json(self.path / "manifest.json").get("seconds", 0.0)
-            for row in read_jsonl(self.path / "skipped.jsonl"):
-                self._skipped.add((row["source"], row["key"]))
         write_text(self.path / "recipe.yaml", dump_recipe(recipe))
         self.manifest = {
             "status": "running",
@@ -217,6 +222,18 @@ class Run:
             self.manifest["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 1)
             self.manifest["skipped"] = self.skipped
             write_json(self.path / "manifest.json", self.manifest)
+
+
+def one_process(command: str) -> None:
+    """Refuse a launcher with several processes where one does the work: all of them would write the same files.
+
+    Raises:
+        InputError: The launcher started more than one process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"`mmkit {command}` runs in one process", where="WORLD_SIZE", mend="start it without torchrun or deepspeed"
+        )
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -169,5 +171,12 @@ class _Batches(torch.utils.data.Sampler[list[Position]]):
 
 
 def _one_thread(worker: int) -> None:
-    """Loader workers leave the cores to each other."""
+    """Loader workers leave the cores to each other, and signals to the main process.
+
+    A signal to the process group must reach the loop, which writes a checkpoint; a worker that died of it would end the run.
+    """
     torch.set_num_threads(1)
+    # SIGTERM itself stays: it is how torch ends a worker. In a group of its own a worker does not get its parent's.
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from mmkit.encoders.vit import VisionEncoder
 from mmkit.errors import InputError
 from mmkit.eval.statistics import mean_ci
 from mmkit.files import hash_text, write_json
-from mmkit.run import Run, resolve_parent
+from mmkit.run import Run, one_process, resolve_parent
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _BATCH = 64
@@ -42,6 +43,7 @@ def run_probe(recipe: ProbeRecipe, *, restart: bool = False) -> Run:
     """
     run = Run(Path(recipe.run))
     parent = resolve_parent("encoder", recipe.encoder)
+    one_process("probe")
     state = run.state(recipe, [parent], restart=restart)
     if state == "done":
         return run
@@ -59,7 +61,8 @@ def run_probe(recipe: ProbeRecipe, *, restart: bool = False) -> Run:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sets = []
     for part in (train, test):
-        key = hash_text(parent.fingerprint, *map(str, part.images), *(str(p.stat().st_mtime_ns) for p in part.images))
+        times = (str(p.stat().st_mtime_ns) if p.exists() else "missing" for p in part.images)
+        key = hash_text(parent.fingerprint, *map(str, part.images), *times)
         batches = _pixel_batches(part.images, encoder, recipe.data.max_pixels, run)
         features = cache.get(key, lambda batches=batches: extract_features(encoder, batches, device=device))  # type: ignore[misc]
         sets.append((features, torch.tensor([classes.index(label) for label in part.labels])))
@@ -101,7 +104,11 @@ def read_labelled(location: str, data: ProbeDataConfig) -> LabelledSet:
         raise InputError("no such file or folder", where=location, mend="check data.train and data.test")
     if not files:
         raise InputError("no labelled picture", where=location, mend="give an image folder or JSONL rows with image and label")
-    return LabelledSet(files[: data.limit], labels[: data.limit])
+    if data.limit is not None and data.limit < len(files):
+        # Image folders come sorted by class: the first N would be one class.
+        kept = sorted(random.Random(0).sample(range(len(files)), data.limit))
+        files, labels = [files[i] for i in kept], [labels[i] for i in kept]
+    return LabelledSet(files, labels)
 
 
 def _pixel_batches(images: list[Path], encoder: VisionEncoder, max_pixels: int, run: Run) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from mmkit.eval.score import score
 from mmkit.eval.tasks import Example, load_task, result_rows, shuffle_pictures
 from mmkit.files import hash_file, hash_text, write_json
 from mmkit.models.inference import Predictor, load_model
-from mmkit.run import Parent, Run, append_jsonl, resolve_parent
+from mmkit.run import Parent, Run, append_jsonl, one_process, resolve_parent
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +30,16 @@ def run_eval(recipe: EvalRecipe, *, restart: bool = False) -> Run:
     """
     run = Run(Path(recipe.run))
     parent = resolve_parent("model", recipe.model)
+    one_process("eval")
     state = run.state(recipe, [parent], restart=restart)
     if state == "done":
         return run
     # Everything that can be wrong with the files is found before the model is loaded.
     examples = {_name(task, recipe.tasks): load_task(task) for task in recipe.tasks}
     model: Predictor = load_model(recipe.model)
+    for task in recipe.tasks:
+        if model.kind == "encoder" or (model.kind == "captioner" and task.task != "coco-caption"):
+            raise InputError(f"a model of kind {model.kind} cannot do {task.task}", where=recipe.model, mend="use an MLLM")
     fingerprint = hash_text(*(hash_file(Path(p)) for t in recipe.tasks for p in (t.annotations, t.questions) if p))
     # An evaluation is minutes, not days: an interrupted one starts anew.
     run.start(recipe, [parent], state="new" if state == "continue" else state, data_fingerprint=fingerprint, kind="eval")
@@ -63,8 +67,6 @@ def _run_task(
     name: str, task: TaskConfig, examples: list[Example], model: Predictor, recipe: EvalRecipe, run: Run, parent: Parent
 ) -> dict[str, Any]:
     """Generate and score one task; returns its score object."""
-    if model.kind == "encoder" or (model.kind == "captioner" and task.task != "coco-caption"):
-        raise InputError(f"a model of kind {model.kind} cannot do {task.task}", where=recipe.model, mend="use an MLLM")
     shown = shuffle_pictures(examples, recipe.seed) if recipe.blind else examples
     began = time.monotonic()
     predictions = generate(shown, model, task, max_pixels=recipe.max_pixels, run=run, max_skipped=recipe.max_skipped)
@@ -75,7 +77,7 @@ def _run_task(
     found = score(task.task, results, Path(task.annotations), task.questions, allow_missing=subset, **task.settings)
     generation = task.generation
     found["settings"] |= {
-        "prompt": "" if model.kind == "captioner" else task.prompt,
+        "prompt": "" if model.kind == "captioner" else examples[0].prompt if task.task == "coco-caption" else task.prompt,
         "decoding": "greedy" if generation.num_beams == 1 else f"beam {generation.num_beams}",
         "max_new_tokens": generation.max_new_tokens,
         "batch_size": generation.batch_size,
@@ -93,7 +95,7 @@ def _run_task(
             "id": truth.id,
             "image": str(truth.image),
             "image_shown": str(seen.image),
-            "prompt": seen.prompt,
+            "prompt": seen.prompt if model.kind == "mllm" else "",
             "question": truth.question,
             "prediction": predictions[truth.id],
             "references": truth.references,

@@ -14,6 +14,8 @@ from mmkit.errors import InputError
 from mmkit.eval.scorers.formats import read_captions, read_textvqa, read_vqa
 from mmkit.files import read_json
 
+DESCRIBE = "Describe the picture."
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -70,7 +72,8 @@ def _captions(config: TaskConfig) -> list[Example]:
     """COCO captions: an example for each picture."""
     references = read_captions(config.annotations)
     names = {image["id"]: image.get("file_name") for image in read_json(Path(config.annotations))["images"]}
-    prompt = "" if config.prompt == "{question}" else config.prompt
+    # A captioner ignores it; an MLLM is asked this, and the score's conditions say so.
+    prompt = DESCRIBE if config.prompt == "{question}" else config.prompt
     return [
         Example(i, _image(config, i, names.get(i), "{:012d}.jpg"), prompt, None, captions)
         for i, captions in references.items()

@@ -96,7 +96,16 @@ def set_train_mode(model: LlavaForConditionalGeneration, training: bool = True) 
     model.train(training)
     for part in (model.model.vision_tower, model.model.language_model, model.model.multi_modal_projector):
         if not any(parameter.requires_grad for parameter in part.parameters()):
+            # transformers recomputes activations in training mode only; a frozen LLM between loss and projector needs it most.
+            if part is model.model.language_model and getattr(part, "gradient_checkpointing", False) and _no_dropout(part):
+                continue
             part.eval()
+
+
+def _no_dropout(part: nn.Module) -> bool:
+    """Whether training mode computes the same as eval mode."""
+    rates = [m.p for m in part.modules() if isinstance(m, nn.Dropout)]
+    return not any(rates) and not getattr(part.config, "attention_dropout", 0.0)
 
 
 def merge_lora(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:

@@ -100,6 +100,8 @@ def train(stage: Stage, engine: Engine, run: Run, config: TrainConfig, settings:
             _check_finite(loss, norm, step, micro)
             scale = lr_scale(step, total=total, schedule=config.schedule, warmup_steps=warmup, min_ratio=config.min_lr_ratio)
             deepspeed_norm = engine.update(scale)
+            if norm is None:  # DeepSpeed knows it only now; broken weights must at least not become a checkpoint
+                _check_finite(loss, deepspeed_norm, step, micro)
             if skipped:  # the same on every rank, so all of them gather
                 run.skip(engine.gather(left_out))
                 size = len(stage.samples) + len(stage.left_out)
@@ -108,7 +110,7 @@ def train(stage: Stage, engine: Engine, run: Run, config: TrainConfig, settings:
             done = step + 1
             if done % config.log_every == 0 or done == total:
                 now = time.monotonic()
-                steps = done % config.log_every or min(config.log_every, done - start)
+                steps = done - max(start, (done - 1) // config.log_every * config.log_every)
                 row = {
                     "step": done,
                     "samples": done * config.batch_size,

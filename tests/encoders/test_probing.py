@@ -52,7 +52,8 @@ def test_rows_and_folders_are_the_same_set(colours):
     by_rows = read_labelled(str(colours / "train.jsonl"), ProbeDataConfig(train="", test="", label="colour"))
     assert by_folder == by_rows and len(by_rows.images) == 60
     limited = read_labelled(str(colours / "train"), ProbeDataConfig(train="", test="", limit=3))
-    assert limited.labels == ["black"] * 3
+    # Not the first three: folders come sorted by class, and one class is no probe.
+    assert len(limited.labels) == 3 and len(set(limited.labels)) > 1
 
 
 def test_shuffled_labels_are_not_found(colours):
@@ -102,3 +103,23 @@ def test_the_demo_probe_runs_on_the_world(tmp_path):
     assert probe(tmp_path / "run", world / "probe_train.jsonl", world / "probe_train.jsonl", "probes=[knn]", "k=1") == 0
     tasks = json.loads((tmp_path / "run" / "scores.json").read_text())["tasks"]
     assert set(tasks) == {"knn"} and tasks["knn"]["metrics"]["accuracy"] == 1.0  # its own nearest neighbour
+
+
+def test_a_limit_is_drawn_over_all_classes(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"{i:02d}.jpg").touch()
+    found = read_labelled(str(tmp_path), ProbeDataConfig(train=str(tmp_path), test=str(tmp_path), limit=10))
+    assert len(found.images) == 10 and set(found.labels) == {"a", "b"}
+    assert [p.parent.name for p in found.images] == found.labels
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("demo-probe", "superclass"), ("demo-eval-mllm", "finetune")])
+def test_several_processes_are_refused(recipe, stage, monkeypatch, capsys):
+    command, key = ("probe", "encoder") if recipe == "demo-probe" else ("eval", "model")
+    parent = pipeline.trained(stage)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    capsys.readouterr()
+    assert pipeline.mmkit(command, recipe, f"{key}={parent}") == 2
+    assert "runs in one process" in capsys.readouterr().err

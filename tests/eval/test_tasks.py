@@ -26,7 +26,7 @@ def config(task: str, **more) -> TaskConfig:
 def test_captions_are_one_example_a_picture():
     examples = load_task(config("coco-caption"))
     assert [e.image for e in examples] == pipeline.pictures() and all(len(e.references) == 5 for e in examples)
-    assert {(e.prompt, e.question) for e in examples} == {("", None)}
+    assert {(e.prompt, e.question) for e in examples} == {("Describe the picture.", None)}
     assert {e.prompt for e in load_task(config("coco-caption", prompt="Describe it."))} == {"Describe it."}
 
 

@@ -321,3 +321,14 @@ def test_unknown_tune_and_lora_settings_are_named():
         freeze_for(model, "lora", lora={"rank": 4})
     with pytest.raises(InputError, match="tune"):
         freeze_for(model, "full", lora={"r": 4})
+
+
+def test_a_frozen_llm_recomputes_activations_when_asked():
+    model, _ = make()
+    freeze_for(model, "projector")
+    set_train_mode(model)
+    assert not model.model.language_model.training
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_train_mode(model)
+    layers = model.model.language_model.layers
+    assert all(layer.training and layer.gradient_checkpointing for layer in layers)

@@ -157,17 +157,50 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_a_process_ends_with_75(tmp_path):
+@pytest.mark.parametrize(("workers", "send"), [(0, "os.kill(os.getpid(), signal.SIGTERM)"), (2, "os.killpg(0, signal.SIGTERM)")])
+def test_sigterm_to_a_process_or_its_group_ends_with_75(tmp_path, workers, send):
     run = tmp_path / "run"
     script = tmp_path / "stop.py"
     script.write_text(
         "import os, signal, sys\nfrom mmkit import cli\nfrom mmkit.training import loop\nscale = loop.lr_scale\n"
-        "def stopping(at, **more):\n    if at == 1: os.kill(os.getpid(), signal.SIGTERM)\n    return scale(at, **more)\n"
+        "os.setpgid(0, 0)\n"
+        f"def stopping(at, **more):\n    if at == 1: {send}\n    return scale(at, **more)\n"
         "loop.lr_scale = stopping\ncli.main(sys.argv[1:])\n"
     )
-    done = pipeline.python(script, *pipeline.align(run, *SIX))
+    done = pipeline.python(script, *pipeline.align(run, *SIX, f"data.workers={workers}"))
     assert done.returncode == 75 and "Traceback" not in done.stderr
     assert pipeline.manifest(run)["status"] == "stopped"
+
+
+def test_changed_data_are_not_gone_on_with(tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(pipeline.trained("align"), run)
+    manifest = pipeline.manifest(run)
+    (run / "manifest.json").write_text(json.dumps({**manifest, "status": "stopped", "data": {"fingerprint": "other"}}))
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace(f"run: {pipeline.trained('align')}", f"run: {run}"))
+    capsys.readouterr()
+    assert pipeline.mmkit(*pipeline.align(run)) == 2
+    assert "the data have changed" in capsys.readouterr().err
+
+
+def test_repaired_pictures_get_new_features(tmp_path):
+    world = tmp_path / "world"
+    shutil.copytree(pipeline.root() / "world", world)
+    picture = sorted((world / "images" / "train").glob("*.jpg"))[0]
+    whole = picture.read_bytes()
+    picture.write_bytes(b"")
+    data = [
+        f"data.train={world}/captions_train.json",
+        f"data.image_root={world}/images/train",
+        "data.max_skipped=0.5",
+        "train.steps=1",
+    ]
+    assert pipeline.mmkit(*pipeline.clipcap(tmp_path / "bad", *data)) == 0
+    assert pipeline.manifest(tmp_path / "bad")["skipped"] > 0
+    picture.write_bytes(whole)
+    assert pipeline.mmkit(*pipeline.clipcap(tmp_path / "good", *data)) == 0
+    assert pipeline.manifest(tmp_path / "good")["skipped"] == 0
 
 
 def state_of(run: Path) -> dict[str, tuple[int, int]]:

@@ -118,7 +118,10 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
 
     def samples_of(source: PairSource, limit: int | None) -> tuple[FeatureSamples, list[LeftOut]]:
         pairs = source.pairs[:limit]
-        key = f"{encoder_parent.fingerprint} {source.fingerprint} {limit} {recipe.mapper.feature_kind}"
+        key = f"{encoder_parent.fingerprint} {source.fingerprint} {limit} {recipe.mapper.feature_kind} {recipe.data.max_pixels}"
+        files = sorted({Path(p.image.path) for p in pairs})
+        # The same index over other pictures, or over repaired ones, must not find the old features.
+        key += "".join(f"\n{file} {file.stat().st_mtime_ns if file.exists() else 0}" for file in files)
         work = FeatureWork(encoder, pairs, kind=recipe.mapper.feature_kind, max_pixels=recipe.data.max_pixels)
         features = engine.main_first(lambda: cache.get(hash_text(key), lambda: work.extract(engine.device)))
         usable, left_out = work.usable(features)
