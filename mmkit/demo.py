@@ -5,7 +5,6 @@ Every step is a run directory or a folder that is complete or absent, so the dem
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -102,17 +101,3 @@ def _measure(recipe: str, overrides: list[str], restart: bool) -> Run:
         return run_probe(loaded, restart=restart)
     assert isinstance(loaded, EvalRecipe)
     return run_eval(loaded, restart=restart)
-
-
-def read_scores(out: Path) -> dict[str, dict[str, float]]:
-    """Headline figures of a finished demo: system -> ``{"CIDEr", "vqav2", "textvqa"}``, fractions."""
-    found: dict[str, dict[str, float]] = {}
-    for folder in ("superclass", "random", "blind"):
-        caption = json.loads((out / folder / "eval-captioner" / "scores.json").read_text(encoding="utf-8"))["tasks"]
-        answers = json.loads((out / folder / "eval-mllm" / "scores.json").read_text(encoding="utf-8"))["tasks"]
-        found[folder] = {
-            "CIDEr": caption["coco-caption"]["metrics"]["CIDEr"],
-            "vqav2": answers["vqav2"]["metrics"]["accuracy"],
-            "textvqa": answers["textvqa"]["metrics"]["accuracy"],
-        }
-    return found

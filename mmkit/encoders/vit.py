@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from mmkit.config import CLIP_MEAN, CLIP_STD
 from mmkit.errors import InputError
 
 Layout = Literal["superclass", "native"]
@@ -19,10 +20,6 @@ Layout = Literal["superclass", "native"]
 # No class token, mean over the patch tokens after the final norm: exactly what transformers' SiglipVisionModel
 # computes, so a trained tower enters LLaVA and vLLM without a plug-in (see siglip.py).
 SUPERCLASS_LAYOUT: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
-
-# open_clip/constants.py: OPENAI_DATASET_MEAN and OPENAI_DATASET_STD.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VisionEncoder(nn.Module):
