@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmkit.config import EvalRecipe, Recipe, SuperclassRecipe, TrainConfig
+from mmkit.config import EvalRecipe, PretrainRecipe, Recipe, SuperclassRecipe, TrackConfig, TrainConfig
 from mmkit.errors import InputError
 from mmkit.recipes import find_deepspeed
 
@@ -12,7 +12,8 @@ def check_parts(recipe: Recipe) -> None:
 
     Raises:
         InputError: An architecture that timm does not know or that refuses its arguments, DeepSpeed settings that are missing
-            or clash with the recipe, a prompt without its question.
+            or clash with the recipe, a tracker that is not installed, an IDF table of another vocabulary, a prompt without its
+            question.
     """
     config = getattr(recipe, "train", None)
     if isinstance(config, TrainConfig) and config.deepspeed:
@@ -27,15 +28,22 @@ def check_parts(recipe: Recipe) -> None:
             clip=config.clip_grad_norm,
             precision=config.precision,
         )
-    if isinstance(recipe, SuperclassRecipe):
+    track = getattr(recipe, "track", None)
+    if isinstance(track, TrackConfig):
+        from mmkit.training.track import check_tracker
+
+        check_tracker(track)
+    if isinstance(recipe, PretrainRecipe):
         _check_encoder(recipe)
+    if isinstance(recipe, SuperclassRecipe):
+        _check_labels(recipe)
     if isinstance(recipe, EvalRecipe):
         for i, task in enumerate(recipe.tasks):
             if task.task != "coco-caption" and "{question}" not in task.prompt:
                 raise InputError(f"prompt {task.prompt!r} has no {{question}}", where=f"tasks.{i}.prompt", mend="put it in")
 
 
-def _check_encoder(recipe: SuperclassRecipe) -> None:
+def _check_encoder(recipe: PretrainRecipe) -> None:
     """Build the encoder on the meta device: shapes without memory."""
     import torch
 
@@ -50,3 +58,19 @@ def _check_encoder(recipe: SuperclassRecipe) -> None:
             model_args=encoder.model_args,
             layout=encoder.layout,
         )
+
+
+def _check_labels(recipe: SuperclassRecipe) -> None:
+    """Open vocabulary and IDF table where they are files that exist by now; a world that is yet to be made has none."""
+    from pathlib import Path
+
+    from mmkit.encoders.labels import CaptionLabels
+
+    data = recipe.data
+    if data.labels != "clip" and not Path(data.labels).exists():
+        return
+    labels = CaptionLabels(data.labels, context_length=data.context_length, stop_words=data.stop_words)
+    if data.idf_file is not None and Path(data.idf_file).exists():
+        from mmkit.encoders.idf import load_table
+
+        load_table(data.idf_file, sha256=labels.sha256(), vocab_size=labels.vocab_size)

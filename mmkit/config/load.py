@@ -1,0 +1,143 @@
+"""Reading recipes: YAML plus ``dotted.key=value`` overrides, and errors that name the nearest known key.
+
+OmegaConf merges and interpolates (``${oc.env:DATA,./data}``), pydantic checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from mmkit.config.recipes import STAGES, Recipe
+from mmkit.errors import InputError
+
+_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Annotated[Recipe, Field(discriminator="stage")])
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply ``dotted.key=value`` overrides and check it.
+
+    Args:
+        path: YAML file.
+        overrides: ``key=value`` strings; values are YAML (``train.betas=[0.9,0.98]``), list items go by number
+            (``tasks.0.limit=5``).
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        InputError: Unreadable YAML, unknown key (with the nearest known one), or a value that does not fit.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        tree = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the recipe ({_one_line(error)})", where=path, mend="fix the YAML") from None
+    try:
+        for item in overrides:
+            key, equals, value = item.partition("=")
+            if not equals or not key:
+                raise InputError(f"override {item!r} is not of the form key=value", mend="write e.g. train.lr=1e-3")
+            OmegaConf.update(tree, key, _parse_value(value), force_add=True)
+        plain = OmegaConf.to_container(tree, resolve=True)
+    # OmegaConf reports a malformed key (`[`, a word as list position) with plain Python errors.
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, IndexError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(_one_line(error), where=path, mend="check the override or the interpolation") from None
+    if not isinstance(plain, dict):
+        raise InputError("a recipe is a mapping of keys", where=path, mend="start from `mmkit copy NAME DEST`")
+    return check_recipe(typing.cast(dict[str, Any], plain), where=path)
+
+
+def check_recipe(plain: dict[str, Any], *, where: object) -> Recipe:
+    """Check a plain mapping against the schema of its ``stage``.
+
+    Raises:
+        InputError: One line for all faults; unknown keys come with the nearest and all known keys.
+    """
+    stage = plain.get("stage")
+    if not isinstance(stage, str) or stage not in STAGES:
+        near = difflib.get_close_matches(str(stage), STAGES, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"stage {stage!r} is unknown", where=where, mend=f"{hint}known: {', '.join(STAGES)}")
+    try:
+        return _ADAPTER.validate_python(plain)
+    except ValidationError as error:
+        faults = [_describe(dict(e), STAGES[stage]) for e in error.errors()]
+        raise InputError("; ".join(faults), where=where, mend="see the recipe's head or `mmkit copy` a shipped one") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, in schema order; loading it again gives an equal recipe."""
+    from omegaconf import OmegaConf
+
+    # OmegaConf's dumper quotes what its reader would take for a number: YAML 1.1 writes the name 1e5 bare.
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
+
+
+def _parse_value(text: str) -> Any:
+    """The value of an override, by the same YAML rules as the recipe's own (1e-3 is a number, a date is text)."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    return typing.cast(dict[str, Any], tree)["value"] if text else None
+
+
+def _describe(error: dict[str, Any], schema: type[BaseModel]) -> str:
+    """One pydantic error in words."""
+    location = list(error["loc"][1:])  # the first part is the stage, which chose the schema
+    key = ".".join(map(str, location)) or "recipe"
+    if error["type"] == "extra_forbidden":
+        known = sorted(_keys(schema))
+        siblings = [k for k in known if k.rpartition(".")[0] == _plain(location[:-1])]
+        name = str(location[-1])
+        near = difflib.get_close_matches(name, [k.rpartition(".")[2] for k in siblings], 1, 0.5)
+        parent = ".".join(map(str, location[:-1]))
+        if near:
+            hint = f"did you mean {f'{parent}.' if parent else ''}{near[0]}? "
+        else:  # the right name in the wrong section is the other common slip
+            elsewhere = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {elsewhere[0]}? " if elsewhere else ""
+        return f"unknown key {key!r}; {hint}known keys here: {', '.join(k.rpartition('.')[2] for k in siblings)}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing"
+    what = error["msg"].removeprefix("Value error, ")
+    if isinstance(error.get("input"), dict):  # a rule between keys: the whole section would drown the message
+        return f"{key}: {what}" if location else what
+    return f"{key}={error.get('input')!r}: {what}"
+
+
+def _plain(location: Sequence[Any]) -> str:
+    """A location without list positions."""
+    return ".".join(str(p) for p in location if not isinstance(p, int))
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a schema, list items without their number."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        for inner in _models_in(field.annotation):
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that an annotation may hold (through unions and tuples)."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _one_line(error: object) -> str:
+    """An error's text on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,207 @@
+"""One recipe class for each stage, and the union of them all."""
+
+from __future__ import annotations
+
+from typing import Literal, Union
+
+from pydantic import Field, model_validator
+
+from mmkit.config.sections import (
+    CONTRASTIVE_LOSSES,
+    LABEL_LOSSES,
+    DataConfig,
+    EncoderConfig,
+    LabelledDataConfig,
+    LlmConfig,
+    LoraSettings,
+    LossConfig,
+    MapperConfig,
+    MonitorConfig,
+    PairDataConfig,
+    Section,
+    TaskConfig,
+    TextConfig,
+    TrackConfig,
+    TrainConfig,
+)
+
+
+class RunRecipe(Section):
+    """Keys that every recipe has."""
+
+    run: str = Field(description="run directory")
+    system: str | None = Field(None, description="row label in the report")
+    seed: int = Field(0, ge=0)
+
+
+class PretrainRecipe(RunRecipe):
+    """What the three ways to pretrain share, so that ``stage=clip`` turns a SuperClass recipe into its baseline."""
+
+    encoder: EncoderConfig
+    data: PairDataConfig
+    loss: LossConfig = LossConfig()
+    text: TextConfig = TextConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    track: TrackConfig = TrackConfig()
+    train: TrainConfig
+
+
+class SuperclassRecipe(PretrainRecipe):
+    """SuperClass pretraining: caption tokens are the labels of the picture."""
+
+    stage: Literal["superclass"]
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> SuperclassRecipe:
+        if self.loss.kind in CONTRASTIVE_LOSSES:
+            raise ValueError(f"loss.kind {self.loss.kind} needs a text tower: use stage=clip, or {', '.join(LABEL_LOSSES)}")
+        return self
+
+
+class ContrastiveRecipe(PretrainRecipe):
+    """What clip and lit share."""
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> ContrastiveRecipe:
+        if self.loss.kind in LABEL_LOSSES:
+            raise ValueError(f"loss.kind {self.loss.kind} needs labels: use stage=superclass, or {', '.join(CONTRASTIVE_LOSSES)}")
+        if self.monitor.images:
+            raise ValueError("monitor.images shows tags of a label head, which this stage has not")
+        if self.encoder.init_head:
+            raise ValueError("encoder.init_head: this stage has no label head")
+        return self
+
+
+class ClipRecipe(ContrastiveRecipe):
+    """CLIP or SigLIP pretraining: picture and caption meet in one space; SuperClass's rival."""
+
+    stage: Literal["clip"]
+
+
+class LitRecipe(ContrastiveRecipe):
+    """Locked-image tuning (arXiv 2111.07991): the tower of ``encoder.init`` stays frozen, a text tower learns to meet it."""
+
+    stage: Literal["lit"]
+
+    @model_validator(mode="after")
+    def _has_tower(self) -> LitRecipe:
+        if self.encoder.init is None and not self.encoder.pretrained:
+            raise ValueError("lit trains a text tower for a finished encoder: give encoder.init")
+        return self
+
+
+class ClipcapRecipe(RunRecipe):
+    """A mapper turns frozen image features into a prefix for a language model that writes the caption."""
+
+    stage: Literal["clipcap"]
+    encoder: str = Field(description="run, encoder directory, or timm:NAME")
+    llm: LlmConfig
+    mapper: MapperConfig = MapperConfig()
+    tune_llm: bool = False
+    max_length: int = Field(67, ge=2, description="caption tokens kept")
+    data: DataConfig
+    track: TrackConfig = TrackConfig()
+    train: TrainConfig
+
+
+class LlavaRecipe(RunRecipe):
+    """Align, fine-tune or LoRA-tune a LLaVA-style model."""
+
+    stage: Literal["llava"]
+    encoder: str | None = Field(None, description="run, encoder directory or timm:NAME; null with `model`")
+    llm: LlmConfig | None = None
+    model: str | None = Field(None, description="run or directory of an MLLM to go on from")
+    tune: Literal["projector", "full", "lora"]
+    lora: LoraSettings = LoraSettings()
+    feature_layer: int = -2
+    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+    template: Literal["plain", "vicuna_v1", "chatml", "demo"]
+    image_fit: Literal["squash", "crop", "pad"] = "squash"
+    max_length: int = Field(2048, ge=8, description="tokens after image expansion")
+    grad_checkpointing: bool = False
+    data: DataConfig
+    track: TrackConfig = TrackConfig()
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> LlavaRecipe:
+        assembled = self.encoder is not None and self.llm is not None
+        if assembled == (self.model is not None) or (self.model is not None and (self.encoder or self.llm)):
+            raise ValueError("give either `model` (to go on from) or both `encoder` and `llm` (to assemble)")
+        return self
+
+
+class ProbeRecipe(RunRecipe):
+    """Linear probe, k-shot, k-NN and zero-shot on a frozen encoder."""
+
+    stage: Literal["probe"]
+    encoder: str
+    data: LabelledDataConfig
+    probes: tuple[Literal["linear", "kshot", "knn", "zeroshot", "tags"], ...] = Field(("linear", "knn"), min_length=1)
+    epochs: int = Field(90, ge=1)
+    batch_size: int = Field(256, ge=2)
+    lrs: tuple[float, ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0), min_length=1)
+    shots: int = Field(10, ge=1, description="kshot: training pictures of each class")
+    draws: int = Field(3, ge=1, description="kshot: independent draws of them")
+    k: int = Field(20, ge=1)
+    temperature: float = Field(0.07, gt=0)
+    templates: str = Field("openai", description="zero-shot prompts: openai (80), plain, or a file with one {} template a line")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of feature extraction")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ProbeRecipe:
+        trained = sorted({"linear", "kshot", "knn"} & set(self.probes))
+        if trained and self.data.train is None:
+            raise ValueError(f"{', '.join(trained)} learn from labelled pictures: give data.train")
+        return self
+
+
+class FinetuneRecipe(RunRecipe):
+    """Full fine-tuning of an encoder with a linear classifier, scored on the test set."""
+
+    stage: Literal["finetune"]
+    encoder: str
+    image_size: int | None = Field(None, ge=8, description="null: the encoder's; another one interpolates its positions")
+    data: LabelledDataConfig
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+    rand_augment: str | None = Field(None, description="timm's name, such as rand-m9-mstd0.5-inc1")
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate for each block below the top")
+    max_skipped: float = Field(0.0, ge=0, le=1)
+    track: TrackConfig = TrackConfig()
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _fits(self) -> FinetuneRecipe:
+        if self.data.train is None:
+            raise ValueError("fine-tuning needs data.train")
+        return self
+
+
+class EvalRecipe(RunRecipe):
+    """Generate and score one or more tasks with one model."""
+
+    stage: Literal["eval"]
+    model: str
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    blind: bool = Field(False, description="show every sample another sample's picture: the blind baseline")
+    max_skipped: float = Field(0.01, ge=0, le=1)
+    max_pixels: int = Field(100_000_000, ge=1)
+
+
+TrainRecipe = Union[SuperclassRecipe, ClipRecipe, LitRecipe, FinetuneRecipe, ClipcapRecipe, LlavaRecipe]
+Recipe = Union[SuperclassRecipe, ClipRecipe, LitRecipe, FinetuneRecipe, ClipcapRecipe, LlavaRecipe, ProbeRecipe, EvalRecipe]
+STAGES: dict[str, type[RunRecipe]] = {
+    "superclass": SuperclassRecipe,
+    "clip": ClipRecipe,
+    "lit": LitRecipe,
+    "finetune": FinetuneRecipe,
+    "clipcap": ClipcapRecipe,
+    "llava": LlavaRecipe,
+    "probe": ProbeRecipe,
+    "eval": EvalRecipe,
+}

@@ -1,0 +1,275 @@
+"""The sections of a recipe: groups of keys with their types, defaults and the rules between them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# OpenAI CLIP's constants (open_clip constants.py), the default of every SuperClass recipe.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Section(BaseModel):
+    """A group of keys; an unknown key is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class EncoderConfig(Section):
+    """A ViT built from scratch (or from timm's weights) for pretraining."""
+
+    architecture: str
+    image_size: int = Field(224, ge=8)
+    patch_size: int | None = None
+    layout: Literal["superclass", "native"] = "superclass"
+    pretrained: bool = False
+    init: str | None = Field(
+        None, description="weights to start from: run, folder, timm:NAME, hf-hub:OWNER/NAME, hf:FOLDER, open_clip:MODEL:TAG"
+    )
+    init_head: bool = Field(False, description="take the label head and document counts of `init` too (same vocabulary)")
+    patch_drop: float = Field(0.0, ge=0, lt=1, description="share of patches left out in training (FLIP, arXiv 2212.00794)")
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    mean: tuple[float, float, float] | None = Field(None, description="of the pixels; null: those of `init`, or OpenAI CLIP's")
+    std: tuple[float, float, float] | None = None
+    grad_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _head_has_origin(self) -> EncoderConfig:
+        if self.init_head and self.init is None:
+            raise ValueError("init_head takes the head of `init`: give encoder.init too")
+        return self
+
+
+class DataConfig(Section):
+    """Where the samples come from and how a picture becomes a square of pixels."""
+
+    train: str
+    val: str | None = None
+    type: Literal["auto", "webdataset", "coco", "pairs", "llava"] = "auto"
+    image_root: str | None = None
+    val_image_root: str | None = None
+    workers: int = Field(4, ge=0)
+    limit: int | None = Field(None, ge=1, description="use the first N samples only")
+    max_skipped: float = Field(0.01, ge=0, le=1, description="share of samples that may be unreadable before the run stops")
+    max_pixels: int = Field(100_000_000, ge=1, description="a picture with more is left out from its header alone")
+
+
+class PairDataConfig(DataConfig):
+    """Image-text pairs for pretraining. ``clip`` and ``lit`` read the same samples and need no labels, so no IDF either."""
+
+    labels: str = Field("clip", description="clip, a tokenizer folder, file or hub name, a SentencePiece .model, a words file")
+    context_length: int | None = Field(None, ge=3, description="cut captions like CLIP's 77-token context; null: no limit")
+    stop_words: str | None = Field(None, description="labels that are none: english, or a file with a word a line")
+    idf: Literal["online", "file", "none"] = "online"
+    idf_file: str | None = Field(None, description="table that `mmkit data inspect --idf` wrote, for idf=file")
+    crop_scale: tuple[float, float] = Field((0.9, 1.0), description="area range of RandomResizedCrop")
+    color_jitter: tuple[float, float, float, float] | None = Field(
+        None, description="largest change of brightness, contrast, saturation, hue; null: none"
+    )
+    color_jitter_prob: float = Field(0.8, ge=0, le=1)
+    gray_scale_prob: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> PairDataConfig:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale {list(self.crop_scale)} is no range of area shares: give 0 < low <= high <= 1")
+        if (self.idf == "file") != (self.idf_file is not None):
+            raise ValueError("idf=file and idf_file=PATH go together")
+        if self.color_jitter is not None and not (min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5):
+            raise ValueError(f"color_jitter {list(self.color_jitter)}: none may be negative, and hue is at most 0.5")
+        return self
+
+
+class TrainConfig(Section):
+    """Optimisation. ``batch_size`` is global: micro-batch x accumulation x world size."""
+
+    batch_size: int = Field(ge=1)
+    micro_batch_size: int | None = Field(None, ge=1, description="per process and forward pass; null: batch_size / world size")
+    steps: int | None = Field(None, ge=0)
+    epochs: float | None = Field(None, gt=0)
+    samples: int | None = Field(None, ge=1)
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.0, ge=0, description="steps when >= 1, a share of all steps when < 1")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    clip_grad_norm: float | None = Field(None, gt=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    deepspeed: str | None = Field(None, description="zero0 ... zero3, or a DeepSpeed JSON file")
+    log_every: int = Field(10, ge=1)
+    val_every: int | None = Field(None, ge=1)
+    val_batches: int = Field(20, ge=1)
+    checkpoint_every: int | None = Field(None, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        given = [k for k in ("steps", "epochs", "samples") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of steps, epochs, samples (given: {', '.join(given) or 'none'})")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+
+class LlmConfig(Section):
+    """A causal language model: by name, or random weights from a transformers config."""
+
+    name: str | None = Field(None, description="hub name or local folder")
+    config: dict[str, Any] | None = Field(
+        None, description="transformers config (model_type, hidden_size, ...) for random weights"
+    )
+    tokenizer: str | None = Field(None, description="hub name or folder; null: the LLM's own")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> LlmConfig:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give exactly one of name (pretrained) and config (random weights)")
+        if self.name is None and self.tokenizer is None:
+            raise ValueError("random weights have no tokenizer of their own: give tokenizer")
+        return self
+
+
+class LossConfig(Section):
+    """What pretraining minimises. Keys of one kind are refused with another: they would have no effect."""
+
+    kind: Literal["softmax", "bce", "soft_margin", "asl", "two_way", "infonce", "sigmoid"] | None = Field(
+        None, description="null: softmax for superclass, infonce for clip and lit"
+    )
+    chunk_rows: int = Field(256, ge=1, description="rows of logits that exist at one time")
+    gamma_positive: float | None = Field(None, ge=0, description="asl: focusing of positives; null: 1")
+    gamma_negative: float | None = Field(None, ge=0, description="asl: focusing of negatives; null: 4")
+    clip: float | None = Field(None, ge=0, lt=1, description="asl: probability margin of negatives; null: 0.05")
+    temperature_positive: float | None = Field(None, gt=0, description="two_way; null: 4")
+    temperature_negative: float | None = Field(None, gt=0, description="two_way; null: 1")
+
+    @model_validator(mode="after")
+    def _keys_of_the_kind(self) -> LossConfig:
+        for kind, keys in LOSS_KEYS.items():
+            given = [key for key in keys if getattr(self, key) is not None]
+            if given and self.kind != kind:
+                raise ValueError(f"{', '.join(given)} belong to kind {kind}, not to {self.kind or 'the default'}")
+        return self
+
+
+LOSS_KEYS = {"asl": ("gamma_positive", "gamma_negative", "clip"), "two_way": ("temperature_positive", "temperature_negative")}
+LABEL_LOSSES = ("softmax", "bce", "soft_margin", "asl", "two_way")
+CONTRASTIVE_LOSSES = ("infonce", "sigmoid")
+
+
+class TextConfig(Section):
+    """The text tower of clip and lit (open_clip's); null takes what open_clip pairs with a vision tower of that width."""
+
+    embed_dim: int | None = Field(None, ge=1, description="size of the shared space")
+    width: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1)
+    layers: int | None = Field(None, ge=1)
+    context_length: int = Field(77, ge=3)
+
+
+class MonitorConfig(Section):
+    """What is looked at while pretraining runs, besides the losses."""
+
+    every: int | None = Field(None, ge=1, description="steps; null: never")
+    knn_train: str | None = Field(None, description="labelled pictures that vote: image folder or JSONL")
+    knn_test: str | None = None
+    label: str = "label"
+    image_root: str | None = None
+    limit: int | None = Field(5000, ge=1, description="labelled pictures of each set, drawn once; null: all")
+    k: int = Field(20, ge=1)
+    images: tuple[str, ...] = Field((), description="pictures whose top tags are drawn in the tracker")
+    tags: int = Field(5, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> MonitorConfig:
+        if (self.knn_train is None) != (self.knn_test is None):
+            raise ValueError("knn_train and knn_test go together")
+        if self.every is not None and self.knn_train is None and not self.images:
+            raise ValueError("every is given, but nothing to look at: give knn_train and knn_test, or images")
+        if self.every is None and (self.knn_train is not None or self.images):
+            raise ValueError("give every=STEPS too: without it nothing is looked at")
+        return self
+
+
+class TrackConfig(Section):
+    """Where curves and pictures go besides metrics.jsonl."""
+
+    kind: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    project: str = "mmkit"
+    name: str | None = Field(None, description="of the run in the tracker; null: the last two parts of the run directory")
+
+
+class MapperConfig(Section):
+    """ClipCap's mapper from image features to a prefix of LLM embeddings."""
+
+    kind: Literal["mlp", "transformer"] = "mlp"
+    prefix_length: int = Field(10, ge=1)
+    clip_length: int = Field(10, ge=1)
+    num_layers: int = Field(8, ge=1)
+    num_heads: int = Field(8, ge=1)
+    feature_kind: Literal["pooled", "tokens"] = "pooled"
+    feature_norm: Literal["none", "l2", "standardize"] = "none"
+
+
+class LoraSettings(Section):
+    """LoRA on the LLM's linear layers (never the ViT, never lm_head)."""
+
+    r: int = Field(128, ge=1)
+    alpha: int = Field(256, ge=1)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    projector_lr: float | None = Field(None, gt=0)
+
+
+class LabelledDataConfig(Section):
+    """Pictures with a class: image folder, JSONL rows, webdataset tars with .cls, or a Hugging Face data set.
+
+    ``hf:NAME_OR_FOLDER`` or ``hf:NAME_OR_FOLDER@SPLIT`` names a Hugging Face data set.
+    """
+
+    train: str | None = None
+    test: str
+    type: Literal["auto", "folder", "jsonl", "webdataset", "hf"] = "auto"
+    label: str = Field("label", description="key or column of the class")
+    image: str = Field("image", description="key or column of the picture")
+    image_root: str | None = None
+    classes: str | None = Field(None, description="class names for zero-shot: JSON list, JSON object, or a name a line")
+    workers: int = Field(4, ge=0)
+    limit: int | None = Field(None, ge=1, description="pictures of each set, drawn once")
+    max_pixels: int = Field(100_000_000, ge=1)
+
+
+class GenerationConfig(Section):
+    """Decoding settings, printed beside every score."""
+
+    max_new_tokens: int = Field(32, ge=1)
+    num_beams: int = Field(1, ge=1)
+    batch_size: int = Field(32, ge=1)
+
+
+class TaskConfig(Section):
+    """One task of an evaluation."""
+
+    task: Literal["coco-caption", "vqav2", "textvqa"]
+    annotations: str
+    questions: str | None = None
+    image_root: str
+    image_name: str | None = Field(None, description="file name from the image id where the files do not say, e.g. {:012d}.jpg")
+    prompt: str = "{question}"
+    ocr: Literal["none", "reference"] = "none"
+    limit: int | None = Field(None, ge=1)
+    generation: GenerationConfig = GenerationConfig()
+    settings: dict[str, Any] = Field(default_factory=dict, description="scorer settings, e.g. tokenizer, rule")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TaskConfig:
+        if self.task == "vqav2" and self.questions is None:
+            raise ValueError("vqav2 needs `questions`")
+        if self.ocr != "none" and self.task != "textvqa":
+            raise ValueError(f"ocr is a setting of textvqa, not of {self.task}")
+        return self
