@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmkit.encoders.ragged import row_of_label
-from mmkit.errors import InputError
+from mmkit.encoders.loss_kinds import ChunkLabels, LabelLoss, make_kind
+from mmkit.encoders.ragged import first_in_row, row_of_label
 
-KINDS = ("softmax",)
+_HEAD_SLICE = 8192
 
 
 def soft_label_loss(
@@ -21,14 +21,15 @@ def soft_label_loss(
     offsets: Tensor,
     label_weights: Tensor,
     *,
-    kind: str = "softmax",
+    kind: str | LabelLoss = "softmax",
     chunk_rows: int = 256,
 ) -> Tensor:
     """Mean over the rows that have labels of the soft-label loss; 0 if no row has any.
 
-    With logits ``z = x A^T + b``, a row's label weights w and ``W = sum(w)``:
+    For ``softmax``, with logits ``z = x A^T + b``, a row's label weights w and ``W = sum(w)``:
     ``L = W * logsumexp(z) - sum_c w_c z_c``, which for W = 1 is ``-sum_c w_c log_softmax(z)_c`` of x-cls/superclass
     (open_clip/loss.py:436-463; arXiv 2411.03313, equation 2). Gradient: ``dL/dz = W * softmax(z) - w``.
+    The other kinds: `mmkit.encoders.loss_kinds`.
 
     Args:
         features: float[B, D].
@@ -37,7 +38,7 @@ def soft_label_loss(
         ids: i64[L] ragged labels (CSR), each below V; the weights of repeats in a row add up.
         offsets: i64[B + 1]; rows may be empty.
         label_weights: float[L], usually from `mmkit.encoders.idf.row_normalised`; constants, no gradient.
-        kind: The loss; one of `KINDS`.
+        kind: The loss: a name of `mmkit.encoders.loss_kinds.KINDS`, or what its `make_kind` gives for other numbers.
         chunk_rows: Rows of logits that exist at one time.
 
     Returns:
@@ -60,22 +61,21 @@ def soft_label_loss_sum(
     offsets: Tensor,
     label_weights: Tensor,
     *,
-    kind: str = "softmax",
+    kind: str | LabelLoss = "softmax",
     chunk_rows: int = 256,
 ) -> Tensor:
     """Sum of the loss over the rows; divide by the global number of rows with labels.
 
     Arguments, dtypes and errors are those of `soft_label_loss`.
     """
-    if kind not in KINDS:
-        raise InputError(f"unknown loss {kind!r}", where="loss.kind", mend=f"known: {', '.join(KINDS)}")
+    loss = make_kind(kind) if isinstance(kind, str) else kind
     _check(features, weight, ids, offsets, label_weights, chunk_rows)
     device = features.device
     ids, offsets = ids.to(device), offsets.to(device)
     rows = row_of_label(offsets, ids.numel())
     # Weights are statistics of the data; a gradient into them would reward making labels unimportant.
     label_weights = label_weights.detach().to(device)
-    total: Tensor = _ChunkedSoftmax.apply(features, weight, bias, ids, rows, label_weights, chunk_rows)
+    total: Tensor = _ChunkedLoss.apply(features, weight, bias, ids, rows, label_weights, loss, chunk_rows)
     return total
 
 
@@ -90,8 +90,20 @@ def _check(features: Tensor, weight: Tensor, ids: Tensor, offsets: Tensor, label
         assert int(offsets[-1]) == ids.numel(), f"offsets end at {int(offsets[-1])}, there are {ids.numel()} ids"
 
 
-class _ChunkedSoftmax(torch.autograd.Function):
-    """Loss and gradients in one sweep over row chunks; backward only scales (the idea of Liger's fused loss)."""
+class _Sweep(NamedTuple):
+    """What one pass over the chunks gives."""
+
+    total: Tensor
+    grad_x: Tensor | None
+    grad_head: Tensor | None
+    grad_bias: Tensor | None
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and gradients in one sweep over row chunks; backward only scales (the idea of Liger's fused loss).
+
+    Recomputing the logits in backward instead would cost a fourth matrix product of the three (LOG.md has the times).
+    """
 
     @staticmethod
     def forward(
@@ -102,62 +114,103 @@ class _ChunkedSoftmax(torch.autograd.Function):
         ids: Tensor,
         rows: Tensor,
         label_weights: Tensor,
+        loss: LabelLoss,
         chunk_rows: int,
     ) -> Tensor:
         """Sum of the loss over rows: features f[B, D], weight f[V, D], ids/rows i64[L], label_weights f[L]."""
-        compute = _compute_dtype(features, weight)
-        # Sums, exponentials and accumulated gradients are never narrower than fp32: a bf16 log-sum-exp of about
-        # ln(49408) = 10.8 has steps of 0.06.
-        wide = torch.promote_types(compute, torch.float32)
-        x, head, w = features.to(compute), weight.to(compute), label_weights.to(wide)
-        row_weight = w.new_zeros(len(x)).index_add_(0, rows, w)
-        need_x, need_head, need_bias = ctx.needs_input_grad[:3]
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_head = torch.zeros_like(weight, dtype=wide) if need_head else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
-        total = w.new_zeros(())
-        with torch.autocast(features.device.type, enabled=False):
-            for start in range(0, len(x), chunk_rows):
-                part = x[start : start + chunk_rows]
-                z = (part @ head.T).to(wide)
-                if bias is not None:
-                    z += bias
-                # Labels of other chunks stay in the list with weight 0 (at their row modulo the chunk): selecting
-                # them would need the offsets on the host, a synchronisation per chunk.
-                inside = (rows >= start) & (rows < start + len(part))
-                at = ((rows - start) % len(part), ids)
-                w_inside = w * inside
-                total -= (z[at] * w_inside).sum()
-                # One exponential serves both: its row sums give the log-sum-exp, itself scaled is the softmax. In
-                # place, so a chunk costs one [chunk, V] buffer.
-                peak = z.amax(dim=1)
-                mass = z.sub_(peak[:, None]).exp_().sum(dim=1)
-                weights_here = row_weight[start : start + len(part)]
-                total += (weights_here * (peak + mass.log())).sum()
-                if not (need_x or need_head or need_bias):
-                    continue
-                z.mul_((weights_here / mass)[:, None]).index_put_(at, -w_inside, accumulate=True)
-                if grad_bias is not None:
-                    grad_bias += z.sum(dim=0)
-                gradient = z.to(compute)
-                if grad_x is not None:
-                    torch.mm(gradient, head, out=grad_x[start : start + len(part)])
-                if grad_head is not None:
-                    _accumulate(grad_head, gradient, part)
-        ctx.save_for_backward(grad_x, grad_head, grad_bias)
-        ctx.dtypes = (features.dtype, weight.dtype, bias.dtype if bias is not None else None)
-        return total
+        ctx.loss, ctx.chunk_rows, ctx.compute = loss, chunk_rows, _compute_dtype(features, weight)
+        inputs = (features, weight, bias, ids, rows, label_weights)
+        ctx.save_for_backward(*inputs)
+        swept = _sweep(inputs, loss, chunk_rows, ctx.compute, ctx.needs_input_grad[:3])
+        ctx.grads = swept[1:]
+        return swept.total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the stored gradients by the gradient of the scalar."""
-        # Not in place: with retain_graph the stored gradients are read again.
-        grads = tuple(
-            None if grad is None else (grad * grad_total).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*grads, None, None, None, None)
+        # In place, and given away: a copy of the head's gradient would cost V x D again. A second backward of the same
+        # graph (retain_graph) finds nothing stored and sweeps anew.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            grads = _sweep(ctx.saved_tensors, ctx.loss, ctx.chunk_rows, ctx.compute, ctx.needs_input_grad[:3])[1:]
+        scaled = [
+            None if grad is None else grad.mul_(grad_total.to(grad.dtype)).to(like.dtype)
+            for grad, like in zip(grads, ctx.saved_tensors[:3], strict=True)
+        ]
+        return (*scaled, None, None, None, None, None)
+
+
+def _sweep(inputs: tuple[Any, ...], loss: LabelLoss, chunk_rows: int, compute: torch.dtype, needs: tuple[bool, ...]) -> _Sweep:
+    """Loss sum and the gradients that are needed; ``inputs`` are the tensors of `_ChunkedLoss.forward`."""
+    features, weight, bias, ids, rows, label_weights = inputs
+    # Sums, exponentials and accumulated gradients are never narrower than fp32: a bf16 log-sum-exp of about
+    # ln(49408) = 10.8 has steps of 0.06.
+    wide = torch.promote_types(compute, torch.float32)
+    x, head, w = features.to(compute), weight.to(compute), label_weights.to(wide)
+    labels = _AllLabels.of(ids, rows, w, len(x), len(weight))
+    grad_x = torch.empty_like(x) if needs[0] else None
+    grad_head = torch.zeros_like(weight, dtype=wide) if needs[1] else None
+    grad_bias = torch.zeros_like(bias, dtype=wide) if needs[2] and bias is not None else None
+    total, seen = w.new_zeros(()), None
+
+    # Logits live in one buffer for all chunks, in bf16 with a second one in fp32: fresh memory for each chunk would be held
+    # twice at a time, and on the CPU its page faults cost more than the arithmetic on it.
+    narrow = x.new_empty(min(chunk_rows, len(x)), len(head))
+    logits = narrow if compute == wide else narrow.new_empty(narrow.shape, dtype=wide)
+    product = head.new_empty(_HEAD_SLICE, head.shape[1]) if compute != wide and grad_head is not None else None
+
+    def forward(start: int) -> Tensor:
+        """Logits of a chunk, float[R, V], in the wide buffer."""
+        part = x[start : start + chunk_rows]
+        torch.mm(part, head.T, out=narrow[: len(part)])
+        z = logits[: len(part)]
+        if compute != wide:
+            z.copy_(narrow[: len(part)])
+        return z if bias is None else z.add_(bias)
+
+    with torch.autocast(features.device.type, enabled=False):
+        starts = range(0, len(x), chunk_rows)
+        for start in starts if loss.columns else ():
+            z = forward(start)
+            seen = loss.look(z, labels.chunk(start, len(z)), seen)
+        for start in starts:
+            z = forward(start)
+            total += loss.chunk(z, labels.chunk(start, len(z)), seen)
+            if grad_bias is not None:
+                grad_bias += z.sum(dim=0)
+            if grad_x is None and grad_head is None:
+                continue
+            part = x[start : start + chunk_rows]
+            gradient = z if compute == wide else narrow[: len(part)].copy_(z)
+            if grad_x is not None:
+                torch.mm(gradient, head, out=grad_x[start : start + chunk_rows])
+            if grad_head is not None:
+                _accumulate(grad_head, gradient, part, product)
+    return _Sweep(total, grad_x, grad_head, grad_bias)
+
+
+class _AllLabels(NamedTuple):
+    """The labels of the batch: i64[L] ids and rows, float[L] weights and counts, float[B] weight of each row."""
+
+    ids: Tensor
+    rows: Tensor
+    weights: Tensor
+    counts: Tensor
+    row_weight: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, rows: Tensor, weights: Tensor, batch: int, vocab_size: int) -> _AllLabels:
+        """Count each row's distinct labels and add up its weights."""
+        first = first_in_row(ids, rows, vocab_size).to(weights.dtype)
+        distinct = weights.new_zeros(batch).index_add_(0, rows, first)
+        return cls(ids, rows, weights, distinct[rows], weights.new_zeros(batch).index_add_(0, rows, weights))
+
+    def chunk(self, start: int, count: int) -> ChunkLabels:
+        """The same labels seen from ``count`` rows beginning at ``start``."""
+        inside = (self.rows >= start) & (self.rows < start + count)
+        row_weight = self.row_weight[start : start + count]
+        return ChunkLabels((self.rows - start) % count, self.ids, inside, self.weights * inside, self.counts, row_weight)
 
 
 def _compute_dtype(features: Tensor, weight: Tensor) -> torch.dtype:
@@ -170,9 +223,12 @@ def _compute_dtype(features: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(features.dtype, weight.dtype)
 
 
-def _accumulate(grad_head: Tensor, gradient: Tensor, part: Tensor) -> None:
-    """Add ``gradient^T part`` f[V, D] to an accumulator that may be wider than the factors."""
-    if gradient.dtype == grad_head.dtype:
+def _accumulate(grad_head: Tensor, gradient: Tensor, part: Tensor, product: Tensor | None) -> None:
+    """Add ``gradient^T part`` f[V, D] to an accumulator; ``product`` f[slice, D] is scratch for factors narrower than it."""
+    if product is None:
         grad_head.addmm_(gradient.T, part)
-    else:
-        grad_head += gradient.T @ part
+        return
+    # In slices: the product in the narrow dtype would be another V x D at once.
+    for start in range(0, len(grad_head), _HEAD_SLICE):
+        here = grad_head[start : start + _HEAD_SLICE]
+        here += torch.mm(gradient[:, start : start + _HEAD_SLICE].T, part, out=product[: len(here)])
