@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmkit.config import EvalRecipe, ProbeRecipe, Recipe, TrainConfig
+from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, TrainConfig
 from mmkit.errors import InputError
 from mmkit.recipes import find_deepspeed
 from mmkit.run import Parent, Run, resolve_parent
@@ -33,6 +33,21 @@ def run_train(recipe: Recipe, *, restart: bool = False) -> Run:
     return _train(recipe, run, config, restart=restart)
 
 
+def run_finetune(recipe: FinetuneRecipe, *, restart: bool = False) -> Run:
+    """Fine-tune an encoder and score it on the test set; returns at once when both are done.
+
+    Raises:
+        InputError: As training and the data raise it.
+        StoppedError: A signal came; a checkpoint is written.
+    """
+    run = run_train(recipe, restart=restart)
+    if not (run.path / "scores.json").is_file():
+        from mmkit.training.stages.finetune import score_finetuned
+
+        score_finetuned(run, recipe)
+    return run
+
+
 def parents_of(recipe: Recipe) -> list[Parent]:
     """What a recipe is made from, in the order that the manifest lists it."""
     found = []
@@ -56,9 +71,13 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
 
     from mmkit.distributed.engine import Engine
     from mmkit.errors import StoppedError
-    from mmkit.training.loop import LoopSettings, check_skipped, total_steps, train
+    from mmkit.training.checkpoint import newest_step
+    from mmkit.training.loop import total_steps, train
     from mmkit.training.stages import build_stage
+    from mmkit.training.step_log import LoopSettings, check_skipped
+    from mmkit.training.track import check_tracker, make_tracker
 
+    check_tracker(recipe.track)
     engine = Engine(
         precision=config.precision,
         deepspeed=find_deepspeed(config.deepspeed) if config.deepspeed else None,
@@ -88,8 +107,12 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
     settings = LoopSettings(
         seed=recipe.seed, workers=data.workers, max_skipped=data.max_skipped, title="/".join(run.path.parts[-2:])
     )
+    tracker = None
+    if engine.is_main:
+        plain = recipe.model_dump(mode="json")
+        tracker = make_tracker(recipe.track, run.path, start=lambda: newest_step(run.checkpoints), settings=plain)
     try:
-        train(stage, engine, run, config, settings)
+        train(stage, engine, run, config, settings, tracker)
     except StoppedError:
         run.finish("stopped")
         engine.close()

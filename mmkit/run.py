@@ -23,7 +23,7 @@ import mmkit
 from mmkit.config import Recipe, dump_recipe
 from mmkit.data.skipped import LeftOut
 from mmkit.errors import InputError
-from mmkit.files import hash_folder, read_json, write_json, write_text
+from mmkit.files import hash_file, hash_folder, read_json, write_json, write_text
 
 State = Literal["new", "continue", "done"]
 _PACKAGES = (
@@ -79,8 +79,16 @@ def resolve_parent(role: str, name: str) -> Parent:
             raise InputError(f"no {role} here: config.json is missing", where=path, mend="give a run or a model folder")
         return Parent(role, name, hash_folder(path), path)
     if ":" in name or role == "llm":
-        return Parent(role, name, name)
+        return Parent(role, name, _fingerprint_of_name(name))
     raise InputError(f"no such {role}", where=name, mend="give a finished run, a model folder, or timm:NAME")
+
+
+def _fingerprint_of_name(name: str) -> str:
+    """Hash of the folder or file that a name such as ``hf:FOLDER`` or ``open_clip:MODEL:FILE`` ends in; a hub name itself."""
+    place = Path(name.rpartition(":")[2])
+    if place.is_dir():
+        return hash_folder(place)
+    return hash_file(place) if place.is_file() else name
 
 
 class Run:

@@ -91,6 +91,7 @@ class Engine:
         assert self.world_size == world_size, f"launcher says {world_size} processes, Accelerate found {self.world_size}"
         self.module: nn.Module = nn.Identity()
         self.optimizer: Any = None
+        self._broken: Tensor | None = None
 
     @property
     def is_main(self) -> bool:
@@ -139,11 +140,19 @@ class Engine:
         """Global norm before clipping; gradients are clipped in place. None where DeepSpeed does it inside its step."""
         if self.uses_deepspeed:
             return None
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        return torch.nn.utils.clip_grad_norm_(parameters, self.clip if self.clip else float("inf"))
+        parameters = [p for p in self.module.parameters() if p.requires_grad and p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        return norm
 
-    def update(self, lr_scale: float) -> Tensor:
+    def update(self, lr_scale: float, *, broken: Tensor) -> Tensor:
         """One optimizer step at ``lr_scale`` x the base learning rate of each group; clears the gradients.
+
+        Args:
+            lr_scale: Factor on the base learning rates.
+            broken: bool scalar on the device. Where it is true the weights stay as they are, now and at every later step: the
+                host hears of it a step late, and must find the weights from before. DeepSpeed cannot do this.
 
         Returns:
             DeepSpeed's gradient norm, or 0 where :meth:`gradient_norm` gave it.
@@ -152,10 +161,13 @@ class Engine:
             group["lr"] = group["base_lr"] * lr_scale
         if self.uses_deepspeed:
             self.module.step()  # type: ignore[operator]
-            return torch.as_tensor(float(self.module.get_global_grad_norm() or 0.0))  # type: ignore[operator]
+            return torch.as_tensor(float(self.module.get_global_grad_norm() or 0.0), device=self.device)  # type: ignore[operator]
+        self._broken = broken.float() if self._broken is None else torch.maximum(self._broken, broken.float())
+        # The fused AdamW's own switch, made for loss scaling: the decision stays on the device.
+        getattr(self.optimizer, "optimizer", self.optimizer).found_inf = self._broken
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.zeros(())
+        return torch.zeros((), device=self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all processes."""
@@ -163,6 +175,30 @@ class Engine:
             return tensor
         result: Tensor = self._accelerator.reduce(tensor, reduction="sum")
         return result
+
+    def sum_later(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Start to sum over all processes.
+
+        Args:
+            tensor: Summed in place; leave it alone until then.
+
+        Returns:
+            A function that waits (on the GPU the stream, not the host) and returns the sum.
+        """
+        if self.world_size == 1:
+            return lambda: tensor
+        work = torch.distributed.all_reduce(tensor, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return tensor
+
+        return finish
+
+    def numbers(self, *values: float) -> Tensor:
+        """Numbers of the host as float64 on the device, without waiting for it."""
+        found = torch.tensor(values, dtype=torch.float64)
+        return found.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else found.to(self.device)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -198,6 +234,23 @@ class Engine:
 
         found: list[Any] = gather_object(rows)
         return found
+
+    def gather_features(self, features: Tensor) -> tuple[Tensor, int]:
+        """The features of all processes with gradient, for losses that compare samples across them.
+
+        The gradient of a feature is the sum of what all processes give it, so local losses summed over the processes have
+        exactly the gradient of the global loss (open_clip's ``gather_with_grad`` with ``local_loss``).
+
+        Args:
+            features: float[B, E]; B equal on all processes.
+
+        Returns:
+            float[world * B, E], and the row at which this process's own begin.
+        """
+        if self.world_size == 1:
+            return features, 0
+        gathered: Tensor = AllGather.apply(features)
+        return gathered, self.rank * len(features)
 
     def save(self, folder: Path) -> None:
         """Write trainable weights, buffers and optimizer state into a folder (a collective call)."""
@@ -247,6 +300,31 @@ class Engine:
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(True)
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+class AllGather(torch.autograd.Function):
+    """Rows of all processes; in backward every process gets the summed gradient of its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """float[B, E] on each of W processes to float[W * B, E] on all."""
+        gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """float[W * B, E] to float[B, E]."""
+        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        gradient = gradient.contiguous()
+        if torch.distributed.get_backend() == "nccl":
+            own = gradient.new_empty((len(gradient) // world, *gradient.shape[1:]))
+            torch.distributed.reduce_scatter_tensor(own, gradient)
+            return own
+        # gloo has no reduce-scatter of one tensor: the same sum with more traffic.
+        gradient = gradient.clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(world)[rank].contiguous()
 
 
 def _prepare_deepspeed() -> None:

@@ -50,6 +50,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / "state.json").is_file())
 
 
+def newest_step(folder: Path) -> int:
+    """Updates that the newest complete checkpoint has behind it; 0 without one."""
+    found = list_checkpoints(folder)
+    return int(read_json(found[-1] / "state.json")["step"]) if found else 0
+
+
 def load_newest(engine: Engine, folder: Path) -> int:
     """Load the newest complete checkpoint.
 
@@ -60,4 +66,4 @@ def load_newest(engine: Engine, folder: Path) -> int:
     if not found:
         return 0
     engine.load(found[-1])
-    return int(read_json(found[-1] / "state.json")["step"])
+    return newest_step(folder)

@@ -6,14 +6,18 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmkit.data.order import SampleSet
 from mmkit.data.skipped import LeftOut
 from mmkit.run import Parent
+
+if TYPE_CHECKING:
+    from mmkit.distributed.engine import Engine
 
 Batch = dict[str, Any]
 
@@ -27,18 +31,53 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def count(self, batch: Batch) -> int:
-        """What the sum is divided by, added over the whole step: labelled rows or supervised tokens."""
+        """What the sum is divided by, added over the whole step: labelled rows or supervised tokens.
+
+        The batch is still on the CPU here, so that counting never waits for the device.
+        """
 
     def statistics(self, batches: list[Batch]) -> Tensor | None:
-        """Integer counts of this process's batches that the loop sums over ranks before the forward pass; None: no such thing."""
+        """Integer counts of this process's micro-batches of a step, on the device, for the loop to sum over ranks; None: none."""
         return None
 
-    def absorb(self, statistics: Tensor) -> None:
-        """Take in the global counts of :meth:`statistics`."""
+    def absorb(self, total: Callable[[], Tensor]) -> None:
+        """Take in the global counts of :meth:`statistics` before the loss of this step.
+
+        Args:
+            total: Waits for the sum and returns it; call it once, as late as possible: it runs beside the forward pass.
+        """
+
+    def prepare(self, batches: list[Batch]) -> None:
+        """See all micro-batches of a step before the first forward pass, on the device and under autocast.
+
+        For losses that compare samples across micro-batches (CLIP with accumulation). Most need nothing.
+        """
+
+    def compile_parts(self) -> None:
+        """Compile what is worth it (``train.compile``); the whole forward pass unless a stage knows better."""
+        self.compile()
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Extra validation sums (hits, ...) of the batch that forward has just seen in eval mode. Divided by the count."""
         return {}
+
+
+@dataclasses.dataclass
+class Finding:
+    """What a monitor saw: numbers for metrics.jsonl and the tracker, pictures (uint8 ``[H, W, 3]``) for the tracker."""
+
+    numbers: dict[str, float] = dataclasses.field(default_factory=dict)
+    pictures: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = dataclasses.field(default_factory=dict)
+
+
+class Monitor(Protocol):
+    """A look at the model every so often; every process calls it at the same step, the objective is in eval mode."""
+
+    every: int
+
+    def look(self, engine: Engine) -> Finding:
+        """What there is to see now."""
+        ...
 
 
 @dataclasses.dataclass
@@ -54,7 +93,9 @@ class Stage:
         data_fingerprint: Hash of the data's index.
         left_out: Rows that the index already had to leave out.
         validation: Samples for the validation loss.
+        validation_group: Validation samples that are seen together; None: a micro-batch.
         lr_of: Other learning rates by parameter-name prefix.
+        monitors: What else is looked at every so often while training runs.
     """
 
     objective: Objective
@@ -65,7 +106,9 @@ class Stage:
     data_fingerprint: str
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
     validation: SampleSet[Any] | None = None
+    validation_group: int | None = None
     lr_of: dict[str, float] = dataclasses.field(default_factory=dict)
+    monitors: list[Monitor] = dataclasses.field(default_factory=list)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -68,7 +68,7 @@ def test_clipping_and_norm():
     module.weight.grad = torch.tensor([[3.0, 4.0]])
     before = module.weight.detach().clone()
     assert float(made.gradient_norm()) == pytest.approx(5.0)
-    made.update(0.25)
+    made.update(0.25, broken=torch.tensor(False))
     assert torch.allclose(module.weight, before - 2.0 * 0.25 * torch.tensor([[0.6, 0.8]]))
     assert module.weight.grad is None
     made.close()

@@ -89,7 +89,7 @@ def test_what_a_finished_run_holds():
     assert manifest["trainable_parameters"] < manifest["parameters"] and manifest["world_size"] == 1
     assert manifest["skipped"] == 0 and not (run / "skipped.jsonl").exists()
     row = pipeline.rows(run / "metrics.jsonl")[0]
-    wanted = {"step", "samples", "loss", "lr", "grad_norm", "samples_per_second", "data_wait", "memory_gib", "seconds"}
+    wanted = {"step", "samples", "loss", "lr", "grad_norm", "counted", "samples_per_second", "data_wait", "memory_gib", "seconds"}
     assert set(row) == wanted and row["step"] == 1 and row["samples"] == 8 and row["lr"] == 0.001
 
 

@@ -11,6 +11,9 @@ from mmkit.training.objective import Stage
 # stage -> module and builder; imported when asked for, so that pretraining does not pay for importing language models.
 BUILDERS = {
     "superclass": ("mmkit.training.stages.superclass", "build_superclass"),
+    "clip": ("mmkit.training.stages.contrastive", "build_clip"),
+    "lit": ("mmkit.training.stages.contrastive", "build_lit"),
+    "finetune": ("mmkit.training.stages.finetune", "build_finetune"),
     "clipcap": ("mmkit.training.stages.clipcap", "build_clipcap"),
     "llava": ("mmkit.training.stages.llava", "build_llava_stage"),
 }

@@ -23,8 +23,8 @@ from mmkit.models.adapters import freeze_for, merge_lora, set_train_mode
 from mmkit.models.llava import build_llava, build_processor, llava_loss_sum, load_mllm, save_mllm
 from mmkit.models.llm import build_llm, load_tokenizer
 from mmkit.run import Parent, resolve_parent
-from mmkit.training.loop import check_skipped
 from mmkit.training.objective import Batch, Objective, Stage
+from mmkit.training.step_log import check_skipped
 
 
 class Turned(NamedTuple):

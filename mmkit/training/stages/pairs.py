@@ -1,0 +1,116 @@
+"""Pictures with the token ids of their caption: what SuperClass, CLIP and LiT all train on, sample for sample the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mmkit.config import PairDataConfig
+from mmkit.data.augment import ColorJitter, gray_scale
+from mmkit.data.images import Pixels, decode_image, fit_square, random_resized_crop
+from mmkit.data.pairs import Pair, PairSource, open_pairs
+from mmkit.encoders.vit import VisionEncoder
+from mmkit.training.objective import Batch
+
+# A caption to ids: labels (a set) for SuperClass, the token sequence for a text tower.
+Encode = Callable[[str], list[int]]
+
+
+class PairSample(NamedTuple):
+    """A picture (uint8 ``[3, S, S]``), the ids of its caption, its key, and the patches it keeps (i64 ``[K]``, or None: all)."""
+
+    pixels: Pixels
+    ids: list[int]
+    key: str
+    keep: np.ndarray[tuple[int], np.dtype[np.int64]] | None
+
+
+class Augmentation(NamedTuple):
+    """How a training picture is varied; every draw comes from the sample's own generator.
+
+    Attributes:
+        crop_scale: Area range of RandomResizedCrop.
+        jitter: Colour jitter, or None.
+        gray_scale_prob: Share of pictures shown without colour.
+        num_tokens: Patches N of the tower.
+        patch_drop: Share of them left out.
+    """
+
+    crop_scale: tuple[float, float]
+    jitter: ColorJitter | None
+    gray_scale_prob: float
+    num_tokens: int
+    patch_drop: float
+
+    def kept_patches(self, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
+        """The patches a picture keeps, i64 ``[K]`` in ascending order; None keeps all.
+
+        Drawn with the sample and not in the model, so that they do not depend on ranks or micro-batches.
+        """
+        if not self.patch_drop:
+            return None
+        kept = max(1, round(self.num_tokens * (1 - self.patch_drop)))
+        return np.sort(rng.permutation(self.num_tokens)[:kept]).astype(np.int64)
+
+
+class PairSamples:
+    """Pairs as pictures with ids; augmented for training, the whole picture for validation."""
+
+    def __init__(
+        self, pairs: list[Pair], encode: Encode, *, size: int, max_pixels: int, augmentation: Augmentation | None = None
+    ) -> None:
+        self.pairs, self.encode, self.size = pairs, encode, size
+        self.max_pixels, self.augmentation = max_pixels, augmentation
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def describe(self, index: int) -> tuple[str, str]:
+        """Source and key of a pair."""
+        return self.pairs[index].source, self.pairs[index].key
+
+    def load(self, index: int, rng: np.random.Generator) -> PairSample:
+        """Decode, augment and encode one pair."""
+        pair = self.pairs[index]
+        image = decode_image(pair.image.read(), max_pixels=self.max_pixels)
+        ids = self.encode(pair.caption)
+        how = self.augmentation
+        if how is None:
+            return PairSample(fit_square(image, self.size, fit="squash"), ids, pair.key, None)
+        pixels = random_resized_crop(image, self.size, rng, scale=how.crop_scale)
+        if how.jitter is not None:
+            pixels = how.jitter(pixels, rng)
+        if how.gray_scale_prob and rng.random() < how.gray_scale_prob:
+            pixels = gray_scale(pixels)
+        return PairSample(pixels, ids, pair.key, how.kept_patches(rng))
+
+
+def open_samples(
+    data: PairDataConfig, encoder: VisionEncoder, encode: Encode, *, patch_drop: float
+) -> tuple[PairSamples, PairSamples | None, PairSource]:
+    """Training samples, validation samples if the recipe has any, and the source behind the first.
+
+    Raises:
+        InputError: As the readers raise it.
+    """
+    source = open_pairs(data.train, kind=data.type, image_root=data.image_root)
+    jitter = ColorJitter(*data.color_jitter, probability=data.color_jitter_prob) if data.color_jitter else None
+    how = Augmentation(data.crop_scale, jitter, data.gray_scale_prob, encoder.num_tokens, patch_drop)
+    size, max_pixels = encoder.image_size, data.max_pixels
+    train = PairSamples(source.pairs[: data.limit], encode, size=size, max_pixels=max_pixels, augmentation=how)
+    validation = None
+    if data.val:
+        held = open_pairs(data.val, kind="auto", image_root=data.val_image_root)
+        validation = PairSamples(held.pairs, encode, size=size, max_pixels=max_pixels)
+    return train, validation, source
+
+
+def collate_pictures(samples: list[PairSample]) -> Batch:
+    """``pixels`` uint8 ``[B, 3, S, S]``, ``keys``, and ``keep`` i64 ``[B, K]`` where patches are dropped."""
+    batch: Batch = {"pixels": torch.from_numpy(np.stack([s.pixels for s in samples])), "keys": [s.key for s in samples]}
+    if samples[0].keep is not None:
+        batch["keep"] = torch.from_numpy(np.stack([s.keep for s in samples if s.keep is not None]))
+    return batch

@@ -1,0 +1,197 @@
+"""What the host learns of each step, and what it does with it: logs, limits, faults, looks at the model."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mmkit.config import TrainConfig
+from mmkit.data.skipped import LeftOut
+from mmkit.distributed.engine import Engine
+from mmkit.errors import InputError
+from mmkit.run import Run
+from mmkit.training.objective import Stage
+from mmkit.training.progress import ProgressLine
+from mmkit.training.track import NoTracker, Tracker
+from mmkit.training.validation import validate
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """What the loop needs besides the train section of the recipe."""
+
+    seed: int
+    workers: int
+    max_skipped: float
+    title: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """What the host itself knows of a step: updates done, learning-rate factor, seconds of waiting for data, keys, left out."""
+
+    done: int
+    lr_scale: float
+    waited: float
+    keys: list[str]
+    left_out: list[LeftOut]
+
+
+class Readback:
+    """Brings a step's numbers to the host; on a GPU while the next step runs, so that neither waits for the other."""
+
+    def __init__(self, device: torch.device, *, in_flight: int | None = None) -> None:
+        """Keep ``in_flight`` steps on their way: one on a GPU, none on a CPU."""
+        self._on_gpu = device.type == "cuda"
+        self._in_flight = int(self._on_gpu) if in_flight is None else in_flight
+        self._queue: collections.deque[tuple[Tensor, torch.cuda.Event | None, Launched]] = collections.deque()
+
+    def push(self, values: Tensor, launched: Launched) -> None:
+        """Start to copy ``values`` float64[N] of a step."""
+        event = None
+        if self._on_gpu:
+            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._queue.append((values, event, launched))
+
+    def ready(self, *, everything: bool) -> Iterator[tuple[list[float], Launched]]:
+        """Steps whose numbers are due, oldest first; ``everything`` waits for the device."""
+        while len(self._queue) > (0 if everything else self._in_flight):
+            values, event, launched = self._queue.popleft()
+            if event is not None:
+                event.synchronize()
+            yield values.tolist(), launched
+
+
+class StepLog:
+    """Metrics rows, progress, tracker, and the reasons to stop."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        engine: Engine,
+        run: Run,
+        config: TrainConfig,
+        settings: LoopSettings,
+        tracker: Tracker | None,
+        *,
+        start: int,
+        total: int,
+    ) -> None:
+        self.stage, self.engine, self.run, self.config, self.settings = stage, engine, run, config, settings
+        self.tracker = tracker or NoTracker()
+        self._progress = ProgressLine(settings.title, total, start=start, show=engine.is_main)
+        self._total, self._logged = total, start
+        self._window, self._waited, self._counted = time.monotonic(), 0.0, 0.0
+
+    def step(self, values: list[float], launched: Launched) -> bool:
+        """Take in the numbers of a step: loss, gradient norm, what was counted, skipped, and signals, over all ranks.
+
+        Returns:
+            Whether some process was asked to stop.
+
+        Raises:
+            InputError: Loss or gradient not finite, or too many samples left out.
+        """
+        loss, norm, counted, skipped, signals = values
+        check_finite(loss, norm, launched)
+        self._waited += launched.waited
+        self._counted += counted
+        if skipped:  # the same on every rank, so all of them gather
+            self.run.skip(self.engine.gather(launched.left_out))
+            size = len(self.stage.samples) + len(self.stage.left_out)
+            check_skipped(self.run.skipped, size, self.settings.max_skipped, where=self.run.path / "skipped.jsonl")
+        if launched.done % self.config.log_every == 0 or launched.done == self._total:
+            self._row(loss, norm, launched)
+        return bool(signals)
+
+    def _row(self, loss: float, norm: float, launched: Launched) -> None:
+        """A row of metrics.jsonl over the steps since the last one."""
+        now = time.monotonic()
+        seconds, steps = max(now - self._window, 1e-9), launched.done - self._logged
+        row = {
+            "step": launched.done,
+            "samples": launched.done * self.config.batch_size,
+            "loss": loss,
+            "lr": self.config.lr * launched.lr_scale,
+            "grad_norm": norm,
+            "counted": self._counted / steps,
+            "samples_per_second": steps * self.config.batch_size / seconds,
+            "data_wait": self._waited / seconds,
+            "memory_gib": _memory_gib(self.engine.device),
+            "seconds": now - self._window,
+        }
+        self._write(launched.done, row)
+        self._progress.update(launched.done, row)
+        self._window, self._waited, self._counted, self._logged = now, 0.0, 0.0, launched.done
+
+    def looks(self, done: int) -> None:
+        """Validation and monitors that are due after ``done`` updates; every process comes here at the same step."""
+        objective, config, last = self.stage.objective, self.config, done == self._total
+        if self.stage.validation is not None and config.val_every and (done % config.val_every == 0 or last):
+            self._write(done, {"step": done, **validate(self.stage, self.engine, config, self.settings.seed)})
+        for monitor in self.stage.monitors:
+            if done % monitor.every == 0 or last:
+                objective.eval()
+                with torch.no_grad(), self.engine.gathered(), self.engine.autocast():
+                    found = monitor.look(self.engine)
+                if found.numbers:
+                    self._write(done, {"step": done, **found.numbers})
+                for name, picture in found.pictures.items():
+                    self.tracker.picture(done, name, picture)
+        objective.train()
+
+    def _write(self, done: int, row: dict[str, float]) -> None:
+        """To metrics.jsonl and the tracker."""
+        self.run.log(row)
+        self.tracker.scalars(done, {k: v for k, v in row.items() if k != "step"})
+
+    def close(self) -> None:
+        """Remove the progress bar, finish the tracker."""
+        self._progress.close()
+        self.tracker.close()
+
+
+def check_finite(loss: float, norm: float, launched: Launched) -> None:
+    """Stop rather than train on with broken weights; the device has left out the update already.
+
+    Raises:
+        InputError: Loss or gradient norm is not finite; names the step and its samples.
+    """
+    broken = "loss" if not math.isfinite(loss) else "gradient norm" if not math.isfinite(norm) else ""
+    if broken:
+        keys = launched.keys
+        raise InputError(
+            f"{broken} is not finite at step {launched.done} (samples: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})",
+            mend="lower train.lr, set train.clip_grad_norm, or look at these samples",
+        )
+
+
+def check_skipped(skipped: int, size: int, limit: float, *, where: object) -> None:
+    """Refuse a data set of which too much is unusable.
+
+    Raises:
+        InputError: More than ``limit`` of ``size`` samples were left out.
+    """
+    if skipped > max(1.0, limit * size):
+        raise InputError(
+            f"{skipped} of {size} samples cannot be used, over the limit of {limit:.2%}",
+            where=where,
+            mend="look at the reasons there; repair the data or raise data.max_skipped",
+        )
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the GPU's allocator, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

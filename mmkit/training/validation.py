@@ -1,0 +1,55 @@
+"""Validation loss and what the objective counts beside it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from mmkit.config import TrainConfig
+from mmkit.data.order import Position, make_loader
+from mmkit.distributed.engine import Engine
+from mmkit.training.objective import Stage, to_device
+
+
+@torch.no_grad()
+def validate(stage: Stage, engine: Engine, config: TrainConfig, seed: int) -> dict[str, Any]:
+    """Validation loss over the first ``val_batches`` batches of the validation set, in groups that the ranks take in turn.
+
+    A loss that compares the pictures of a group (CLIP) depends on the group's size, so a stage may fix it; then the result is
+    the same for every number of processes and every micro-batch.
+
+    Returns:
+        ``{"val_loss": ..., "val_...": ...}``, sums over all ranks divided by the global count.
+    """
+    assert stage.validation is not None
+    stage.objective.eval()
+    size = min(len(stage.validation), config.val_batches * config.batch_size)
+    each = stage.validation_group or engine.micro_batch_size
+    groups = [range(first, min(first + each, size)) for first in range(0, size, each)]
+    # Every rank runs the same number of forward passes, or ZeRO-3's gathers would wait for each other for ever: a rank that has
+    # fewer groups sees a picture again, which does not count.
+    passes = math.ceil(len(groups) / engine.world_size)
+    mine = groups[engine.rank :: engine.world_size]
+    shares = [[Position(0, i) for i in mine[n]] if n < len(mine) else [] for n in range(passes)]
+    batches = make_loader(
+        stage.validation,
+        stage.collate,
+        [share or [Position(0, 0)] for share in shares],
+        seed=seed,
+        workers=0,
+        pin_memory=False,
+    )
+    sums: dict[str, float] = {}
+    count = 0
+    for share, (batch, _) in zip(shares, batches, strict=True):
+        count += stage.objective.count(batch) if share else 0
+        batch = to_device(batch, engine.device)
+        with engine.autocast():
+            found = {"loss": float(stage.objective(batch)), **stage.objective.evaluate(batch)}
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + (value if share else 0.0)
+    names = sorted(sums)
+    totals = engine.sum(torch.tensor([*(sums[n] for n in names), count], dtype=torch.float64, device=engine.device))
+    return {f"val_{n}": float(totals[i] / totals[-1].clamp(min=1)) for i, n in enumerate(names)}

@@ -1,0 +1,197 @@
+"""SuperClass through the real command line: losses, IDF modes, stop words, patch dropping, going on from other weights."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pipeline
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mmkit.config import LossConfig, load_recipe
+from mmkit.encoders.idf import OnlineIDF, load_table
+from mmkit.encoders.labels import CaptionLabels
+from mmkit.encoders.loss_kinds import KINDS, Asymmetric, Softmax, TwoWay
+from mmkit.encoders.ragged import pack_labels
+from mmkit.errors import InputError
+from mmkit.recipes import find_recipe
+from mmkit.training.stages.pairs import Augmentation
+from mmkit.training.stages.superclass import make_loss
+
+
+def run(folder, *more: str):
+    """A finished tiny run with further overrides."""
+    assert pipeline.mmkit(*pipeline.superclass(folder, *more)) == 0
+    return folder
+
+
+def captions(count: int | None = None) -> list[str]:
+    """Captions of the training shards' pairs, by way of the index."""
+    from mmkit.data.pairs import open_pairs
+
+    return [p.caption for p in open_pairs(str(pipeline.root() / "world" / "shards")).pairs][:count]
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "softmax"])
+def test_every_loss_trains(kind, tmp_path):
+    losses = pipeline.losses(run(tmp_path / kind, f"loss.kind={kind}", "train.lr=3e-3", "train.steps=8"))
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert losses[0] != pytest.approx(pipeline.losses(pipeline.trained("superclass"))[0], rel=1e-3)
+
+
+def test_the_numbers_of_a_loss_reach_it(tmp_path):
+    assert make_loss(LossConfig()) == Softmax()
+    assert make_loss(LossConfig(kind="asl", gamma_negative=2.0, clip=0.0)) == Asymmetric(gamma_negative=2.0, clip=0.0)
+    assert make_loss(LossConfig(kind="two_way", temperature_positive=2.0)) == TwoWay(temperature_positive=2.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.kind=bce", "loss.gamma_negative=2"], "gamma_negative belong to kind asl, not to bce"),
+        (["loss.clip=0.1"], "clip belong to kind asl, not to the default"),
+        (["loss.kind=infonce"], "needs a text tower: use stage=clip"),
+        (["stage=clip", "loss.kind=bce"], "needs labels: use stage=superclass"),
+        (["stage=lit"], "give encoder.init"),
+        (["data.idf=file"], "idf=file and idf_file=PATH go together"),
+        (["data.idf_file=x"], "idf=file and idf_file=PATH go together"),
+        (["encoder.init_head=true"], "give encoder.init too"),
+        (["monitor.every=5"], "nothing to look at"),
+        (["monitor.images=[a.jpg]"], "give every=STEPS too"),
+        (["monitor.every=5", "monitor.knn_train=a"], "knn_train and knn_test go together"),
+        (["data.color_jitter=[0.1,0.1,0.1,0.6]"], "hue is at most 0.5"),
+    ],
+)
+def test_keys_that_do_not_fit_each_other_are_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(find_recipe("demo-superclass"), overrides)
+
+
+def test_one_line_turns_it_into_its_baseline():
+    recipe = load_recipe(find_recipe("superclass-vit-b16"), ["stage=clip"])
+    ours = load_recipe(find_recipe("superclass-vit-b16"))
+    assert recipe.stage == "clip"
+    same = ("encoder", "data", "train", "seed")
+    assert all(getattr(recipe, key) == getattr(ours, key) for key in same)
+
+
+def test_the_product_keeps_its_document_counts():
+    table = load_file(pipeline.trained("superclass") / "model" / "idf.safetensors")
+    labels = CaptionLabels(str(pipeline.root() / "world" / "tokenizers" / "bpe"))
+    df, n = load_table(
+        pipeline.trained("superclass") / "model" / "idf.safetensors", sha256=labels.sha256(), vocab_size=labels.vocab_size
+    )
+    assert n == 4 * 8 and torch.equal(df, table["df"]) and int(df.max()) <= n and int((df > 0).sum()) > 10
+
+
+def test_a_frozen_table_weighs_the_labels_and_does_not_move(tmp_path, capsys):
+    table, world = tmp_path / "idf.safetensors", pipeline.root() / "world"
+    assert pipeline.mmkit("data", "inspect", world / "shards", "--labels", world / "tokenizers" / "bpe", "--idf", table) == 0
+    assert "captions without a label: 0" in capsys.readouterr().out
+    labels = CaptionLabels(str(world / "tokenizers" / "bpe"))
+    by_hand = OnlineIDF(labels.vocab_size)
+    by_hand.update(*pack_labels(labels.encode(captions())))
+    df, n = load_table(table, sha256=labels.sha256(), vocab_size=labels.vocab_size)
+    assert torch.equal(df, by_hand.df) and n == int(by_hand.n)
+    made = run(tmp_path / "run", "data.idf=file", f"data.idf_file={table}")
+    after, n_after = load_table(made / "model" / "idf.safetensors", sha256=labels.sha256(), vocab_size=labels.vocab_size)
+    assert torch.equal(after, df) and n_after == n
+    losses = [
+        pipeline.losses(folder) for folder in (made, pipeline.trained("superclass"), run(tmp_path / "none", "data.idf=none"))
+    ]
+    assert len({round(found[0], 5) for found in losses}) == 3
+
+
+def test_a_table_of_another_vocabulary_is_refused(tmp_path, capsys):
+    table = tmp_path / "idf.safetensors"
+    assert pipeline.mmkit("data", "inspect", pipeline.root() / "world" / "shards", "--idf", table) == 0  # clip's labels
+    capsys.readouterr()
+    arguments = pipeline.superclass(tmp_path / "run", "data.idf=file", f"data.idf_file={table}")
+    assert pipeline.mmkit(*arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "idf.safetensors" in said and "vocabulary" in said
+    assert pipeline.mmkit("validate", *arguments[1:]) == 2
+
+
+def test_a_vocabulary_that_does_not_exist_is_refused(tmp_path, capsys):
+    assert pipeline.mmkit(*pipeline.superclass(tmp_path / "run", f"data.labels={tmp_path / 'none.json'}")) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_head_goes_on_with_the_same_labels_only(tmp_path, capsys):
+    before = pipeline.trained("superclass")
+    same = run(tmp_path / "same", f"encoder.init={before}", "encoder.init_head=true", "train.steps=1", "train.lr=1e-12")
+    old, new = (load_file(folder / "model" / "head.safetensors") for folder in (before, same))
+    assert torch.allclose(old["weight"], new["weight"], atol=1e-6)
+    assert int(load_file(same / "model" / "idf.safetensors")["n"]) == 4 * 8 + 8
+    fresh = run(tmp_path / "fresh", f"encoder.init={before}", "train.steps=1", "train.lr=1e-12", "seed=5")
+    assert not torch.allclose(old["weight"], load_file(fresh / "model" / "head.safetensors")["weight"], atol=1e-2)
+    capsys.readouterr()
+    arguments = pipeline.superclass(tmp_path / "other", f"encoder.init={before}", "encoder.init_head=true", "data.labels=clip")
+    assert pipeline.mmkit(*arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "vocabulary" in said and "clip" in said
+
+
+def test_resolution_fine_tuning_interpolates_positions(tmp_path):
+    made = run(
+        tmp_path / "run", f"encoder.init={pipeline.trained('superclass')}", "encoder.init_head=true", "encoder.image_size=48"
+    )
+    before, after = (load_file(f / "model" / "model.safetensors") for f in (pipeline.trained("superclass"), made))
+    assert before["pos_embed"].shape[1] == 16 and after["pos_embed"].shape[1] == 36
+    assert json.loads((made / "model" / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 48, 48]
+    # It begins where the smaller one ended, so its first loss is below a fresh tower's.
+    assert pipeline.losses(made)[0] < pipeline.losses(pipeline.trained("superclass"))[0]
+
+
+def test_patches_are_dropped_in_training_and_the_drop_depends_on_the_sample_alone(tmp_path):
+    whole = run(tmp_path / "whole", "encoder.patch_drop=0.5")
+    assert pipeline.losses(whole) != pytest.approx(pipeline.losses(pipeline.trained("superclass")), abs=1e-4)
+    parts = run(tmp_path / "parts", "encoder.patch_drop=0.5", "train.micro_batch_size=2")
+    assert pipeline.losses(parts) == pytest.approx(pipeline.losses(whole), abs=1e-5)
+
+
+def test_kept_patches_are_a_sorted_random_share():
+    how = Augmentation((1.0, 1.0), None, 0.0, num_tokens=16, patch_drop=0.75)
+    draws = [how.kept_patches(np.random.default_rng(seed)) for seed in range(50)]
+    assert all(len(d) == 4 and (np.diff(d) > 0).all() and d.min() >= 0 and d.max() < 16 for d in draws)
+    assert len({tuple(d) for d in draws}) > 40 and set(np.concatenate(draws)) == set(range(16))
+    assert Augmentation((1.0, 1.0), None, 0.0, 16, 0.0).kept_patches(np.random.default_rng(0)) is None
+
+
+def test_stop_words_are_no_labels(tmp_path):
+    made = run(tmp_path / "run", "data.labels=clip", "data.stop_words=english")
+    counts = load_file(made / "model" / "idf.safetensors")["df"]
+    with_all = load_file(run(tmp_path / "all", "data.labels=clip") / "model" / "idf.safetensors")["df"]
+    labels = CaptionLabels("clip")
+    (a,), (red,) = labels.encode(["a"])[0:1], labels.encode(["red"])[0:1]
+    assert int(counts[a]) == 0 < int(with_all[a]) and torch.equal(counts[red], with_all[red])
+
+
+def test_captions_without_a_label_leave_the_mean(tmp_path):
+    for name, texts in (("some", ["the", "red door", "the", "blue wall"]), ("none", ["the", "of and to"])):
+        rows = []
+        for i in range(16):
+            Image.new("RGB", (32, 32), (10 * i, 90, 90)).save(tmp_path / f"{i}.png")
+            rows.append({"image": f"{i}.png", "caption": texts[i % len(texts)]})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["data.labels=clip", "data.stop_words=english", "train.batch_size=16", "train.weight_decay=0", "train.steps=2"]
+    some = run(tmp_path / "some", f"data.train={tmp_path / 'some.jsonl'}", *more)
+    assert [row["counted"] for row in pipeline.rows(some / "metrics.jsonl")] == [8.0, 8.0] and pipeline.losses(some)[0] > 5
+    # Not one label in a batch: the loss is 0, the weights stay as they are, nothing breaks.
+    none = run(tmp_path / "none", f"data.train={tmp_path / 'none.jsonl'}", *more)
+    assert pipeline.losses(none) == [0.0, 0.0]
+    assert {row["counted"] for row in pipeline.rows(none / "metrics.jsonl")} == {0.0}
+    start = run(tmp_path / "start", f"data.train={tmp_path / 'none.jsonl'}", *more, "train.steps=0")
+    assert pipeline.largest_difference(none, start) == 0
+
+
+def test_recall_is_logged_at_several_k(tmp_path):
+    world = pipeline.root() / "world"
+    validation = [f"data.val={world / 'captions_heldout.json'}", f"data.val_image_root={world / 'images' / 'heldout'}"]
+    made = run(tmp_path / "run", *validation, "train.val_every=2")
+    row = next(r for r in pipeline.rows(made / "metrics.jsonl") if "val_loss" in r)
+    assert 0 <= row["val_recall@1"] <= row["val_recall@5"] <= row["val_recall@10"] <= 1
