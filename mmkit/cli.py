@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import mmkit
-from mmkit.config import EvalRecipe, ProbeRecipe, Recipe, dump_recipe, load_recipe
+from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, dump_recipe, load_recipe
 from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError, StoppedError
 from mmkit.recipes import copy_recipe, describe, find_recipe, list_recipes
 from mmkit.run import Run
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Make the demo world.", no_args_is_help=True)
+data_app = typer.Typer(help="Make the demo world; look into a data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name (`mmkit ls`).")]
@@ -136,7 +136,7 @@ def demo(
 
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
-    """Train a stage: superclass, clipcap or llava, as the recipe says."""
+    """Train a stage: superclass, clip, lit, finetune, clipcap or llava, as the recipe says."""
     from mmkit.commands import run_train
 
     _done(run_train(_load(recipe, overrides), restart=restart), "model")
@@ -144,10 +144,15 @@ def train(recipe: RecipeName, overrides: Overrides = None, restart: Restart = Fa
 
 @app.command()
 def probe(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
-    """Linear probe and k-NN on a frozen encoder."""
+    """Linear probe, k-shot, k-NN and zero-shot on a frozen encoder, or full fine-tuning, with a score."""
+    from mmkit.commands import run_finetune
     from mmkit.encoders.probing import run_probe
 
-    _done(run_probe(_expect(_load(recipe, overrides), ProbeRecipe), restart=restart), "scores.json")
+    loaded = _load(recipe, overrides)
+    if isinstance(loaded, FinetuneRecipe):
+        _done(run_finetune(loaded, restart=restart), "scores.json")
+    else:
+        _done(run_probe(_expect(loaded, ProbeRecipe), restart=restart), "scores.json")
 
 
 @app.command("eval")
@@ -191,13 +196,7 @@ def score(
     from mmkit.eval.score import score as run
     from mmkit.files import write_json
 
-    words = {}
-    for item in settings or []:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(f"setting {item!r} is not of the form key=value", mend="write e.g. rule=2017")
-        words[key] = value
-    chosen = parse_settings(words)
+    chosen = parse_settings(_settings(settings))
     found = run(task, predictions, annotations, questions, **chosen)
     for metric, value in found["metrics"].items():
         low, high = found["ci95"].get(metric, (None, None))  # none with bootstrap=0, or where no resample gave a value
@@ -264,6 +263,77 @@ def synth(
     make_tokenizers(out)
     _say("  ".join(f"{k} {v}" for k, v in counts.items()))
     _say(f"done: {out}")
+
+
+@data_app.command("inspect")
+def inspect(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Pairs: .jsonl, COCO .json, tar shards, or a folder of them.")],
+    kind: Annotated[str, typer.Option("--type", help="auto, pairs, coco or webdataset.")] = "auto",
+    image_root: Annotated[Path | None, typer.Option(help="Folder that image names are relative to.")] = None,
+    labels: Annotated[str, typer.Option(help="As data.labels of a recipe.")] = "clip",
+    context_length: Annotated[int | None, typer.Option(min=3, help="As data.context_length of a recipe.")] = None,
+    stop_words: Annotated[str | None, typer.Option(help="As data.stop_words of a recipe.")] = None,
+    idf: Annotated[Path | None, typer.Option(help="Write the document counts here, for data.idf=file.")] = None,
+    words: Annotated[Path | None, typer.Option(help="Write a vocabulary of whole words here, for data.labels.")] = None,
+    words_size: Annotated[int, typer.Option(min=1, help="Words in it, the most frequent ones.")] = 40_000,
+    min_count: Annotated[int, typer.Option(min=1, help="Captions that a word must be in.")] = 5,
+    limit: Annotated[int | None, typer.Option(min=1, help="Look at the first N pairs only.")] = None,
+) -> None:
+    """What the captions of a data set hold: counts, labels, what cannot be used; writes IDF tables and word vocabularies."""
+    from mmkit.data.inspect import inspect_pairs
+
+    found = inspect_pairs(
+        data,
+        kind=kind,
+        image_root=None if image_root is None else str(image_root),
+        labels=labels,
+        context_length=context_length,
+        stop_words=stop_words,
+        idf=idf,
+        words=words,
+        words_size=words_size,
+        min_count=min_count,
+        limit=limit,
+    )
+    for line in found.lines():
+        _say(line)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="An encoder run, or another encoder a recipe could name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+    format_: Annotated[str, typer.Option("--format", help="timm, siglip or open_clip.")] = "timm",
+) -> None:
+    """Convert a run's encoder for other people's software, and check that the features are the same there."""
+    from mmkit.encoders.export import export_model
+
+    _say(f"done: {export_model(run, out, format=format_)}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="labels, superclass-loss or superclass-step.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. batch=256 threads=1")] = None,
+) -> None:
+    """A benchmark against its peer, both in this one run; ratios are what counts."""
+    from mmkit.bench import run_bench
+
+    found = run_bench(name, _settings(settings))
+    width = max(map(len, found))
+    for key, value in found.items():
+        _say(f"{key:{width}}  {value}")
+
+
+def _settings(items: list[str] | None) -> dict[str, str]:
+    """``key=value`` words as a dictionary."""
+    words = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise InputError(f"setting {item!r} is not of the form key=value", mend="write e.g. threads=1")
+        words[key] = value
+    return words
 
 
 @app.command("ls")

@@ -21,6 +21,7 @@ from mmkit.errors import StoppedError
 from mmkit.recipes import list_recipes
 
 # Every command, its arguments and its options. A change here is a change for users: CHANGELOG, README, deprecation.
+# fmt: off
 SURFACE = {
     "": ["--version"],
     "demo": ["--out", "--restart"],
@@ -34,8 +35,15 @@ SURFACE = {
     "copy": ["NAME", "DEST"],
     "validate": ["RECIPE", "[KEY=VALUE]...", "--show"],
     "data": [],
+    "data inspect": [
+        "DATA", "--type", "--image-root", "--labels", "--context-length", "--stop-words", "--idf", "--words", "--words-size",
+        "--min-count", "--limit",
+    ],
+    "export": ["RUN", "OUT", "--format"],
+    "bench": ["NAME", "[KEY=VALUE]..."],
     "data synth": ["--out", "--train", "--heldout", "--image-size", "--seed"],
 }
+# fmt: on
 Call = Callable[..., tuple[int, str, str]]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def save_encoder(
     head: SuperClassHead | None = None,
     labels: CaptionLabels | None = None,
     extra: dict[str, Any] | None = None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens without mmkit.
 
@@ -41,6 +43,7 @@ def save_encoder(
         head: The tagging head, written as ``head.safetensors``.
         labels: The head's vocabulary; a vocabulary file of the user's is copied into the folder.
         extra: Further JSON to keep in ``mmkit.json``.
+        write_more: Writes further files (a text tower, document counts) into the folder before it appears.
 
     Returns:
         The folder.
@@ -65,6 +68,8 @@ def save_encoder(
     if extra is not None:
         note["extra"] = extra
     _write_json(temporary / "mmkit.json", note)
+    if write_more is not None:
+        write_more(temporary)
     _replace(temporary, folder)
     return folder
 
@@ -98,8 +103,9 @@ def load_encoder(path: str | Path) -> VisionEncoder:
     """Open an encoder for inference.
 
     Args:
-        path: An encoder folder, a run directory (its ``model`` is taken), ``timm:NAME`` or ``hf-hub:OWNER/NAME``; the
-            last two download weights unless they are cached.
+        path: An encoder folder, a run directory (its ``model`` is taken), ``timm:NAME``, ``hf-hub:OWNER/NAME`` (timm on
+            the hub), ``hf:NAME_OR_FOLDER`` (transformers) or ``open_clip:MODEL:TAG_OR_FILE``; names download weights
+            unless they are cached.
 
     Returns:
         The encoder on the CPU, in eval mode.
@@ -114,6 +120,12 @@ def load_encoder(path: str | Path) -> VisionEncoder:
         return build_encoder(architecture, pretrained=True, layout="native", image_size=size).eval()
     if name.startswith("hf-hub:"):
         return _from_hub(name).eval()
+    if name.startswith(("hf:", "open_clip:")):
+        # Imported here: transformers and open_clip are slow to import, and mmkit's own folders need neither.
+        from mmkit.encoders import foreign
+
+        library, _, rest = name.partition(":")
+        return (foreign.load_huggingface(rest) if library == "hf" else foreign.load_open_clip(rest)).eval()
     folder = encoder_folder(path)
     config = _read_json(folder / "config.json")
     cfg = config.get("pretrained_cfg", {})
@@ -130,7 +142,7 @@ def load_encoder(path: str | Path) -> VisionEncoder:
         mean=cfg.get("mean", CLIP_MEAN),
         std=cfg.get("std", CLIP_STD),
     )
-    _load_weights(encoder.backbone, folder / "model.safetensors")
+    load_weights(encoder.backbone, folder / "model.safetensors")
     return encoder.eval()
 
 
@@ -152,12 +164,12 @@ def load_tagger(path: str | Path) -> tuple[VisionEncoder, SuperClassHead, Captio
     if described is None or not (folder / "head.safetensors").is_file():
         raise InputError("this encoder has no tagging head", where=folder, mend="use one that mmkit trained")
     name = str(folder / described["file"]) if "file" in described else described["name"]
-    labels = CaptionLabels(name, context_length=described.get("context_length"))
+    labels = CaptionLabels(name, context_length=described.get("context_length"), stop_words=described.get("stop_words"))
     # Another vocabulary of the same size would give wrong words without any error.
     if labels.describe()["sha256"] != described["sha256"]:
         raise InputError(f"the vocabulary {name} is not the one of training", where=folder, mend="restore the file")
     head = SuperClassHead(encoder.width, labels.vocab_size)
-    _load_weights(head, folder / "head.safetensors")
+    load_weights(head, folder / "head.safetensors")
     return encoder, head.eval(), labels
 
 
@@ -170,7 +182,8 @@ def encoder_folder(path: str | Path) -> Path:
                 return folder
             raise InputError("a model, but no timm encoder", where=folder, mend="give the encoder's folder or run")
     what = "no encoder here (config.json and model.safetensors)" if path.exists() else "no such folder"
-    raise InputError(what, where=path, mend="give an encoder folder, a finished run, timm:NAME or hf-hub:OWNER/NAME")
+    mend = "give an encoder folder, a finished run, timm:NAME, hf-hub:OWNER/NAME, hf:NAME or open_clip:MODEL:TAG"
+    raise InputError(what, where=path, mend=mend)
 
 
 def _published_size(architecture: str) -> int:
@@ -196,7 +209,7 @@ def _from_hub(name: str) -> VisionEncoder:
     )
 
 
-def _load_weights(module: torch.nn.Module, file: Path) -> None:
+def load_weights(module: torch.nn.Module, file: Path) -> None:
     """Load weights strictly; the module takes the dtype they were saved in."""
     try:
         state = load_file(file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -43,7 +43,7 @@ def to_siglip(encoder: VisionEncoder) -> SiglipVisionModel:
         num_attention_heads=block.attn.num_heads,
         image_size=encoder.image_size,
         patch_size=tower.patch_embed.patch_size[0],
-        hidden_act=_activation(block.mlp.act),
+        hidden_act=activation_name(block.mlp.act),
         layer_norm_eps=tower.norm.eps,
         vision_use_head=False,
     )
@@ -74,17 +74,21 @@ def layout_difference(encoder: VisionEncoder) -> str | None:
         "it has layer scale": not isinstance(getattr(block, "ls1", None), nn.Identity),
         "it normalises queries and keys": not isinstance(getattr(block.attn, "q_norm", None), nn.Identity),
         "it has a norm inside attention": not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity),
-        "its activation is unknown to transformers": _activation(block.mlp.act) is None,
+        "its activation is unknown to transformers": activation_name(block.mlp.act) is None,
     }
     return next((reason for reason, true in present.items() if true), None)
 
 
-def _activation(act: nn.Module) -> str | None:
-    """Transformers' name of a timm activation; exact GELU and its tanh form differ by up to 5e-4."""
+def activation_name(act: nn.Module, library: Literal["transformers", "timm"] = "transformers") -> str | None:
+    """A library's name of a timm activation, or None; exact GELU and its tanh form differ by up to 5e-4."""
     name = type(act).__name__
     if isinstance(act, nn.GELU):
-        return "gelu" if act.approximate == "none" else "gelu_pytorch_tanh"
-    return {"GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu"}.get(name)
+        name = "GELU" if act.approximate == "none" else "GELUTanh"
+    theirs = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu"}.get(name)
+    if library == "transformers":
+        return theirs
+    # What neither knows keeps the name of its class, so that two different ones never look alike.
+    return "gelu_tanh" if name == "GELUTanh" else theirs or name
 
 
 def _siglip_state(tower: Any) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mmkit.config import CLIP_MEAN, CLIP_STD
@@ -20,6 +21,28 @@ Layout = Literal["superclass", "native"]
 # No class token, mean over the patch tokens after the final norm: exactly what transformers' SiglipVisionModel
 # computes, so a trained tower enters LLaVA and vLLM without a plug-in (see siglip.py).
 SUPERCLASS_LAYOUT: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
+
+
+class KeepPatches(nn.Module):
+    """Stands where a timm ViT drops patches, and keeps those it was told to (FLIP, arXiv 2212.00794).
+
+    It has no weights, so state dicts, saved folders and timm itself know nothing of it; without indices it does nothing.
+    """
+
+    def __init__(self, num_prefix_tokens: int) -> None:
+        """Remember how many class and register tokens stand in front."""
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.keep: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens with their positions, float[B, prefix + N, D], to float[B, prefix + K, D]."""
+        if self.keep is None:
+            return x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        # Taken out, not masked: the blocks then cost K/N of their time.
+        kept = patches.gather(1, self.keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        return torch.cat([prefix, kept], dim=1) if self.num_prefix_tokens else kept
 
 
 class VisionEncoder(nn.Module):
@@ -56,11 +79,19 @@ class VisionEncoder(nn.Module):
         self.width = int(backbone.num_features)
         self.num_prefix_tokens = int(getattr(backbone, "num_prefix_tokens", 0))
         self.num_tokens = _num_tokens(backbone, image_size)
+        # Reached through backbone.patch_drop: a second name would make it a second child in every listing of modules.
+        if _can_keep_patches(backbone):
+            backbone.patch_drop = KeepPatches(self.num_prefix_tokens)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         # Buffers rather than tensors made per call: a copy from the host in every step would stall the device.
         self._place_statistics(torch.device("cpu"))
+
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take other channel means and deviations for the pixels, as weights that come from elsewhere need."""
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self._place_statistics(self.pixel_mean.device)
 
     def _place_statistics(self, device: torch.device) -> None:
         """Put the pixel statistics on a device, always in float32."""
@@ -89,16 +120,36 @@ class VisionEncoder(nn.Module):
         assert pixels.is_floating_point(), f"pixels must be uint8 or float, not {pixels.dtype}"
         return pixels.to(next(self.backbone.parameters()).dtype)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
         """Pooled features.
 
         Args:
             pixels: uint8[B, 3, H, W], or float[B, 3, H, W] already normalised.
+            keep: int64[B, K], the patches of each picture that are seen, on the device of the pixels; the others are left
+                out after the position embedding, before the blocks and the pooling (FLIP, arXiv 2212.00794). None: all.
 
         Returns:
             float[B, D].
+
+        Raises:
+            InputError: If patches are to be kept in a model that cannot leave any out.
         """
-        return self.backbone(self.normalise(pixels))
+        if keep is None:
+            return self.backbone(self.normalise(pixels))
+        slot = getattr(self.backbone, "patch_drop", None)
+        if not isinstance(slot, KeepPatches):
+            raise InputError(
+                f"this {type(self.backbone).__name__} cannot leave patches out",
+                where=f"encoder {self.architecture}",
+                mend="use patch_drop=0 (and no patch_drop_rate in model_args), or a plain ViT",
+            )
+        assert keep.ndim == 2 and len(keep) == len(pixels), f"keep {tuple(keep.shape)} for {len(pixels)} pictures"
+        # Through an attribute, because timm's forward takes pictures only and wrappers call it as it is.
+        slot.keep = keep
+        try:
+            return self.backbone(self.normalise(pixels))
+        finally:
+            slot.keep = None
 
     def tokens(self, pixels: Tensor, layer: int | None = None) -> Tensor:
         """Patch tokens, without class or register tokens.
@@ -138,6 +189,15 @@ class VisionEncoder(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in backward (less memory, about a third more compute)."""
         self.backbone.set_grad_checkpointing(enable)
+
+    def compile_backbone(self, **options: Any) -> None:
+        """Compile the tower's forward pass in place with ``torch.compile``; names of weights stay as they are.
+
+        Args:
+            options: Of ``torch.compile``, such as ``mode`` or ``dynamic``.
+        """
+        # nn.Module.compile, not torch.compile(module): the latter wraps, and every saved name would begin with _orig_mod.
+        self.backbone.compile(**options)
 
 
 def build_encoder(
@@ -230,11 +290,21 @@ def _is_plain_vit(architecture: str) -> bool:
     return timm.model_entrypoint(architecture.partition(".")[0]).__module__ == "timm.models.vision_transformer"
 
 
+def _can_keep_patches(backbone: Any) -> bool:
+    """Whether a model runs timm's plain ViT forward, where patches can leave before the blocks, and drops none by itself."""
+    plain = isinstance(backbone, VisionTransformer) and type(backbone).forward_features is VisionTransformer.forward_features
+    return plain and isinstance(backbone.patch_drop, nn.Identity)
+
+
 def _num_tokens(backbone: Any, image_size: int) -> int:
-    """Patch tokens per picture: from the patch embedding, or from the stride of a convolutional model."""
-    patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", None)
-    depth_stride = backbone.feature_info[-1]["reduction"] if patches is None else 1
-    return int(patches) if patches is not None else (image_size // int(depth_stride)) ** 2
+    """Patch tokens per picture, from the stride of the last stage."""
+    # Not patch_embed.num_patches alone: in a Swin it counts the first stage, sixty-four times the tokens that come out.
+    stride = int(backbone.feature_info[-1]["reduction"])
+    embed = getattr(backbone, "patch_embed", None)
+    patches = getattr(embed, "num_patches", None)
+    if patches is not None and getattr(embed, "patch_size", None) in (stride, (stride, stride)):
+        return int(patches)
+    return (image_size // stride) ** 2
 
 
 @contextlib.contextmanager

@@ -71,6 +71,16 @@ def test_loading_gives_the_same_encoder(tmp_path: Path, layout: str) -> None:
         assert getattr(loaded, name) == getattr(encoder, name), name
 
 
+def test_patch_dropping_and_compiling_leave_no_trace_in_the_folder(tmp_path: Path) -> None:
+    plain, used = tiny_encoder(), tiny_encoder()
+    used.compile_backbone(backend="eager")
+    with torch.no_grad():
+        used(pictures(), keep=torch.arange(8).expand(2, -1))
+    one, two = save_encoder(plain, tmp_path / "plain"), save_encoder(used, tmp_path / "used")
+    for name in ("config.json", "model.safetensors"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
 def test_own_statistics_dtype_and_other_models_survive(tmp_path: Path) -> None:
     encoder = build_encoder("resnet10t", image_size=64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5), seed=0)
     encoder.eval().to(torch.bfloat16)
