@@ -10,7 +10,7 @@ from typing import Any
 from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, TrainConfig
 from mmkit.errors import InputError
 from mmkit.recipes import find_deepspeed
-from mmkit.run import Parent, Run, resolve_parent
+from mmkit.run import Parent, Run, one_process, resolve_parent
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ def run_finetune(recipe: FinetuneRecipe, *, restart: bool = False) -> Run:
         InputError: As training and the data raise it.
         StoppedError: A signal came; a checkpoint is written.
     """
+    # Before hours of training: the score is the work of one process. On many, `mmkit train` trains and this command scores.
+    one_process("probe", mend="train with `mmkit train` on many processes, then score with `mmkit probe` in one")
     run = run_train(recipe, restart=restart)
     if not (run.path / "scores.json").is_file():
         from mmkit.training.stages.finetune import score_finetuned
@@ -94,7 +96,9 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
     engine.barrier()
     run.skip(stage.left_out)
     size = len(stage.samples) + len(stage.left_out)
-    check_skipped(len(stage.left_out), size, recipe.data.max_skipped, where=run.path / "skipped.jsonl")
+    # Labelled sets have no limit of their own: elsewhere nothing of them may be missing.
+    max_skipped = recipe.max_skipped if isinstance(recipe, FinetuneRecipe) else recipe.data.max_skipped
+    check_skipped(len(stage.left_out), size, max_skipped, where=run.path / "skipped.jsonl")
     trainable = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
     run.note(
         world_size=engine.world_size,
@@ -104,9 +108,7 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         trainable_parameters=trainable,
     )
     data = recipe.data
-    settings = LoopSettings(
-        seed=recipe.seed, workers=data.workers, max_skipped=data.max_skipped, title="/".join(run.path.parts[-2:])
-    )
+    settings = LoopSettings(seed=recipe.seed, workers=data.workers, max_skipped=max_skipped, title="/".join(run.path.parts[-2:]))
     tracker = None
     if engine.is_main:
         plain = recipe.model_dump(mode="json")

@@ -232,16 +232,14 @@ class Run:
             write_json(self.path / "manifest.json", self.manifest)
 
 
-def one_process(command: str) -> None:
+def one_process(command: str, *, mend: str = "start it without torchrun or deepspeed") -> None:
     """Refuse a launcher with several processes where one does the work: all of them would write the same files.
 
     Raises:
         InputError: The launcher started more than one process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            f"`mmkit {command}` runs in one process", where="WORLD_SIZE", mend="start it without torchrun or deepspeed"
-        )
+        raise InputError(f"`mmkit {command}` runs in one process", where="WORLD_SIZE", mend=mend)
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

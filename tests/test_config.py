@@ -26,6 +26,29 @@ PLAIN: dict[str, dict[str, Any]] = {
         "data": {"train": "pairs.jsonl"},
         "train": TRAIN,
     },
+    "clip": {
+        "stage": "clip",
+        "run": "runs/f",
+        "encoder": {"architecture": "vit_tiny_patch16_224"},
+        "data": {"train": "pairs.jsonl"},
+        "loss": {"kind": "sigmoid"},
+        "text": {"layers": 2},
+        "train": TRAIN,
+    },
+    "lit": {
+        "stage": "lit",
+        "run": "runs/g",
+        "encoder": {"architecture": "vit_tiny_patch16_224", "init": "runs/a"},
+        "data": {"train": "pairs.jsonl"},
+        "train": TRAIN,
+    },
+    "finetune": {
+        "stage": "finetune",
+        "run": "runs/h",
+        "encoder": "runs/a",
+        "data": {"train": "train", "test": "test", "classes": "names.txt"},
+        "train": TRAIN,
+    },
     "clipcap": {
         "stage": "clipcap",
         "run": "runs/b",
@@ -80,7 +103,8 @@ def test_defaults_are_the_published_ones(tmp_path: Path) -> None:
     recipe = load(tmp_path, "superclass")
     assert isinstance(recipe, SuperclassRecipe)
     assert (recipe.seed, recipe.data.labels, recipe.data.crop_scale) == (0, "clip", (0.9, 1.0))
-    assert recipe.encoder.mean == (0.48145466, 0.4578275, 0.40821073)
+    assert recipe.encoder.mean is None  # OpenAI CLIP's, or those of the weights that training starts from
+    assert (recipe.loss.kind, recipe.track.kind, recipe.monitor.every) == (None, "tensorboard", None)
     assert recipe.data.max_pixels == 100_000_000
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3

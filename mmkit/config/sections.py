@@ -238,7 +238,7 @@ class LabelledDataConfig(Section):
     label: str = Field("label", description="key or column of the class")
     image: str = Field("image", description="key or column of the picture")
     image_root: str | None = None
-    classes: str | None = Field(None, description="class names for zero-shot: JSON list, JSON object, or a name a line")
+    classes: str | None = Field(None, description="class names for zero-shot: imagenet, JSON list or object, or a name a line")
     workers: int = Field(4, ge=0)
     limit: int | None = Field(None, ge=1, description="pictures of each set, drawn once")
     max_pixels: int = Field(100_000_000, ge=1)

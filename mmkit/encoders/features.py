@@ -5,18 +5,96 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from mmkit.data.images import Fit, Pixels, decode_image, fit_square
+from mmkit.data.labelled import LabelledSource
+from mmkit.data.order import _one_thread
+from mmkit.data.skipped import SampleError
 from mmkit.encoders.vit import VisionEncoder
+from mmkit.errors import InputError
 
 log = logging.getLogger(__name__)
+
+
+class _Squares(Dataset["Pixels | str"]):
+    """Decoded pictures; of one that cannot be used the reason, for an exception of a worker would arrive as a traceback."""
+
+    def __init__(self, source: LabelledSource, *, size: int, fit: Fit, max_pixels: int) -> None:
+        self.source, self.size, self.fit, self.max_pixels = source, size, fit, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Pixels | str:
+        try:
+            image = decode_image(self.source.pictures.read(index), max_pixels=self.max_pixels)
+        except SampleError as error:
+            return str(error)
+        return fit_square(image, self.size, fit=self.fit)
+
+
+def pixel_batches(
+    source: LabelledSource,
+    indices: Sequence[int] | None = None,
+    *,
+    size: int,
+    workers: int = 0,
+    max_pixels: int = 100_000_000,
+    batch_size: int = 64,
+    fit: Fit = "crop",
+) -> Iterator[Tensor]:
+    """Pictures of a labelled set as squares, in order; decoded in loader processes.
+
+    Args:
+        source: The set.
+        indices: Which of its pictures; None: all.
+        size: Side S of the squares in pixels.
+        workers: Loader processes; the result does not depend on it.
+        max_pixels: A picture with more is refused.
+        batch_size: Pictures of a batch.
+        fit: How a picture becomes a square.
+
+    Yields:
+        uint8 ``[B, 3, S, S]``.
+
+    Raises:
+        InputError: A picture cannot be used; a score over the others would be another score.
+    """
+    indices = range(len(source)) if indices is None else indices
+    loader: DataLoader[Pixels | str] = DataLoader(
+        _Squares(source, size=size, fit=fit, max_pixels=max_pixels),
+        batch_size=batch_size,
+        sampler=indices,
+        num_workers=workers,
+        collate_fn=_stack,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread if workers else None,
+    )
+    for number, batch in enumerate(loader):
+        if isinstance(batch, Tensor):
+            yield batch
+            continue
+        place, reason = batch
+        key = source.keys[indices[number * batch_size + place]]
+        raise InputError(reason, where=key, mend="repair the picture or remove it from the set")
+
+
+def _stack(squares: list[Pixels | str]) -> Tensor | tuple[int, str]:
+    """A batch uint8 ``[B, 3, S, S]``, or the place of its first unusable picture with the reason."""
+    for place, square in enumerate(squares):
+        if isinstance(square, str):
+            return place, square
+    return torch.from_numpy(np.stack([square for square in squares if not isinstance(square, str)]))
 
 
 def extract_features(
@@ -25,6 +103,7 @@ def extract_features(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
     kind: Literal["pooled", "tokens"] = "pooled",
     layer: int | None = None,
 ) -> Tensor:
@@ -35,6 +114,7 @@ def extract_features(
         pixel_batches: uint8 or normalised float [B, 3, H, W] each.
         device: Where to compute.
         dtype: Of the result; bfloat16 and float16 also compute under autocast.
+        autocast: Compute under autocast in this dtype, whatever the result's is.
         kind: ``pooled`` for one vector a picture, ``tokens`` for its patch tokens.
         layer: With ``tokens``: the block to take them from, see `VisionEncoder.tokens`.
 
@@ -44,9 +124,9 @@ def extract_features(
     device = torch.device(device)
     was_training = encoder.training
     encoder.to(device).eval()
-    half = dtype in (torch.bfloat16, torch.float16)
+    half = autocast or (dtype if dtype in (torch.bfloat16, torch.float16) else None)
     parts = []
-    with torch.inference_mode(), torch.autocast(device.type, dtype=dtype if half else None, enabled=half):
+    with torch.inference_mode(), torch.autocast(device.type, dtype=half, enabled=half is not None):
         for pixels in pixel_batches:
             pixels = pixels.to(device, non_blocking=True)
             features = encoder(pixels) if kind == "pooled" else encoder.tokens(pixels, layer)

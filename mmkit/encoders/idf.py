@@ -1,11 +1,20 @@
-"""Inverse document frequency of the labels, counted in whole numbers while training."""
+"""Inverse document frequency of the labels, counted in whole numbers while training or beforehand over a corpus."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmkit.encoders.ragged import first_in_row, row_of_label
+from mmkit.errors import InputError
+
+_TABLE = "mmkit-idf"
+_MEND = "write the table again with `mmkit data inspect --idf`"
 
 
 class OnlineIDF(nn.Module):
@@ -17,6 +26,8 @@ class OnlineIDF(nn.Module):
 
     A row without labels is no document: it counts neither in df nor in N, as it does not count in the loss.
 
+    A frozen one keeps the counts it was given (a corpus table, see `load_table`) and takes no others.
+
     The counts are int64 buffers: exact in any order of summation, so 1 x 8 processes equal 8 x 1, and untouched by
     ``.to(torch.bfloat16)``. Nothing here knows of ranks: sum `counts` over them, then `absorb` the sum.
     """
@@ -24,13 +35,23 @@ class OnlineIDF(nn.Module):
     df: Tensor
     n: Tensor
 
-    def __init__(self, vocab_size: int) -> None:
-        """Start with nothing seen: all weights 0."""
+    def __init__(self, vocab_size: int, df: Tensor | None = None, n: int | None = None, frozen: bool = False) -> None:
+        """Start with nothing seen (all weights 0), or with the counts of a table.
+
+        Args:
+            vocab_size: V.
+            df: Captions that contain each label, integer[V].
+            n: Captions that have labels; goes with `df`.
+            frozen: Count no further.
+        """
         super().__init__()
-        self.vocab_size = vocab_size
+        assert (df is None) == (n is None), "df and n go together"
+        assert df is not None or not frozen, "a frozen IDF without counts would weigh every label 0"
+        assert df is None or df.shape == (vocab_size,), "df must hold a count for every label"
+        self.vocab_size, self.frozen = vocab_size, frozen
         # Buffers, so that they travel with state_dict and the IDF survives a resume.
-        self.register_buffer("df", torch.zeros(vocab_size, dtype=torch.int64))
-        self.register_buffer("n", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("df", torch.zeros(vocab_size, dtype=torch.int64) if df is None else df.to(torch.int64, copy=True))
+        self.register_buffer("n", torch.tensor([n or 0], dtype=torch.int64))
 
     def counts(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Count one local batch without changing the state.
@@ -42,6 +63,7 @@ class OnlineIDF(nn.Module):
         Returns:
             int64[V + 1]: rows that contain each label, then the number of rows that have labels.
         """
+        assert not self.frozen, "a frozen IDF takes no counts"
         rows = row_of_label(offsets, ids.numel())
         # scatter_add and not bincount: no host synchronisation on CUDA, and exact for integers in any order.
         counted = ids.new_zeros(self.vocab_size + 1)
@@ -56,6 +78,7 @@ class OnlineIDF(nn.Module):
         Args:
             counts: int64[V + 1] from `counts`.
         """
+        assert not self.frozen, "a frozen IDF takes no counts"
         assert counts.shape == (self.vocab_size + 1,), f"counts {tuple(counts.shape)} for {self.vocab_size} labels"
         counts = counts.to(self.df.device)
         self.df += counts[:-1]
@@ -92,3 +115,60 @@ def row_normalised(weights: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
     raw = weights.float()[ids] * first_in_row(ids, rows, weights.numel())
     sums = raw.new_zeros(offsets.numel() - 1).index_add_(0, rows, raw)
     return raw / sums[rows].clamp_min(1e-12)
+
+
+def save_table(file: str | Path, df: Tensor, n: int, *, sha256: str, name: str = "", source: str = "") -> None:
+    """Write document counts of a corpus; complete or absent at every time.
+
+    Args:
+        file: Where to (safetensors: whole numbers, and what they count as metadata).
+        df: Captions that contain each label, integer[V].
+        n: Captions that have labels.
+        sha256: Of the vocabulary, see `CaptionLabels.describe`.
+        name: Of the vocabulary, for messages.
+        source: Fingerprint of the corpus.
+    """
+    assert not df.dtype.is_floating_point, "counts are whole numbers"
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    tensors = {"df": df.to("cpu", torch.int64).contiguous(), "n": torch.tensor([n], dtype=torch.int64)}
+    try:
+        save_file(tensors, temporary, metadata={"kind": _TABLE, "sha256": sha256, "vocabulary": name, "source": source})
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_table(file: str | Path, *, sha256: str, vocab_size: int) -> tuple[Tensor, int]:
+    """Read document counts.
+
+    Args:
+        file: What `save_table` wrote.
+        sha256: Of the vocabulary in use.
+        vocab_size: V of the vocabulary in use.
+
+    Returns:
+        df i64[V] and n.
+
+    Raises:
+        InputError: If there is no such table, it is damaged, or counts the labels of another vocabulary.
+    """
+    if not Path(file).is_file():
+        raise InputError("no such IDF table", where=file, mend=_MEND)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot be read ({error})", where=file, mend=_MEND) from error
+    if metadata.get("kind") != _TABLE or set(tensors) != {"df", "n"}:
+        raise InputError("safetensors, but no IDF table", where=file, mend=_MEND)
+    df, n = tensors["df"], int(tensors["n"])
+    if metadata.get("sha256") != sha256 or df.shape != (vocab_size,):
+        theirs = f"{metadata.get('vocabulary') or 'unnamed'} ({df.numel()} labels, sha256 {str(metadata.get('sha256'))[:12]})"
+        what = f"counts the vocabulary {theirs}, not the one in use ({vocab_size} labels, sha256 {sha256[:12]})"
+        raise InputError(what, where=file, mend=_MEND)
+    if df.dtype != torch.int64 or not 0 <= int(df.min()) <= int(df.max()) <= n:
+        raise InputError(f"counts must be whole numbers from 0 to the {n} captions", where=file, mend=_MEND)
+    return df, n

@@ -1,45 +1,53 @@
-"""``mmkit probe``: how much a frozen encoder knows, by a linear probe and k-NN on labelled pictures."""
+"""``mmkit probe``: how much a frozen encoder knows, by linear probe, k-shot, k-NN and zero-shot on labelled pictures."""
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmkit.config import ProbeDataConfig, ProbeRecipe
-from mmkit.data.images import ImageRef, decode_image, fit_square
-from mmkit.data.pairs import safe_image_path
-from mmkit.data.skipped import LeftOut, SampleError
-from mmkit.encoders.features import FeatureCache, extract_features
+from mmkit.config import ProbeRecipe
+from mmkit.data.labelled import LabelledSource, open_labelled
+from mmkit.encoders.features import FeatureCache, extract_features, pixel_batches
+from mmkit.encoders.kshot import check_shots, kshot
 from mmkit.encoders.probe import ProbeResult, knn, linear_probe
-from mmkit.encoders.save import load_encoder
+from mmkit.encoders.save import encoder_folder, load_encoder, load_tagger
+from mmkit.encoders.templates import class_names, open_templates
 from mmkit.encoders.vit import VisionEncoder
 from mmkit.errors import InputError
 from mmkit.eval.statistics import mean_ci
 from mmkit.files import hash_text, write_json
-from mmkit.run import Run, one_process, resolve_parent
+from mmkit.run import Parent, Run, one_process, resolve_parent
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+if TYPE_CHECKING:
+    from mmkit.encoders.head import SuperClassHead
+    from mmkit.encoders.labels import CaptionLabels
+    from mmkit.encoders.text import TextTower
+
+# Recipe's name of a probe -> name of its task in scores.json.
+TASKS = {"linear": "linear-probe", "kshot": "kshot", "knn": "knn", "zeroshot": "zeroshot", "tags": "tags"}
 _BATCH = 64
 
 
-class LabelledSet(NamedTuple):
-    """Files with their class names."""
+@dataclasses.dataclass(frozen=True)
+class _Sets:
+    """What is probed: the sets, their classes in order, and what these are called."""
 
-    images: list[Path]
-    labels: list[str]
+    train: LabelledSource | None
+    test: LabelledSource
+    classes: list[str]
+    names: list[str]
 
 
 def run_probe(recipe: ProbeRecipe, *, restart: bool = False) -> Run:
     """Extract features once, run the probes, write scores.json.
 
     Raises:
-        InputError: No labelled pictures, an unreadable one, or a test class that training does not have.
+        InputError: No labelled pictures, an unreadable one, a test class that training does not have, or an encoder without
+            what a probe needs.
     """
     run = Run(Path(recipe.run))
     parent = resolve_parent("encoder", recipe.encoder)
@@ -47,113 +55,160 @@ def run_probe(recipe: ProbeRecipe, *, restart: bool = False) -> Run:
     state = run.state(recipe, [parent], restart=restart)
     if state == "done":
         return run
-    train, test = (read_labelled(path, recipe.data) for path in (recipe.data.train, recipe.data.test))
-    classes = sorted(set(train.labels))
-    unknown = sorted(set(test.labels) - set(classes))
-    if unknown:
-        raise InputError(
-            f"classes {', '.join(unknown[:5])} are not in the training set", where=recipe.data.test, mend="fix labels"
-        )
+    sets = _open_sets(recipe)
+    heads = _open_heads(recipe, parent)
+    templates = open_templates(recipe.templates) if "zeroshot" in recipe.probes else ()
     encoder = load_encoder(parent.folder or recipe.encoder)
-    data = hash_text(*(str(p) + label for part in (train, test) for p, label in zip(*part, strict=True)))
+    data = hash_text(*(part.fingerprint for part in (sets.train, sets.test) if part is not None))
     run.start(recipe, [parent], state="new" if state == "continue" else state, data_fingerprint=data, kind="probe")
-    cache = FeatureCache(Path(recipe.run).parent / ".features")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sets = []
-    for part in (train, test):
-        times = (str(p.stat().st_mtime_ns) if p.exists() else "missing" for p in part.images)
-        key = hash_text(parent.fingerprint, *map(str, part.images), *times)
-        batches = _pixel_batches(part.images, encoder, recipe.data.max_pixels, run)
-        features = cache.get(key, lambda batches=batches: extract_features(encoder, batches, device=device))  # type: ignore[misc]
-        sets.append((features, torch.tensor([classes.index(label) for label in part.labels])))
-    results = _probe(recipe, sets, len(classes))
-    write_json(
-        run.path / "scores.json", {"tasks": {n: _score(n, r, test, recipe, parent.fingerprint) for n, r in results.items()}}
-    )
+    test_x = _features(recipe, sets.test, encoder, parent, device)
+    train_x = _features(recipe, sets.train, encoder, parent, device) if sets.train is not None else None
+    results = {}
+    for probe in dict.fromkeys(recipe.probes):
+        if probe in ("zeroshot", "tags"):
+            results[TASKS[probe]] = _by_name(probe, heads, sets, test_x, templates)
+        else:
+            assert train_x is not None  # the recipe's schema sees to it
+            results[TASKS[probe]] = _by_pictures(probe, recipe, sets, train_x, test_x)
+    scores = {name: _score(name, result, sets, recipe, encoder, parent) for name, result in results.items()}
+    write_json(run.path / "scores.json", {"tasks": scores})
     run.finish("done")
     return run
 
 
-def read_labelled(location: str, data: ProbeDataConfig) -> LabelledSet:
-    """Labelled pictures: an image folder with a sub-folder a class, or JSONL rows with ``image`` and the label key.
-
-    Rows whose label is null are left away: they have no class.
-
-    Raises:
-        InputError: Nothing there, a bad row, or a picture outside the data folder.
-    """
-    path = Path(location)
-    if path.is_dir():
-        files = sorted(p for p in path.glob("*/*") if p.suffix.lower() in _SUFFIXES)
-        labels = [p.parent.name for p in files]
-    elif path.is_file():
-        root = Path(data.image_root) if data.image_root else path.parent
-        files, labels = [], []
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if row[data.label] is not None:
-                    files.append(safe_image_path(root, row.get("image")))
-                    labels.append(str(row[data.label]))
-            except (ValueError, KeyError, TypeError) as error:
-                mend = f"each row needs image and {data.label!r}"
-                raise InputError(f"bad row ({error})", where=f"{path}:{number}", mend=mend) from None
-    else:
-        raise InputError("no such file or folder", where=location, mend="check data.train and data.test")
-    if not files:
-        raise InputError("no labelled picture", where=location, mend="give an image folder or JSONL rows with image and label")
-    if data.limit is not None and data.limit < len(files):
-        # Image folders come sorted by class: the first N would be one class.
-        kept = sorted(random.Random(0).sample(range(len(files)), data.limit))
-        files, labels = [files[i] for i in kept], [labels[i] for i in kept]
-    return LabelledSet(files, labels)
+def _open_sets(recipe: ProbeRecipe) -> _Sets:
+    """The labelled sets; training pictures only where a probe learns from them."""
+    data = recipe.data
+    learns = bool({"linear", "kshot", "knn"} & set(recipe.probes))
+    train = open_labelled(data.train, data) if learns and data.train is not None else None
+    test = open_labelled(data.test, data)
+    classes = test.classes if train is None else train.classes
+    test.targets(classes)  # refuses a class that training has not
+    if train is not None and "kshot" in recipe.probes:
+        check_shots(torch.tensor(train.targets(classes)), classes, recipe.shots)
+    by_name = {"zeroshot", "tags"} & set(recipe.probes)
+    return _Sets(train, test, classes, class_names(classes, data.classes) if by_name else classes)
 
 
-def _pixel_batches(images: list[Path], encoder: VisionEncoder, max_pixels: int, run: Run) -> Iterator[Tensor]:
-    """uint8 ``[B, 3, S, S]``; an unreadable picture stops the probe, because a score over other pictures is another score."""
-    for start in range(0, len(images), _BATCH):
-        batch = []
-        for path in images[start : start + _BATCH]:
-            try:
-                image = decode_image(ImageRef(str(path)).read(), max_pixels=max_pixels)
-            except SampleError as error:
-                run.skip([LeftOut(str(path), path.name, str(error))])
-                raise InputError(str(error), where=path, mend="repair the picture or remove it from the set") from None
-            batch.append(torch.from_numpy(fit_square(image, encoder.image_size, fit="crop")))
-        yield torch.stack(batch)
+class _Heads(NamedTuple):
+    """Text tower of a clip or lit run; label head of a SuperClass run with its vocabulary."""
+
+    tower: TextTower | None
+    tagger: tuple[SuperClassHead, CaptionLabels] | None
 
 
-def _probe(recipe: ProbeRecipe, sets: list[tuple[Tensor, Tensor]], num_classes: int) -> dict[str, ProbeResult]:
-    """The probes that the recipe asks for."""
-    (train_x, train_y), (test_x, test_y) = sets
-    found = {}
-    if "linear" in recipe.probes:
-        found["linear-probe"] = linear_probe(
-            train_x,
-            train_y,
-            test_x,
-            test_y,
-            num_classes=num_classes,
+def _open_heads(recipe: ProbeRecipe, parent: Parent) -> _Heads:
+    """Text tower and label head, for the probes that ask for them."""
+    # Imported here: open_clip and what it brings are slow to import, and the other probes need none of it.
+    from mmkit.encoders.text import CONFIG, load_text
+
+    tower = tagger = None
+    folder = encoder_folder(parent.folder) if parent.folder is not None else None
+    if "zeroshot" in recipe.probes:
+        if folder is None or not (folder / CONFIG).is_file():
+            mend = "train stage=lit on it and give that run, or use probes=[tags]"
+            raise InputError("zero-shot needs a text tower, and this encoder has none", where=recipe.encoder, mend=mend)
+        tower = load_text(folder)
+    if "tags" in recipe.probes:
+        if folder is None or not (folder / "head.safetensors").is_file():
+            mend = "give a run of stage=superclass, or use probes=[zeroshot] on a clip or lit run"
+            raise InputError("tags needs a label head, and this encoder has none", where=recipe.encoder, mend=mend)
+        _, head, labels = load_tagger(folder)
+        tagger = (head, labels)
+    return _Heads(tower, tagger)
+
+
+def _features(
+    recipe: ProbeRecipe, source: LabelledSource, encoder: VisionEncoder, parent: Parent, device: torch.device
+) -> Tensor:
+    """Pooled features float[N, D] on the device, from the cache if some probe has made them before."""
+    cache = FeatureCache(Path(recipe.run).parent / ".features")
+    settings = f"pooled {encoder.image_size} crop {recipe.precision} {recipe.data.max_pixels}"
+
+    def make() -> Tensor:
+        batches = pixel_batches(
+            source, size=encoder.image_size, workers=recipe.data.workers, max_pixels=recipe.data.max_pixels, batch_size=_BATCH
+        )
+        autocast = torch.bfloat16 if recipe.precision == "bf16" else None
+        return extract_features(encoder, batches, device=device, autocast=autocast)
+
+    return cache.get(hash_text(parent.fingerprint, source.pictures_fingerprint, settings), make).to(device)
+
+
+def _by_pictures(probe: str, recipe: ProbeRecipe, sets: _Sets, train_x: Tensor, test_x: Tensor) -> ProbeResult:
+    """A probe that learns from labelled pictures."""
+    assert sets.train is not None
+    device = train_x.device
+    train_y, test_y = (torch.tensor(part.targets(sets.classes), device=device) for part in (sets.train, sets.test))
+    known = (train_x, train_y, test_x, test_y)
+    if probe == "linear":
+        return linear_probe(
+            *known,
+            num_classes=len(sets.classes),
             lrs=recipe.lrs,
             epochs=recipe.epochs,
             batch_size=recipe.batch_size,
             seed=recipe.seed,
         )
-    if "knn" in recipe.probes:
-        found["knn"] = knn(train_x, train_y, test_x, test_y, k=recipe.k, temperature=recipe.temperature)
-    return found
+    if probe == "kshot":
+        return kshot(
+            *known, num_classes=len(sets.classes), shots=recipe.shots, draws=recipe.draws, seed=recipe.seed, names=sets.classes
+        )
+    return knn(*known, k=recipe.k, temperature=recipe.temperature)
 
 
-def _score(name: str, result: ProbeResult, test: LabelledSet, recipe: ProbeRecipe, fingerprint: str) -> dict[str, Any]:
+def _by_name(probe: str, heads: _Heads, sets: _Sets, test_x: Tensor, templates: tuple[str, ...]) -> ProbeResult:
+    """A probe that knows classes by their names."""
+    from mmkit.encoders.zeroshot import tag_classes, zero_shot
+
+    test_y = torch.tensor(sets.test.targets(sets.classes), device=test_x.device)
+    if probe == "zeroshot":
+        assert heads.tower is not None
+        return zero_shot(heads.tower.to(test_x.device), test_x, test_y, names=sets.names, templates=templates)
+    assert heads.tagger is not None
+    head, labels = heads.tagger
+    return tag_classes(head.to(test_x.device), labels, test_x, test_y, names=sets.names)
+
+
+def _score(
+    name: str, result: ProbeResult, sets: _Sets, recipe: ProbeRecipe, encoder: VisionEncoder, parent: Parent
+) -> dict[str, Any]:
     """A probe's result in the layout of every other score."""
-    correct = [float(c) for c in result.correct]
+    values = {"accuracy": result.correct} if result.top5 is None else {"accuracy": result.correct, "top5": result.top5}
+    settings = {
+        **result.settings,
+        "label": recipe.data.label,
+        "encoder": recipe.encoder,
+        "model_fingerprint": parent.fingerprint,
+        "image_size": encoder.image_size,
+        "precision": recipe.precision,
+        "limit": recipe.data.limit,
+    }
+    if name == "zeroshot":
+        settings["templates"] = recipe.templates
+    if name in ("zeroshot", "tags"):
+        settings["classes"] = recipe.data.classes
+    return score_layout(name, values, sets.test, settings, seed=recipe.seed)
+
+
+def score_layout(
+    name: str, values: dict[str, list[float]], test: LabelledSource, settings: dict[str, Any], *, seed: int
+) -> dict[str, Any]:
+    """The layout of a task in scores.json.
+
+    Args:
+        name: Of the task.
+        values: Metric -> a value for each test picture.
+        test: The test pictures.
+        settings: Everything the numbers depend on.
+        seed: Of the intervals' draws.
+    """
     return {
         "task": name,
-        "metrics": {"accuracy": result.accuracy},
-        "ci95": {"accuracy": list(mean_ci(correct, seed=recipe.seed))},
-        "n": len(correct),
-        "settings": {**result.settings, "label": recipe.data.label, "encoder": recipe.encoder, "model_fingerprint": fingerprint},
-        "per_sample": [{"id": str(p), "accuracy": c} for p, c in zip(test.images, correct, strict=True)],
+        "metrics": {metric: sum(each) / len(each) for metric, each in values.items()},
+        "ci95": {metric: list(mean_ci(each, seed=seed)) for metric, each in values.items()},
+        "n": len(test),
+        "settings": settings,
+        "per_sample": [{"id": key, **{m: each[i] for m, each in values.items()}} for i, key in enumerate(test.keys)],
     }

@@ -6,11 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mmkit.encoders
-from mmkit.encoders import FeatureCache, extract_features
+from mmkit.config import LabelledDataConfig
+from mmkit.data.images import decode_image, fit_square
+from mmkit.data.labelled import LabelledSource, open_labelled
+from mmkit.encoders import FeatureCache, extract_features, features
+from mmkit.encoders.features import pixel_batches
+from mmkit.errors import InputError
 
 from .helpers import pictures, tiny_encoder
 
@@ -85,3 +92,56 @@ def test_public_names_resolve_and_importing_the_package_is_light() -> None:
         mmkit.encoders.nothing_here  # noqa: B018
     code = "import sys, mmkit.encoders; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def colours(folder: Path, count: int = 7) -> LabelledSource:
+    """Pictures that differ by their number, of different sizes."""
+    (folder / "a").mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (40 + i, 50), (i * 20, 255 - i * 20, 0)).save(folder / "a" / f"{i}.png")
+    return open_labelled(str(folder), LabelledDataConfig(test=str(folder)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_come_in_order_whatever_loads_them(tmp_path: Path, workers: int) -> None:
+    source = colours(tmp_path)
+    batches = list(pixel_batches(source, size=16, workers=workers, batch_size=3))
+    assert [len(b) for b in batches] == [3, 3, 1] and batches[0].dtype == torch.uint8
+    expected = [fit_square(decode_image(source.pictures.read(i)), 16, fit="crop") for i in range(7)]
+    assert torch.equal(torch.cat(batches), torch.from_numpy(np.stack(expected)))
+    chosen = torch.cat(list(pixel_batches(source, [6, 6, 1], size=16, workers=workers, batch_size=2)))
+    assert torch.equal(chosen, torch.cat(batches)[[6, 6, 1]])
+
+
+def test_loader_processes_do_the_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = colours(tmp_path)
+    seen = []
+
+    def watched(data: bytes, **more: int) -> Image.Image:
+        seen.append(1)
+        return decode_image(data, **more)
+
+    monkeypatch.setattr(features, "decode_image", watched)
+    for workers in (2, 0):
+        list(pixel_batches(source, size=16, workers=workers))
+        assert len(seen) == (0 if workers else 7)  # a child's list is its own
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unusable_picture_is_named_without_a_traceback(tmp_path: Path, workers: int) -> None:
+    source = colours(tmp_path)
+    Path(source.keys[4]).write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"a/4\.png: is no picture .*; repair the picture or remove it") as caught:
+        list(pixel_batches(source, [0, 1, 4, 5], size=16, workers=workers, batch_size=2))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"a/0\.png: 40 x 50 pixels are over the limit of 1999"):
+        list(pixel_batches(source, size=16, max_pixels=1999, workers=workers))
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32() -> None:
+    encoder, x = tiny_encoder(), pictures(3)
+    exact, got = extract_features(encoder, [x]), extract_features(encoder, [x], autocast=torch.bfloat16)
+    assert got.dtype == torch.float32 and not torch.equal(got, exact)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(got, encoder(x).float())
+    assert torch.nn.functional.cosine_similarity(got, exact).min() > 0.999

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from mmkit.encoders import OnlineIDF, pack_labels, row_normalised
+from mmkit.encoders.idf import load_table, save_table
 from mmkit.encoders.ragged import first_in_row, row_of_label
+from mmkit.errors import InputError
 
 from .helpers import random_rows
 
@@ -92,3 +98,58 @@ def test_ragged_helpers() -> None:
     rows = row_of_label(offsets, len(ids))
     assert rows.tolist() == [0, 0, 2, 2, 2]
     assert first_in_row(ids, rows, 6).tolist() == [True, False, True, True, False]
+
+
+def table(folder: Path, **changes: Any) -> Path:
+    """A table of four labels over ten captions."""
+    file = folder / "idf.safetensors"
+    kept = {"df": torch.tensor([10, 0, 3, 5]), "n": 10, "sha256": "a" * 64, "name": "clip", "source": "corpus", **changes}
+    save_table(file, kept.pop("df"), kept.pop("n"), **kept)
+    return file
+
+
+def test_a_table_comes_back_and_weighs_as_online_counts_do(tmp_path: Path) -> None:
+    df, n = load_table(table(tmp_path), sha256="a" * 64, vocab_size=4)
+    assert df.tolist() == [10, 0, 3, 5] and n == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["idf.safetensors"]
+    idf = OnlineIDF(4, df, n, frozen=True)
+    expected = [math.log(11 / (count + 1)) for count in (10, 0, 3, 5)]
+    torch.testing.assert_close(idf.weights(), torch.tensor(expected))
+    for change in (lambda: idf.counts(*pack_labels([[0]])), lambda: idf.absorb(torch.zeros(5, dtype=torch.int64))):
+        with pytest.raises(AssertionError, match="takes no counts"):
+            change()
+
+
+def test_counts_go_on_from_a_table_without_changing_it() -> None:
+    df = torch.tensor([2, 0])
+    idf = OnlineIDF(2, df, 3)
+    idf.update(*pack_labels([[1]]))
+    assert idf.df.tolist() == [2, 1] and idf.n.tolist() == [4] and df.tolist() == [2, 0]
+    with pytest.raises(AssertionError, match="weigh every label 0"):
+        OnlineIDF(2, frozen=True)
+
+
+def test_a_table_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    file = table(tmp_path)
+    with pytest.raises(InputError, match=r"clip \(4 labels, sha256 a{12}\), not the one in use \(4 labels, sha256 b{12}\)"):
+        load_table(file, sha256="b" * 64, vocab_size=4)
+    with pytest.raises(InputError, match=r"clip \(4 labels, .*not the one in use \(5 labels"):
+        load_table(file, sha256="a" * 64, vocab_size=5)
+
+
+@pytest.mark.parametrize("change", [{"df": torch.tensor([11, 0, 0, 0])}, {"df": torch.tensor([-1, 0, 0, 0])}, {"n": 9}])
+def test_impossible_counts_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="whole numbers from 0 to"):
+        load_table(table(tmp_path, **change), sha256="a" * 64, vocab_size=4)
+
+
+def test_other_files_are_no_tables(tmp_path: Path) -> None:
+    file = tmp_path / "file.safetensors"
+    with pytest.raises(InputError, match="no such IDF table; write the table again"):
+        load_table(file, sha256="a", vocab_size=4)
+    file.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_table(file, sha256="a", vocab_size=4)
+    save_file({"df": torch.zeros(4)}, file)
+    with pytest.raises(InputError, match="no IDF table"):
+        load_table(file, sha256="a", vocab_size=4)

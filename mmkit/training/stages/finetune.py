@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -140,6 +141,10 @@ def _make_encoder(recipe: FinetuneRecipe, source: str) -> VisionEncoder:
     if recipe.drop_path != args.get("drop_path_rate", 0.0):
         args["drop_path_rate"] = recipe.drop_path
     if size != known.image_size and hasattr(known.backbone, "set_input_size"):
+        patch = known.backbone.patch_embed.patch_size[0]
+        if size % patch:
+            # timm would leave out the rest at the right and below, in silence.
+            raise InputError(f"{size} pixels are no whole number of patches of {patch}", where="image_size", mend="change it")
         args["img_size"] = size
     if args == known.model_args and size == known.image_size:
         return known.float()
@@ -161,7 +166,8 @@ def _make_encoder(recipe: FinetuneRecipe, source: str) -> VisionEncoder:
 def decayed_rates(encoder: VisionEncoder, lr: float, decay: float) -> dict[str, float]:
     """Learning rates that fall from block to block below the top (BEiT, arXiv 2106.08254; MAE util/lr_decay.py).
 
-    Final norm and classifier have ``lr``, the last of L blocks ``lr * decay``, the embeddings ``lr * decay**(L + 1)``.
+    The classifier has ``lr``, the last of L blocks ``lr * decay``, the embeddings ``lr * decay**(L + 1)``. Layers are timm's: the
+    final norm belongs to the last block, where MAE has it with the classifier.
 
     Args:
         encoder: Any timm model that says which layer a weight belongs to.
@@ -178,10 +184,13 @@ def decayed_rates(encoder: VisionEncoder, lr: float, decay: float) -> dict[str, 
         raise InputError(
             f"{encoder.architecture} does not say what its layers are", where="layer_decay", mend="use layer_decay=1"
         )
-    layer_of = group_parameters(encoder.backbone, encoder.backbone.group_matcher(coarse=False), reverse=True)
-    top = max(layer_of.values())
+    names = [name for name, _ in encoder.backbone.named_parameters()]
+    # timm puts a name that none of its patterns fits above the top block: that is where the classifier is.
+    named = SimpleNamespace(named_parameters=lambda: [(name, None) for name in [*names, "classifier"]])
+    layer_of = group_parameters(named, encoder.backbone.group_matcher(coarse=False), reverse=True)
+    top = layer_of["classifier"]
     # Longest names first: the first that a weight's name begins with decides.
-    names = sorted(layer_of, key=len, reverse=True)
+    names.sort(key=len, reverse=True)
     return {f"encoder.backbone.{name}": lr * decay ** (top - layer_of[name]) for name in names}
 
 

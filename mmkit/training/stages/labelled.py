@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,10 +111,19 @@ class FinetuneSamples:
 def _rand_augment(name: str, size: int) -> Any:
     """Timm's RandAugment (arXiv 1909.13719) by its name, shifts scaled to the picture and gaps filled with CLIP's mean colour."""
     try:
-        return rand_augment_transform(name, {"translate_const": int(size * 0.45), "img_mean": (122, 116, 104)})
+        policy = rand_augment_transform(name, {"translate_const": int(size * 0.45), "img_mean": (122, 116, 104)})
     except (AssertionError, ValueError, KeyError) as error:
         what = f"no RandAugment {name!r}{f' ({error})' if str(error) else ''}"
         raise InputError(what, where="rand_augment", mend="use a name such as rand-m9-mstd0.5-inc1") from None
+    for op in policy.ops:
+        if op.name.startswith("Posterize"):
+            op.level_fn = functools.partial(_some_bits, op.level_fn)
+    return policy
+
+
+def _some_bits(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+    """Bits that timm's posterize keeps, at least one: at its strongest it asks for none, which newer Pillow refuses."""
+    return (max(1, level_fn(level, hparams)[0]),)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from mmkit.encoders.loss_kinds import LabelLoss, make_kind
 from mmkit.encoders.ragged import pack_labels, row_of_label
 from mmkit.encoders.save import save_encoder
 from mmkit.encoders.vit import VisionEncoder
+from mmkit.files import hash_file, hash_text
 from mmkit.training.objective import Batch, Objective, Stage
 from mmkit.training.stages.monitors import make_monitors
 from mmkit.training.stages.pairs import PairSample, collate_pictures, open_samples
@@ -130,6 +131,11 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
     objective = SuperclassObjective(encoder, head, idf, loss=make_loss(recipe.loss), chunk_rows=recipe.loss.chunk_rows)
     samples, validation, source = open_samples(data, encoder, labels.encode_one, patch_drop=recipe.encoder.patch_drop)
 
+    fingerprint = source.fingerprint
+    if data.idf_file is not None:
+        # A table that is counted anew under the same name is other data.
+        fingerprint = hash_text(fingerprint, hash_file(Path(data.idf_file)))
+
     def save_product(folder: Path) -> None:
         extra: dict[str, Any] = {"idf": data.idf, "seed": recipe.seed}
 
@@ -146,7 +152,7 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
         collate=collate_labelled,
         save_product=save_product,
         parents=parents,
-        data_fingerprint=source.fingerprint,
+        data_fingerprint=fingerprint,
         left_out=source.left_out,
         validation=validation,
         monitors=make_monitors(recipe.monitor, encoder, head=head, labels=labels, workers=data.workers),

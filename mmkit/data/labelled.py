@@ -1,0 +1,296 @@
+"""Pictures with a class: image folders, JSON lines, webdataset tars and Hugging Face data sets, behind one small class.
+
+Strict where pairs are lenient: a score over other pictures than the next system's is another score, so nothing is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmkit.config import LabelledDataConfig
+from mmkit.data.images import ImageRef
+from mmkit.data.pairs import _IMAGE_SUFFIXES, _shard_samples, expand_shards, safe_image_path
+from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.errors import InputError
+from mmkit.files import hash_text
+
+_HF = "hf:"
+
+
+class Pictures(Protocol):
+    """Encoded pictures by number; pickles, so that loader processes can have it."""
+
+    def read(self, index: int) -> bytes:
+        """Bytes of a picture. Raises SampleError when there are none."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSource:
+    """A labelled set.
+
+    Attributes:
+        location: As the user gave it.
+        pictures: Bytes on demand.
+        keys: A name for each picture, which an error message or a table can show.
+        labels: The class name of each picture, as the data have it.
+        classes: All classes of the whole set, also of what a limit left away; numbers in their order, names by alphabet, and
+            a Hugging Face data set's in its own order.
+        fingerprint: Hash of names, sizes and classes: what the set is.
+        pictures_fingerprint: Hash of names, sizes and times of writing, without classes: what features of it depend on.
+    """
+
+    location: str
+    pictures: Pictures
+    keys: list[str]
+    labels: list[str]
+    classes: list[str]
+    fingerprint: str
+    pictures_fingerprint: str
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.labels)
+
+    def targets(self, classes: Sequence[str]) -> list[int]:
+        """The number of each picture's class in a list of classes.
+
+        Raises:
+            InputError: A class is not in the list.
+        """
+        number = {name: i for i, name in enumerate(classes)}
+        if unknown := sorted(set(self.labels) - set(number)):
+            what = f"classes {', '.join(unknown[:5])} are not in the training set"
+            raise InputError(what, where=self.location, mend="fix labels")
+        return [number[label] for label in self.labels]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Pictures in files, or in slices of tars."""
+
+    refs: list[ImageRef]
+
+    def read(self, index: int) -> bytes:
+        return self.refs[index].read()
+
+    def take(self, kept: list[int]) -> _Files:
+        return _Files([self.refs[i] for i in kept])
+
+    def stamps(self) -> tuple[list[str], list[str]]:
+        """Place and size of each picture, and the time its file was written; a missing file has neither."""
+        seen: dict[str, tuple[int, int]] = {}
+        for path in {ref.path for ref in self.refs}:
+            stat = Path(path).stat() if Path(path).exists() else None
+            seen[path] = (stat.st_size, stat.st_mtime_ns) if stat else (-1, -1)
+        return (
+            [f"{ref.path} {ref.offset} {ref.size} {seen[ref.path][0]}" for ref in self.refs],
+            [str(seen[ref.path][1]) for ref in self.refs],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """Pictures in a column of a Hugging Face data set that is not decoded."""
+
+    rows: Any
+    column: str
+    numbers: list[int]
+
+    def read(self, index: int) -> bytes:
+        value = self.rows[self.numbers[index]][self.column]
+        if value is not None and value["bytes"] is not None:
+            data: bytes = value["bytes"]
+            return data
+        if value is None or not value["path"]:
+            raise SampleError("the row has no picture")
+        return ImageRef(value["path"]).read()
+
+    def take(self, kept: list[int]) -> _Column:
+        return _Column(self.rows, self.column, [self.numbers[i] for i in kept])
+
+    def stamps(self) -> tuple[list[str], list[str]]:
+        """Row numbers; the data set's own fingerprint stands for the content."""
+        own = [f"{self.rows._fingerprint} {number}" for number in self.numbers]
+        return own, own
+
+
+class _Read:
+    """What a reader found: parallel lists, and the classes in their order if the data set has one."""
+
+    def __init__(self, pictures: _Files | _Column, keys: list[str], labels: list[str], classes: list[str] | None = None) -> None:
+        self.pictures, self.keys, self.labels, self.classes = pictures, keys, labels, classes
+
+
+def open_labelled(location: str, data: LabelledDataConfig) -> LabelledSource:
+    """Read the index of a labelled set.
+
+    Args:
+        location: Image folder with a sub-folder a class; ``.jsonl`` rows; tar shards with ``.cls`` (a number or a name) beside
+            each picture; or ``hf:NAME_OR_FOLDER[@SPLIT]``.
+        data: Kind, keys, root folder and limit.
+
+    Raises:
+        InputError: Nothing there, a bad row or shard, or a picture outside the data folder.
+    """
+    kind = _kind(location) if data.type == "auto" else data.type
+    readers = {"folder": _read_folder, "jsonl": _read_jsonl, "webdataset": _read_shards, "hf": _read_hugging_face}
+    found = readers[kind](location, data)
+    if not found.keys:
+        mend = f"give an image folder, rows with {data.image} and {data.label}, tars with .cls, or hf:NAME"
+        raise InputError("no labelled picture", where=location, mend=mend)
+    classes = found.classes or sort_classes(found.labels)
+    pictures, keys, labels = found.pictures, found.keys, found.labels
+    if data.limit is not None and data.limit < len(keys):
+        # Image folders come sorted by class: the first N would be one class.
+        kept = sorted(random.Random(0).sample(range(len(keys)), data.limit))
+        pictures, keys, labels = pictures.take(kept), [keys[i] for i in kept], [labels[i] for i in kept]
+    what, when = pictures.stamps()
+    return LabelledSource(
+        location=location,
+        pictures=pictures,
+        keys=keys,
+        labels=labels,
+        classes=classes,
+        fingerprint=hash_text(*what, *labels),
+        pictures_fingerprint=hash_text(*what, *when),
+    )
+
+
+def sort_classes(labels: Sequence[str]) -> list[str]:
+    """Each class once: in the order of numbers if all are numbers, else by alphabet."""
+    names = set(labels)
+    return sorted(names, key=lambda name: (int(name), name)) if all(map(is_number, names)) else sorted(names)
+
+
+def is_number(label: str) -> bool:
+    """Whether a class is a number from 0 on."""
+    return label.isascii() and label.isdigit()
+
+
+def _kind(location: str) -> str:
+    """The kind of a set by its name and what lies there."""
+    path = Path(location)
+    if location.startswith(_HF):
+        return "hf"
+    if path.is_dir():
+        return "webdataset" if any(path.glob("*.tar")) else "folder"
+    if path.suffix == ".tar" or (not path.exists() and any(c in location for c in "{*?[")):
+        return "webdataset"
+    return "jsonl"
+
+
+def _read_folder(location: str, data: LabelledDataConfig) -> _Read:
+    """Pictures in a sub-folder a class."""
+    if not Path(location).is_dir():
+        raise InputError("no such folder", where=location, mend="check data.train and data.test")
+    files = sorted(p for p in Path(location).glob("*/*") if p.suffix.lower() in _IMAGE_SUFFIXES)
+    return _Read(_Files([ImageRef(str(p)) for p in files]), [str(p) for p in files], [p.parent.name for p in files])
+
+
+def _read_jsonl(location: str, data: LabelledDataConfig) -> _Read:
+    """Rows of a JSON-lines file; those whose label is null are left away: they have no class."""
+    path = Path(location)
+    if not path.is_file():
+        raise InputError("no such file or folder", where=location, mend="check data.train and data.test")
+    root = Path(data.image_root) if data.image_root else path.parent
+    files, labels = [], []
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+            if row[data.label] is not None:
+                labels.append(_class_name(row[data.label]))
+                files.append(str(safe_image_path(root, row.get(data.image))))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            mend = f"each row needs {data.image} and {data.label!r}"
+            raise InputError(f"bad row ({error})", where=f"{path}:{number}", mend=mend) from None
+    return _Read(_Files([ImageRef(file) for file in files]), files, labels)
+
+
+def _class_name(value: object) -> str:
+    """A class as text: a number and its digits are the same class."""
+    if not isinstance(value, str | int):
+        raise TypeError(f"the class is {type(value).__name__}, not text or a whole number")
+    name = str(value).strip()
+    if not name:
+        raise ValueError("the class is empty")
+    return name
+
+
+def _read_shards(location: str, data: LabelledDataConfig) -> _Read:
+    """Tar shards; the class of ``KEY.jpg`` is in ``KEY.cls``."""
+    refs, keys, labels = [], [], []
+    left_out: list[LeftOut] = []
+    mend = "write the shard again, each picture with its class in a .cls beside it"
+    for shard in expand_shards(location):
+        for key, members in _shard_samples(shard, left_out):
+            where = f"{shard}:{key}"
+            image = next((members[s] for s in _IMAGE_SUFFIXES if s in members), None)
+            if image is None or ".cls" not in members:
+                raise InputError(f"no {'picture' if image is None else '.cls'}", where=where, mend=mend)
+            try:
+                labels.append(_class_name(members[".cls"].read().decode("utf-8")))
+            except ValueError as error:
+                raise InputError(f".cls: {error}", where=where, mend=mend) from None
+            refs.append(image)
+            keys.append(where)
+        if left_out:
+            raise InputError(left_out[0].reason, where=f"{shard}:{left_out[0].key}", mend="write or fetch the shard again")
+    return _Read(_Files(refs), keys, labels)
+
+
+def _read_hugging_face(location: str, data: LabelledDataConfig) -> _Read:
+    """A Hugging Face data set; its class labels bring their names, and -1 (the hub's mark of a hidden class) has none."""
+    import datasets
+
+    name, _, split = location.removeprefix(_HF).partition("@")
+    rows = _load_rows(name, split, location)
+    for column in (data.image, data.label):
+        if column not in rows.column_names:
+            mend = f"set data.image and data.label; there are {', '.join(rows.column_names)}"
+            raise InputError(f"no column {column!r}", where=location, mend=mend)
+    if not isinstance(rows.features[data.image], datasets.Image):
+        mend = "set data.image to a column of pictures"
+        raise InputError(f"column {data.image!r} holds {rows.features[data.image]}, no pictures", where=location, mend=mend)
+    feature = rows.features[data.label]
+    values = rows[data.label][:]
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    numbers = [i for i, value in enumerate(values) if value is not None and not (names and value < 0)]
+    try:
+        labels = [names[values[i]] if names else _class_name(values[i]) for i in numbers]
+    except (TypeError, ValueError) as error:
+        mend = "set data.label to a column of classes"
+        raise InputError(f"column {data.label!r}: {error}", where=location, mend=mend) from None
+    # Without decoding: the bytes go through the same decoder as every other picture.
+    pictures = rows.select_columns([data.image]).cast_column(data.image, datasets.Image(decode=False))
+    return _Read(_Column(pictures, data.image, numbers), [f"{location} row {i}" for i in numbers], labels, names)
+
+
+def _load_rows(name: str, split: str, location: str) -> Any:
+    """One split of a data set on disk or on the hub."""
+    import datasets
+
+    folder = Path(name)
+    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    try:
+        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        what = f"cannot be loaded ({' '.join(str(error).split())})"
+        raise InputError(what, where=location, mend="check the name, the split after @, and the network") from None
+    if isinstance(found, datasets.DatasetDict):
+        if not split and len(found) == 1:
+            split = next(iter(found))
+        if split not in found:
+            what = f"no split {split!r}" if split else "which split is not said"
+            raise InputError(what, where=location, mend=f"write {_HF}{name}@SPLIT with one of {', '.join(found)}")
+        return found[split]
+    if saved and split and str(found.split) != split:
+        raise InputError(f"this is no split {split!r}", where=location, mend=f"leave @{split} away")
+    return found
