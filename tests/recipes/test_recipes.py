@@ -19,11 +19,28 @@ from mmkit.validate import check_parts
 
 RECIPES = list_recipes()
 DEEPSPEED = sorted(recipe_folders()["deepspeed"].glob("*.json"))
-VERB = {"superclass": "train", "clipcap": "train", "llava": "train", "probe": "probe", "eval": "eval"}
+VERB = {
+    "superclass": "train",
+    "clip": "train",
+    "lit": "train",
+    "finetune": "probe",
+    "clipcap": "train",
+    "llava": "train",
+    "probe": "probe",
+    "eval": "eval",
+}
 EXPECTED = [
     "demo-probe",
     "demo-superclass",
+    "finetune-imagenet",
+    "lit-vit-b16",
+    "lit-vit-l16",
+    "lit-vit-l16-12b",
+    "lit-vit-s16",
     "probe-imagenet",
+    "superclass-cc3m",
+    "superclass-vit-l16-12b",
+    "zeroshot-imagenet",
     "superclass-vit-b16",
     "superclass-vit-l14",
     "superclass-vit-l16",
@@ -156,7 +173,8 @@ def test_stages_hand_on_their_runs() -> None:
     runs = {plain(load_recipe(path))["run"] for path in RECIPES.values()}
     for name, path in RECIPES.items():
         recipe = plain(load_recipe(path))
-        for parent in (recipe.get("model"), recipe.get("encoder")):
+        encoder = recipe.get("encoder")
+        for parent in (recipe.get("model"), encoder.get("init") if isinstance(encoder, dict) else encoder):
             if isinstance(parent, str) and not parent.startswith("timm:"):
                 assert parent in runs, f"{name}: nothing makes {parent}"
 
@@ -166,6 +184,7 @@ SUPERCLASS = {
     "superclass-vit-s16": ("vit_small_patch16_224", 512_000_000, 16384, 5e-4, [0.9, 0.98], 500, [0.9, 1.0]),
     "superclass-vit-b16": ("vit_base_patch16_224", 512_000_000, 16384, 5e-4, [0.9, 0.98], 500, [0.9, 1.0]),
     "superclass-vit-l16": ("vit_large_patch16_224", 512_000_000, 16384, 5e-4, [0.9, 0.98], 500, [0.9, 1.0]),
+    "superclass-vit-l16-12b": ("vit_large_patch16_224", 12_800_000_000, 90112, 1e-3, [0.9, 0.95], 10000, [0.4, 1.0]),
     "superclass-vit-l14": ("vit_large_patch14_224", 12_800_000_000, 90112, 1e-3, [0.9, 0.95], 10000, [0.4, 1.0]),
 }
 
@@ -183,6 +202,39 @@ def test_superclass_has_the_published_values(name: str) -> None:
     assert train["clip_grad_norm"] is None
     assert (data["labels"], data["idf"], data["context_length"]) == ("clip", "online", 77)
     assert train["batch_size"] % (train["micro_batch_size"] * 8) == 0
+    # Only the 12.8 B config changes colours.
+    jitter = ([0.32, 0.32, 0.32, 0.08], 0.8, 0.2) if samples > 10**10 else (None, 0.8, 0.0)
+    assert (data["color_jitter"], data["color_jitter_prob"], data["gray_scale_prob"]) == jitter
+
+
+@pytest.mark.parametrize("name", [n for n in SUPERCLASS if n != "superclass-vit-l14"])
+def test_every_encoder_has_a_lit_stage_of_the_same_samples(name: str) -> None:
+    base, lit = (plain(load_recipe(RECIPES[n])) for n in (name, name.replace("superclass", "lit")))
+    assert lit["stage"] == "lit" and lit["encoder"]["init"] == base["run"]
+    assert lit["encoder"]["architecture"] == base["encoder"]["architecture"]
+    same = (
+        "batch_size",
+        "samples",
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "warmup",
+        "schedule",
+        "clip_grad_norm",
+        "checkpoint_every",
+    )
+    assert {k: lit["train"][k] for k in same} == {k: base["train"][k] for k in same}
+    pictures = ("train", "crop_scale", "color_jitter", "color_jitter_prob", "gray_scale_prob")
+    assert {k: lit["data"][k] for k in pictures} == {k: base["data"][k] for k in pictures}
+
+
+@pytest.mark.parametrize("name", [*SUPERCLASS, "superclass-cc3m", "demo-superclass"])
+def test_one_override_makes_it_the_baseline(name: str) -> None:
+    recipe = load_recipe(RECIPES[name], ["stage=clip"])
+    check_parts(recipe)
+    base = load_recipe(RECIPES[name])
+    assert recipe.model_dump(exclude={"stage"}) == base.model_dump(exclude={"stage"})
 
 
 @pytest.mark.parametrize("name", ["clipcap-mlp-gpt2", "clipcap-transformer-gpt2", "clipcap-superclass"])
