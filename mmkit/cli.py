@@ -125,12 +125,13 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the world, the runs and the report.")] = Path("runs/demo"),
+    clip: Annotated[bool, typer.Option("--clip", help="Also train CLIP on the same samples, as a row to compare with.")] = False,
     restart: Restart = False,
 ) -> None:
     """The whole pipeline on the built-in demo world, on a CPU or GPU, to a report."""
     from mmkit.demo import run_demo
 
-    report = run_demo(out, restart=restart)
+    report = run_demo(out, clip=clip, restart=restart)
     _say(f"report: {report}")
 
 

@@ -23,14 +23,19 @@ logger = logging.getLogger(__name__)
 
 # Row label in the report -> folder of its runs. The first one is the reference of the paired differences.
 SYSTEMS = {"SuperClass": "superclass", "random frozen": "random"}
+RIVALS = {"CLIP": "clip"}
+# The one line that makes the baseline of the recipe: same pictures, captions, order, steps and optimiser. The demo's captions are
+# short, and a text tower with empty places would only cost time.
+CLIP = ("stage=clip", "text.context_length=40")
 BLIND = "blind (pictures shuffled)"
 
 
-def run_demo(out: Path, *, restart: bool = False) -> Path:
+def run_demo(out: Path, *, clip: bool = False, restart: bool = False) -> Path:
     """Make the world, train every stage for two encoders, evaluate them and the blind baseline, write the report.
 
     Args:
         out: Folder for everything.
+        clip: Also train CLIP on the same samples and take it the whole way.
         restart: Train and evaluate anew (the world is kept).
 
     Returns:
@@ -38,7 +43,8 @@ def run_demo(out: Path, *, restart: bool = False) -> Path:
     """
     began = time.monotonic()
     report = out / "report" / "report.html"
-    stamp = _stamp()
+    systems = {**SYSTEMS, **RIVALS} if clip else SYSTEMS
+    stamp = _stamp(systems)
     if report.is_file() and not restart and (out / "demo.txt").is_file() and (out / "demo.txt").read_text() == stamp:
         return report
     # The demo recipes take every path below this folder; the same recipes run from the shell.
@@ -63,7 +69,9 @@ def run_demo(out: Path, *, restart: bool = False) -> Path:
     stage("demo-superclass")
     # No step of training: the same architecture with its initial weights is the random encoder.
     stage("demo-superclass", f"run={out}/random/encoder", "train.steps=0", "system=random frozen", "data.val=null")
-    for label, folder in SYSTEMS.items():
+    if clip:
+        stage("demo-superclass", *CLIP, f"run={out}/clip/encoder", "system=CLIP")
+    for label, folder in systems.items():
         base = out / folder
         named = f"system={label}"
         measure("demo-probe", f"run={base}/probe", f"encoder={base}/encoder", named)
@@ -85,10 +93,10 @@ def run_demo(out: Path, *, restart: bool = False) -> Path:
     return path
 
 
-def _stamp() -> str:
-    """What the report depends on: this version and the demo's recipes. After a change of these the runs are looked at again."""
+def _stamp(systems: dict[str, str]) -> str:
+    """What the report depends on: this version, its rows, the demo's recipes. After a change the runs are looked at again."""
     recipes = [path for name, path in list_recipes().items() if name.startswith("demo-")]
-    return hash_text(mmkit.__version__, *(path.read_text(encoding="utf-8") for path in recipes)) + "\n"
+    return hash_text(mmkit.__version__, *systems, *(path.read_text(encoding="utf-8") for path in recipes)) + "\n"
 
 
 def _measure(recipe: str, overrides: list[str], restart: bool) -> Run:

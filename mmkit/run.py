@@ -189,9 +189,9 @@ class Run:
         self._write_manifest()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl; floats are written with six significant digits."""
+        """Append a row to metrics.jsonl; floats are written with nine significant digits, which is all of fp32."""
         if self.write:
-            short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+            short = {k: float(f"{v:.9g}") if isinstance(v, float) else v for k, v in row.items()}
             append_jsonl(self.path / "metrics.jsonl", [short])
 
     def drop_metrics_after(self, step: int) -> None:

@@ -24,7 +24,7 @@ from mmkit.recipes import list_recipes
 # fmt: off
 SURFACE = {
     "": ["--version"],
-    "demo": ["--out", "--restart"],
+    "demo": ["--out", "--clip", "--restart"],
     "train": ["RECIPE", "[KEY=VALUE]...", "--restart"],
     "probe": ["RECIPE", "[KEY=VALUE]...", "--restart"],
     "eval": ["RECIPE", "[KEY=VALUE]...", "--restart"],

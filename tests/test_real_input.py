@@ -80,3 +80,29 @@ def check_scores(folder: Path, coco: Path) -> None:
     assert again["metrics"] == captions["metrics"]
     answers = json.loads((folder / "eval-mllm" / "scores.json").read_text())["tasks"]["vqav2"]
     assert answers["n"] == 40 and 0 <= answers["metrics"]["accuracy"] <= 1
+
+
+def test_superclass_against_clip_at_equal_samples(shared, tmp_path):
+    coco = shared / "coco-mini"
+    captions = [row["caption"] for row in json.loads((coco / "captions_train.json").read_text())["annotations"]]
+    train_bpe_tokenizer(captions, tmp_path / "bpe", vocab_size=400)
+    pictures = ["data.type=coco", f"data.train={coco / 'captions_train.json'}", f"data.image_root={coco / 'images' / 'train'}"]
+    held_out = [f"data.val={coco / 'captions_val.json'}", f"data.val_image_root={coco / 'images' / 'val'}"]
+    scores = []
+    for system, more in (("SuperClass", []), ("CLIP", ["stage=clip", "text.context_length=32"])):
+        encoder, captioner, scored = (tmp_path / f"{system}-{name}" for name in ("encoder", "captioner", "eval"))
+        run("train", "demo-superclass", f"run={encoder}", f"system={system}", *pictures, *held_out, *FEW, "train.val_every=5",
+            "train.val_batches=2", *more)  # fmt: skip
+        run("train", "demo-clipcap", f"run={captioner}", f"encoder={encoder}", f"system={system}", *pictures, "data.val=null",
+            "train.val_every=null", f"llm.tokenizer={tmp_path / 'bpe'}", *FEW)  # fmt: skip
+        run("eval", "demo-eval-captioner", f"run={scored}", f"model={captioner}", f"system={system}",
+            f"tasks.0.annotations={coco / 'captions_val.json'}", f"tasks.0.image_root={coco / 'images' / 'val'}",
+            "tasks.0.generation.max_new_tokens=8", "tasks.0.limit=20")  # fmt: skip
+        scores.append(scored)
+        assert len(pipeline.losses(encoder)) == 5
+    # The same pictures in the same order: the two runs read the same samples.
+    ours, theirs = (pipeline.manifest(tmp_path / f"{s}-encoder") for s in ("SuperClass", "CLIP"))
+    assert ours["data"]["fingerprint"] == theirs["data"]["fingerprint"] and ours["steps"] == theirs["steps"]
+    run("report", *scores, "--out", tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "SuperClass" in text and "CLIP" in text and "CIDEr" in text

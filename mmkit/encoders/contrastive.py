@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mmkit.encoders.loss import autocast_device
+
 
 def infonce_sum(
     image: Tensor,
@@ -116,7 +118,7 @@ def _logits(rows: Tensor, others: Tensor, scale: Tensor) -> Tensor:
 def _in_chunks(part: Callable[[int, int], Tensor], rows: Tensor, chunk_rows: int) -> Tensor:
     """``part(start, end)`` over chunks of rows, float[B]; several chunks recompute their logits in backward."""
     assert chunk_rows > 0, f"chunk_rows must be positive, not {chunk_rows}"
-    with torch.autocast(rows.device.type, enabled=False):
+    with torch.autocast(autocast_device(rows), enabled=False):
         # Autocast would take the product back to bf16.
         if len(rows) <= chunk_rows:
             return part(0, len(rows))

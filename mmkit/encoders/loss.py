@@ -169,7 +169,7 @@ def _sweep(inputs: tuple[Any, ...], loss: LabelLoss, chunk_rows: int, compute: t
             z.copy_(narrow[: len(part)])
         return z if bias is None else z.add_(bias)
 
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast(autocast_device(features), enabled=False):
         starts = range(0, len(x), chunk_rows)
         for start in starts if loss.columns else ():
             z = forward(start)
@@ -217,10 +217,15 @@ def _compute_dtype(features: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the matrix products: autocast's where it is on, otherwise what the inputs promote to."""
     # A custom function is not cast by autocast, so it follows the rule of F.linear by itself; gradcheck needs the
     # exception for float64.
-    device = features.device.type
+    device = autocast_device(features)
     if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return torch.promote_types(features.dtype, weight.dtype)
+
+
+def autocast_device(tensor: Tensor) -> str:
+    """The device type whose autocast rules hold; meta tensors (shapes only, for plans and checks) follow the CPU's."""
+    return "cpu" if tensor.device.type == "meta" else tensor.device.type
 
 
 def _accumulate(grad_head: Tensor, gradient: Tensor, part: Tensor, product: Tensor | None) -> None:

@@ -144,3 +144,15 @@ def test_a_signal_to_one_rank_stops_all_and_another_world_size_goes_on(tmp_path)
     shutil.move(run, tmp_path / "stopped")
     assert pipeline.mmkit(*arguments) == 0
     assert pipeline.largest_difference(run, tmp_path / "stopped") < 1e-5
+
+
+@pytest.mark.slow
+def test_one_process_of_eight_pieces_equals_eight_processes(tmp_path):
+    common = ["train.steps=2", "train.micro_batch_size=1", "train.eps=1e-3", "encoder.patch_drop=0.5", "track.kind=none"]
+    assert pipeline.mmkit(*pipeline.superclass(tmp_path / "1x8", *common)) == 0
+    done = pipeline.torchrun(*pipeline.superclass(tmp_path / "8x1", *common), processes=8)
+    assert done.returncode == 0, done.stderr
+    assert pipeline.losses(tmp_path / "8x1") == pytest.approx(pipeline.losses(tmp_path / "1x8"), abs=1e-6)
+    tables = [load_file(tmp_path / name / "model" / "idf.safetensors") for name in ("1x8", "8x1")]
+    assert torch.equal(tables[0]["df"], tables[1]["df"]) and tables[0]["n"].tolist() == tables[1]["n"].tolist() == [16]
+    assert pipeline.largest_difference(tmp_path / "1x8", tmp_path / "8x1") < 1e-6
