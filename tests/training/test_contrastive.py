@@ -17,10 +17,10 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
 from mmkit.encoders.save import load_encoder
-from mmkit.encoders.text import TextTower, load_text, text_settings
+from mmkit.encoders.text import CaptionTokens, TextTower, load_text, text_settings
 from mmkit.encoders.vit import build_encoder
 from mmkit.training import loop
-from mmkit.training.stages.contrastive import ContrastiveObjective, collate_captioned
+from mmkit.training.stages.contrastive import CaptionedBatch, ContrastiveObjective
 from mmkit.training.stages.pairs import PairSample
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -161,10 +161,13 @@ def test_the_towers_are_compiled_and_the_loss_is_not():
 def test_collate_keeps_rows_together():
     rng = torch.Generator().manual_seed(0)
     pictures = [torch.randint(0, 256, (3, 4, 4), generator=rng, dtype=torch.uint8).numpy() for _ in range(2)]
-    found = collate_captioned([PairSample(p, [7, 8, 9], str(i), None) for i, p in enumerate(pictures)])
-    assert found["text"].tolist() == [[7, 8, 9]] * 2 and found["text"].dtype == torch.int64
-    assert found["pixels"].shape == (2, 3, 4, 4) and found["keys"] == ["0", "1"] and "keep" not in found
-    assert pickle.loads(pickle.dumps(collate_captioned)) is collate_captioned
+    collate = pickle.loads(pickle.dumps(CaptionedBatch(CaptionTokens(5))))
+    found = collate([PairSample(p, caption, caption, None) for p, caption in zip(pictures, ("0", "a red bus"), strict=True)])
+    assert (
+        found["text"].tolist() == [CaptionTokens(5)(caption) for caption in ("0", "a red bus")]
+        and found["text"].dtype == torch.int64
+    )
+    assert found["pixels"].shape == (2, 3, 4, 4) and found["keys"] == ["0", "a red bus"] and "keep" not in found
 
 
 def clip(run: Path, *more: str) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import pickle
 
 import numpy as np
 import pipeline
@@ -18,8 +20,8 @@ from mmkit.encoders.loss_kinds import KINDS, Asymmetric, Softmax, TwoWay
 from mmkit.encoders.ragged import pack_labels
 from mmkit.errors import InputError
 from mmkit.recipes import find_recipe
-from mmkit.training.stages.pairs import Augmentation
-from mmkit.training.stages.superclass import make_loss
+from mmkit.training.stages.pairs import Augmentation, PairSample
+from mmkit.training.stages.superclass import LabelledBatch, make_loss
 
 
 def run(folder, *more: str):
@@ -195,3 +197,15 @@ def test_recall_is_logged_at_several_k(tmp_path):
     made = run(tmp_path / "run", *validation, "train.val_every=2")
     row = next(r for r in pipeline.rows(made / "metrics.jsonl") if "val_loss" in r)
     assert 0 <= row["val_recall@1"] <= row["val_recall@5"] <= row["val_recall@10"] <= 1
+
+
+def test_a_batch_keeps_captions_and_labels_together():
+    labels = CaptionLabels("clip")
+    collate = pickle.loads(pickle.dumps(LabelledBatch(labels)))
+    captions = ["a red bus", "", "two dogs & a cat"] * 4
+    keep = np.arange(3)
+    batch = collate([PairSample(np.full((3, 4, 4), i, np.uint8), c, str(i), keep + i) for i, c in enumerate(captions)])
+    wanted = [labels.encode_one(caption) for caption in captions]
+    assert [batch["ids"][a:b].tolist() for a, b in itertools.pairwise(batch["offsets"].tolist())] == wanted
+    assert batch["pixels"][:, 0, 0, 0].tolist() == list(range(12)) and batch["keys"] == [str(i) for i in range(12)]
+    assert batch["keep"][:, 0].tolist() == list(range(12))

@@ -31,9 +31,16 @@ VALIDATION_GROUP = 256
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 
-def collate_captioned(samples: list[PairSample]) -> Batch:
-    """What `collate_pictures` gives, and ``text`` i64 ``[B, C]``."""
-    return {**collate_pictures(samples), "text": torch.tensor([s.ids for s in samples], dtype=torch.int64)}
+class CaptionedBatch:
+    """Collates pictures and the tokens of their captions. A class and no closure: it must pickle for loader processes."""
+
+    def __init__(self, tokens: CaptionTokens) -> None:
+        self.tokens = tokens
+
+    def __call__(self, samples: list[PairSample]) -> Batch:
+        """What `collate_pictures` gives, and ``text`` i64 ``[B, C]``."""
+        rows = [self.tokens(s.caption) for s in samples]
+        return {**collate_pictures(samples), "text": torch.tensor(rows, dtype=torch.int64)}
 
 
 class _Planned(NamedTuple):
@@ -263,7 +270,6 @@ def _build(recipe: ClipRecipe | LitRecipe, engine: Engine, *, frozen_encoder: bo
     samples, validation, source = open_samples(
         recipe.data,
         encoder,
-        CaptionTokens(recipe.text.context_length),
         patch_drop=0.0 if frozen_encoder else recipe.encoder.patch_drop,
     )
 
@@ -274,7 +280,7 @@ def _build(recipe: ClipRecipe | LitRecipe, engine: Engine, *, frozen_encoder: bo
     return Stage(
         objective=objective,
         samples=samples,
-        collate=collate_captioned,
+        collate=CaptionedBatch(CaptionTokens(recipe.text.context_length)),
         save_product=save_product,
         parents=parents,
         data_fingerprint=source.fingerprint,

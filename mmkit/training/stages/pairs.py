@@ -1,8 +1,7 @@
-"""Pictures with the token ids of their caption: what SuperClass, CLIP and LiT all train on, sample for sample the same."""
+"""Pictures with their caption: what SuperClass, CLIP and LiT all train on, sample for sample the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +14,15 @@ from mmkit.data.pairs import Pair, PairSource, open_pairs
 from mmkit.encoders.vit import VisionEncoder
 from mmkit.training.objective import Batch
 
-# A caption to ids: labels (a set) for SuperClass, the token sequence for a text tower.
-Encode = Callable[[str], list[int]]
-
 
 class PairSample(NamedTuple):
-    """A picture (uint8 ``[3, S, S]``), the ids of its caption, its key, and the patches it keeps (i64 ``[K]``, or None: all)."""
+    """A picture (uint8 ``[3, S, S]``), its caption, its key, and the patches it keeps (i64 ``[K]``, or None: all).
+
+    The caption is still text: a batch of them becomes ids several times faster than one at a time.
+    """
 
     pixels: Pixels
-    ids: list[int]
+    caption: str
     key: str
     keep: np.ndarray[tuple[int], np.dtype[np.int64]] | None
 
@@ -57,12 +56,10 @@ class Augmentation(NamedTuple):
 
 
 class PairSamples:
-    """Pairs as pictures with ids; augmented for training, the whole picture for validation."""
+    """Pairs as pictures with captions; augmented for training, the whole picture for validation."""
 
-    def __init__(
-        self, pairs: list[Pair], encode: Encode, *, size: int, max_pixels: int, augmentation: Augmentation | None = None
-    ) -> None:
-        self.pairs, self.encode, self.size = pairs, encode, size
+    def __init__(self, pairs: list[Pair], *, size: int, max_pixels: int, augmentation: Augmentation | None = None) -> None:
+        self.pairs, self.size = pairs, size
         self.max_pixels, self.augmentation = max_pixels, augmentation
 
     def __len__(self) -> int:
@@ -73,23 +70,22 @@ class PairSamples:
         return self.pairs[index].source, self.pairs[index].key
 
     def load(self, index: int, rng: np.random.Generator) -> PairSample:
-        """Decode, augment and encode one pair."""
+        """Decode and augment one pair."""
         pair = self.pairs[index]
         image = decode_image(pair.image.read(), max_pixels=self.max_pixels)
-        ids = self.encode(pair.caption)
         how = self.augmentation
         if how is None:
-            return PairSample(fit_square(image, self.size, fit="squash"), ids, pair.key, None)
+            return PairSample(fit_square(image, self.size, fit="squash"), pair.caption, pair.key, None)
         pixels = random_resized_crop(image, self.size, rng, scale=how.crop_scale)
         if how.jitter is not None:
             pixels = how.jitter(pixels, rng)
         if how.gray_scale_prob and rng.random() < how.gray_scale_prob:
             pixels = gray_scale(pixels)
-        return PairSample(pixels, ids, pair.key, how.kept_patches(rng))
+        return PairSample(pixels, pair.caption, pair.key, how.kept_patches(rng))
 
 
 def open_samples(
-    data: PairDataConfig, encoder: VisionEncoder, encode: Encode, *, patch_drop: float
+    data: PairDataConfig, encoder: VisionEncoder, *, patch_drop: float
 ) -> tuple[PairSamples, PairSamples | None, PairSource]:
     """Training samples, validation samples if the recipe has any, and the source behind the first.
 
@@ -100,11 +96,11 @@ def open_samples(
     jitter = ColorJitter(*data.color_jitter, probability=data.color_jitter_prob) if data.color_jitter else None
     how = Augmentation(data.crop_scale, jitter, data.gray_scale_prob, encoder.num_tokens, patch_drop)
     size, max_pixels = encoder.image_size, data.max_pixels
-    train = PairSamples(source.pairs[: data.limit], encode, size=size, max_pixels=max_pixels, augmentation=how)
+    train = PairSamples(source.pairs[: data.limit], size=size, max_pixels=max_pixels, augmentation=how)
     validation = None
     if data.val:
         held = open_pairs(data.val, kind="auto", image_root=data.val_image_root)
-        validation = PairSamples(held.pairs, encode, size=size, max_pixels=max_pixels)
+        validation = PairSamples(held.pairs, size=size, max_pixels=max_pixels)
     return train, validation, source
 
 

@@ -18,7 +18,7 @@ from mmkit.encoders.idf import OnlineIDF, load_table, row_normalised, save_table
 from mmkit.encoders.labels import CaptionLabels
 from mmkit.encoders.loss import soft_label_loss_sum
 from mmkit.encoders.loss_kinds import LabelLoss, make_kind
-from mmkit.encoders.ragged import pack_labels, row_of_label
+from mmkit.encoders.ragged import row_of_label
 from mmkit.encoders.save import save_encoder
 from mmkit.encoders.vit import VisionEncoder
 from mmkit.files import hash_file, hash_text
@@ -32,15 +32,21 @@ logger = logging.getLogger(__name__)
 RECALL_AT = (1, 5, 10)
 
 
-def collate_labelled(samples: list[PairSample]) -> Batch:
-    """Pictures and their labels.
+class LabelledBatch:
+    """Collates pictures and the labels of their captions. A class and no closure: it must pickle for loader processes."""
 
-    Returns:
-        `pixels` uint8 ``[B, 3, S, S]``, ragged labels `ids` i64 ``[L]`` and `offsets` i64 ``[B + 1]``, `keys`, and `keep` i64
-        ``[B, K]`` where patches are dropped.
-    """
-    ids, offsets = pack_labels([s.ids for s in samples])
-    return {**collate_pictures(samples), "ids": ids, "offsets": offsets}
+    def __init__(self, labels: CaptionLabels) -> None:
+        self.labels = labels
+
+    def __call__(self, samples: list[PairSample]) -> Batch:
+        """Pictures and their labels.
+
+        Returns:
+            `pixels` uint8 ``[B, 3, S, S]``, ragged labels `ids` i64 ``[L]`` and `offsets` i64 ``[B + 1]``, `keys`, and `keep` i64
+            ``[B, K]`` where patches are dropped.
+        """
+        ids, offsets = self.labels.encode_packed([s.caption for s in samples])
+        return {**collate_pictures(samples), "ids": torch.from_numpy(ids), "offsets": torch.from_numpy(offsets)}
 
 
 class SuperclassObjective(Objective):
@@ -129,7 +135,7 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
     encoder, parents = make_encoder(recipe.encoder, seed=recipe.seed)
     head, idf = _make_head(recipe, encoder, labels)
     objective = SuperclassObjective(encoder, head, idf, loss=make_loss(recipe.loss), chunk_rows=recipe.loss.chunk_rows)
-    samples, validation, source = open_samples(data, encoder, labels.encode_one, patch_drop=recipe.encoder.patch_drop)
+    samples, validation, source = open_samples(data, encoder, patch_drop=recipe.encoder.patch_drop)
 
     fingerprint = source.fingerprint
     if data.idf_file is not None:
@@ -149,7 +155,7 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
     return Stage(
         objective=objective,
         samples=samples,
-        collate=collate_labelled,
+        collate=LabelledBatch(labels),
         save_product=save_product,
         parents=parents,
         data_fingerprint=fingerprint,
