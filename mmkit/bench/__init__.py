@@ -18,6 +18,8 @@ BENCHMARKS = {
     "labels": "labels",
 }
 
+_SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
 
 def run_bench(name: str, options: dict[str, str] | None = None) -> dict[str, Any]:
     """Run a benchmark.
@@ -42,8 +44,9 @@ def run_bench(name: str, options: dict[str, str] | None = None) -> dict[str, Any
             raise InputError(f"benchmark {name} has no setting {key!r}", mend=f"known: {', '.join(known)}")
         kind = type(known[key].default)
         try:
-            chosen[key] = text.lower() in ("1", "true", "yes") if kind is bool else kind(text)
-        except ValueError:
-            raise InputError(f"{key}={text} is no {kind.__name__}", where=f"bench {name}", mend="give a number") from None
+            chosen[key] = _SWITCH[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            mend = "give true or false" if kind is bool else "give a number"
+            raise InputError(f"{key}={text} is no {kind.__name__}", where=f"bench {name}", mend=mend) from None
     found: dict[str, Any] = run(**chosen)
     return found

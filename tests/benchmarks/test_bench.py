@@ -1,0 +1,83 @@
+"""The benchmarks run, compare like with like, and count what they say they count. No test looks at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmkit.bench import BENCHMARKS, run_bench
+from mmkit.bench.measure import _peak_of_temporaries, interleaved, peak_bytes
+from mmkit.errors import InputError
+
+
+def test_loss_against_its_peers() -> None:
+    found = run_bench(
+        "superclass-loss", {"batch": "32", "width": "16", "vocab_size": "500", "labels": "4", "chunk_rows": "8", "repeats": "1"}
+    )
+    assert found["largest gradient difference"] < 1e-6
+    # One chunk of logits here, at least three full matrices there.
+    assert found["mmkit MiB"] * 2**20 < 3 * 8 * 500 * 4 and found["memory, mmkit / published"] < 0.2
+    assert {"time, mmkit / published", "time, mmkit / torch", "memory, mmkit / torch"} <= found.keys()
+    assert "B=32 D=16 V=500" in found["conditions"]
+
+
+@pytest.mark.parametrize("kind", ["bce", "two_way"])
+def test_other_kinds_and_precisions(kind: str) -> None:
+    found = run_bench(
+        "superclass-loss",
+        {"batch": "8", "width": "8", "vocab_size": "50", "labels": "3", "kind": kind, "precision": "bf16", "repeats": "1"},
+    )
+    assert kind in found["conditions"] and "bf16" in found["conditions"] and "largest gradient difference" not in found
+
+
+@pytest.mark.slow
+def test_a_step_counts_the_operations_of_both_sides() -> None:
+    small = {"architecture": "vit_small_patch16_224", "peer": "ViT-S-16", "batch": "2", "repeats": "1"}
+    found = run_bench("superclass-step", small)
+    # By arithmetic 27.5 + 0.1 GFLOP a picture, and 1.37 times that for CLIP.
+    assert found["superclass GFLOP a picture"] == pytest.approx(27.6, rel=0.02)
+    assert found["bound by FLOPs"] == pytest.approx(1.37, rel=0.02)
+    half = run_bench("superclass-step", {**small, "patch_drop": "0.5"})
+    assert half["superclass GFLOP a picture"] < 0.52 * found["superclass GFLOP a picture"]
+    assert half["bound by FLOPs"] == pytest.approx(1.75, rel=0.02)
+
+
+def test_peak_memory_is_that_of_temporaries() -> None:
+    device = torch.device("cpu")
+
+    def work() -> torch.Tensor:
+        big = torch.ones(1 << 20)  # 4 MiB
+        other = big + 1  # 8 MiB alive
+        del big
+        return other[:8].clone() + torch.ones(1 << 18).sum()
+
+    assert peak_bytes(work, device) == pytest.approx(8 * 2**20, rel=0.01)
+    assert peak_bytes(lambda: torch.ones(1 << 20), device) == 0  # what is returned does not count
+    assert _peak_of_temporaries([100, 50, -50, 30, -100]) == 150 and _peak_of_temporaries([100]) == 0
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    found = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
+    assert order == ["a", "b"] * 3 and found.keys() == {"a", "b"} and min(found.values()) >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("superclass", {}, r"no benchmark 'superclass'.*superclass-loss"),
+        ("superclass-loss", {"batches": "3"}, r"no setting 'batches'.*batch"),
+        ("superclass-loss", {"batch": "many"}, "batch=many is no int"),
+        ("superclass-step", {"compile": "maybe"}, "compile=maybe is no bool"),
+    ],
+)
+def test_wrong_settings_are_refused(name: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run_bench(name, options)
+
+
+def test_every_benchmark_can_be_imported() -> None:
+    import importlib
+
+    for module in BENCHMARKS.values():
+        assert callable(importlib.import_module(f"mmkit.bench.{module}").run)
