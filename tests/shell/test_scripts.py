@@ -85,7 +85,7 @@ def check_calls(recorded: list[list[str]]) -> list[str]:
         if words[0] in WITH_RECIPE:
             recipe = load_recipe(find_recipe(words[1]), words[2:])
             check_parts(recipe)
-            verb = "train" if recipe.stage in ("superclass", "clipcap", "llava") else recipe.stage
+            verb = "train" if recipe.stage in ("superclass", "clip", "lit", "clipcap", "llava") else recipe.stage
             assert words[0] in (verb, "validate"), call
             seen.append(" ".join(words[:2]))
         else:
@@ -106,6 +106,7 @@ def test_there_are_scripts() -> None:
     names = {str(p.relative_to(ROOT)) for p in SCRIPTS}
     assert names >= {
         "encoders/pretrain.sh",
+        "encoders/rivals.sh",
         "training/run.sh",
         "training/launch/torchrun.sh",
         "training/launch/deepspeed_hostfile.sh",
@@ -153,7 +154,7 @@ def test_commands_and_recipes_in_the_text_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", READMES, ids=lambda p: p.parent.name)
 def test_readme_names_files_that_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert 25 <= len(text.splitlines()) <= 60
+    assert 25 <= len(text.splitlines()) <= 100  # stage 1 has three stages and five probes to tell of
     files = re.findall(r"`(mmkit/[\w/]+\.py)`", text) + re.findall(r"((?:encoders|training|eval)/[\w/]+\.(?:sh|sbatch))", text)
     assert files
     for name in files:
@@ -179,6 +180,24 @@ def test_pretrain_probes_where_imagenet_is(calls, tmp_path: Path) -> None:
     assert "encoder=runs/superclass-vit-b16" in found[-1]
 
 
+def test_rivals_see_equal_samples(calls) -> None:
+    code, found, _ = calls("encoders/rivals.sh", "s16", "train.samples=128000000", NGPU="2", RUNS="out")
+    assert code == 0
+    assert check_calls(found) == [
+        *["validate superclass-vit-s16"] * 2,
+        "validate lit-vit-s16",
+        *["train superclass-vit-s16"] * 2,
+        "train lit-vit-s16",
+        *["probe probe-imagenet"] * 2,
+        *["probe zeroshot-imagenet"] * 2,
+        "report",
+    ]
+    ours, theirs, lit = (load_recipe(find_recipe(c[0]), c[1:]) for c in (mmkit_words(call)[1:] for call in found[3:6]))
+    assert (ours.stage, theirs.stage, lit.stage) == ("superclass", "clip", "lit")
+    assert ours.model_dump(include={"data", "train", "seed"}) == theirs.model_dump(include={"data", "train", "seed"})
+    assert lit.encoder.init == ours.run and lit.train.samples == ours.train.samples == 128_000_000
+
+
 def test_training_runs_align_fine_tune_and_captioner(calls) -> None:
     code, found, _ = calls("training/run.sh", "runs/other", "data.workers=8", FINETUNE="llava-7b-lora")
     assert code == 0
@@ -194,7 +213,7 @@ def test_training_runs_align_fine_tune_and_captioner(calls) -> None:
 
 
 def test_a_failing_stage_stops_the_script(calls) -> None:
-    for script in ("encoders/pretrain.sh", "training/run.sh", "eval/run.sh", "eval/pipeline_cpu.sh"):
+    for script in ("encoders/pretrain.sh", "encoders/rivals.sh", "training/run.sh", "eval/run.sh", "eval/pipeline_cpu.sh"):
         code, found, _ = calls(script, STUB_EXIT="75")
         assert (code, len(found)) == (75, 1), script
 
