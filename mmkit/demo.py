@@ -27,6 +27,7 @@ RIVALS = {"CLIP": "clip"}
 # The one line that makes the baseline of the recipe: same pictures, captions, order, steps and optimiser. The demo's captions are
 # short, and a text tower with empty places would only cost time.
 CLIP = ("stage=clip", "text.context_length=40")
+NO_VALIDATION = ("data.val=null", "train.val_every=null")
 BLIND = "blind (pictures shuffled)"
 
 
@@ -68,7 +69,7 @@ def run_demo(out: Path, *, clip: bool = False, restart: bool = False) -> Path:
 
     stage("demo-superclass")
     # No step of training: the same architecture with its initial weights is the random encoder.
-    stage("demo-superclass", f"run={out}/random/encoder", "train.steps=0", "system=random frozen", "data.val=null")
+    stage("demo-superclass", f"run={out}/random/encoder", "train.steps=0", "system=random frozen", *NO_VALIDATION)
     if clip:
         stage("demo-superclass", *CLIP, f"run={out}/clip/encoder", "system=CLIP")
     for label, folder in systems.items():

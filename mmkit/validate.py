@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmkit.config import EvalRecipe, PretrainRecipe, Recipe, SuperclassRecipe, TrackConfig, TrainConfig
+from mmkit.config import ContrastiveRecipe, EvalRecipe, PretrainRecipe, Recipe, SuperclassRecipe, TrackConfig, TrainConfig
 from mmkit.errors import InputError
 from mmkit.recipes import find_deepspeed
 
@@ -51,13 +51,19 @@ def _check_encoder(recipe: PretrainRecipe) -> None:
 
     encoder = recipe.encoder
     with torch.device("meta"):
-        build_encoder(
+        built = build_encoder(
             encoder.architecture,
             image_size=encoder.image_size,
             patch_size=encoder.patch_size,
             model_args=encoder.model_args,
             layout=encoder.layout,
         )
+    if encoder.patch_drop:
+        built.check_patch_drop()
+    if isinstance(recipe, ContrastiveRecipe):
+        from mmkit.encoders.text import text_settings
+
+        text_settings(built.width, **recipe.text.model_dump())
 
 
 def _check_labels(recipe: SuperclassRecipe) -> None:
@@ -73,4 +79,4 @@ def _check_labels(recipe: SuperclassRecipe) -> None:
     if data.idf_file is not None and Path(data.idf_file).exists():
         from mmkit.encoders.idf import load_table
 
-        load_table(data.idf_file, sha256=labels.sha256(), vocab_size=labels.vocab_size)
+        load_table(data.idf_file, **labels.for_table())

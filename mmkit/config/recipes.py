@@ -45,6 +45,12 @@ class PretrainRecipe(RunRecipe):
     track: TrackConfig = TrackConfig()
     train: TrainConfig
 
+    @model_validator(mode="after")
+    def _validates(self) -> PretrainRecipe:
+        if (self.data.val is None) != (self.train.val_every is None):
+            raise ValueError("data.val (what to validate on) and train.val_every (how often) go together")
+        return self
+
 
 class SuperclassRecipe(PretrainRecipe):
     """SuperClass pretraining: caption tokens are the labels of the picture."""

@@ -39,6 +39,8 @@ class EncoderConfig(Section):
     def _head_has_origin(self) -> EncoderConfig:
         if self.init_head and self.init is None:
             raise ValueError("init_head takes the head of `init`: give encoder.init too")
+        if self.pretrained and self.init is not None:
+            raise ValueError("both pretrained and init give weights: choose one (init=timm:NAME is the same as pretrained)")
         return self
 
 

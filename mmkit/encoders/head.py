@@ -36,7 +36,8 @@ class SuperClassHead(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores of all labels, for inference: pooled features float[B, D] to float[B, V]."""
-        return F.linear(self(features), self.weight, self.bias)
+        # Not self(features): under ZeRO-3 the hook after that call would let go of the weights that the next line needs.
+        return F.linear(self.norm(features), self.weight, self.bias)
 
     @torch.no_grad()
     def top_tags(self, features: Tensor, labels: CaptionLabels, k: int = 10) -> list[list[tuple[str, float]]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -117,7 +119,17 @@ def row_normalised(weights: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
     return raw / sums[rows].clamp_min(1e-12)
 
 
-def save_table(file: str | Path, df: Tensor, n: int, *, sha256: str, name: str = "", source: str = "") -> None:
+def save_table(
+    file: str | Path,
+    df: Tensor,
+    n: int,
+    *,
+    sha256: str,
+    name: str = "",
+    source: str = "",
+    dropped: Iterable[int] = (),
+    context_length: int | None = None,
+) -> None:
     """Write document counts of a corpus; complete or absent at every time.
 
     Args:
@@ -127,6 +139,8 @@ def save_table(file: str | Path, df: Tensor, n: int, *, sha256: str, name: str =
         sha256: Of the vocabulary, see `CaptionLabels.describe`.
         name: Of the vocabulary, for messages.
         source: Fingerprint of the corpus.
+        dropped: Labels that were not counted (stop words): their df says nothing.
+        context_length: Length at which captions were cut before they were counted, or None.
     """
     assert not df.dtype.is_floating_point, "counts are whole numbers"
     file = Path(file)
@@ -134,25 +148,37 @@ def save_table(file: str | Path, df: Tensor, n: int, *, sha256: str, name: str =
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     tensors = {"df": df.to("cpu", torch.int64).contiguous(), "n": torch.tensor([n], dtype=torch.int64)}
     try:
-        save_file(tensors, temporary, metadata={"kind": _TABLE, "sha256": sha256, "vocabulary": name, "source": source})
+        metadata = {"kind": _TABLE, "sha256": sha256, "vocabulary": name, "source": source}
+        metadata |= {"dropped": json.dumps(sorted(dropped)), "context_length": json.dumps(context_length)}
+        save_file(tensors, temporary, metadata=metadata)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_table(file: str | Path, *, sha256: str, vocab_size: int) -> tuple[Tensor, int]:
+def load_table(
+    file: str | Path,
+    *,
+    sha256: str,
+    vocab_size: int,
+    dropped: Collection[int] = (),
+    context_length: int | None = None,
+) -> tuple[Tensor, int]:
     """Read document counts.
 
     Args:
         file: What `save_table` wrote.
         sha256: Of the vocabulary in use.
         vocab_size: V of the vocabulary in use.
+        dropped: Labels left out in use (stop words).
+        context_length: Length at which captions are cut in use, or None.
 
     Returns:
         df i64[V] and n.
 
     Raises:
-        InputError: If there is no such table, it is damaged, or counts the labels of another vocabulary.
+        InputError: If there is no such table, it is damaged, counts the labels of another vocabulary, or left labels uncounted
+            that are in use: a label with df = 0 would weigh more than any other.
     """
     if not Path(file).is_file():
         raise InputError("no such IDF table", where=file, mend=_MEND)
@@ -171,4 +197,11 @@ def load_table(file: str | Path, *, sha256: str, vocab_size: int) -> tuple[Tenso
         raise InputError(what, where=file, mend=_MEND)
     if df.dtype != torch.int64 or not 0 <= int(df.min()) <= int(df.max()) <= n:
         raise InputError(f"counts must be whole numbers from 0 to the {n} captions", where=file, mend=_MEND)
+    if missing := set(json.loads(metadata.get("dropped", "[]"))) - set(dropped):
+        what = f"was counted without {len(missing)} labels (stop words) that are in use here"
+        raise InputError(what, where=file, mend=f"use the same data.stop_words, or {_MEND}")
+    limit = json.loads(metadata.get("context_length", "null"))
+    if limit is not None and (context_length is None or context_length > limit):
+        what = f"was counted on captions cut at {limit} tokens, here they are cut at {context_length or 'no length'}"
+        raise InputError(what, where=file, mend=f"use data.context_length={limit}, or {_MEND}")
     return df, n

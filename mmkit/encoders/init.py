@@ -91,7 +91,7 @@ def load_head(source: str, labels: CaptionLabels) -> tuple[SuperClassHead, tuple
     table = folder / "idf.safetensors"
     if not table.is_file():
         return head, None
-    return head, load_table(table, sha256=ours["sha256"], vocab_size=labels.vocab_size)
+    return head, load_table(table, **labels.for_table())
 
 
 def _check_kind(encoder: VisionEncoder, other: VisionEncoder, source: str) -> None:

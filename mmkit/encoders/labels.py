@@ -138,6 +138,15 @@ class CaptionLabels:
         """Hash of the vocabulary file; stop words and length limit do not change it, for a head's rows are the same."""
         return hashlib.sha256(self.file.read_bytes()).hexdigest()
 
+    def for_table(self) -> dict[str, Any]:
+        """What an IDF table must agree with: keyword arguments of `mmkit.encoders.idf.load_table`."""
+        return {
+            "sha256": self.sha256(),
+            "vocab_size": self.vocab_size,
+            "dropped": self.dropped,
+            "context_length": self.context_length,
+        }
+
     def describe(self) -> dict[str, Any]:
         """What is saved beside a model: enough to open the vocabulary again and to see that it is the same."""
         stop_words = self.stop_words if self.stop_words is None or isinstance(self.stop_words, str) else list(self.stop_words)

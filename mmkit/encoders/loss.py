@@ -75,6 +75,9 @@ def soft_label_loss_sum(
     rows = row_of_label(offsets, ids.numel())
     # Weights are statistics of the data; a gradient into them would reward making labels unimportant.
     label_weights = label_weights.detach().to(device)
+    if not torch.is_grad_enabled():
+        # A custom function is told of needed gradients even under no_grad, and would compute all three for nothing.
+        features, weight, bias = features.detach(), weight.detach(), None if bias is None else bias.detach()
     total: Tensor = _ChunkedLoss.apply(features, weight, bias, ids, rows, label_weights, loss, chunk_rows)
     return total
 
@@ -102,7 +105,7 @@ class _Sweep(NamedTuple):
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients in one sweep over row chunks; backward only scales (the idea of Liger's fused loss).
 
-    Recomputing the logits in backward instead would cost a fourth matrix product of the three (LOG.md has the times).
+    Recomputing the logits in backward instead would cost a fourth matrix product beside the three.
     """
 
     @staticmethod

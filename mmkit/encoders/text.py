@@ -182,7 +182,8 @@ class TextTower(nn.Module):
     def clamp_scale(self) -> None:
         """Keep the factor on the cosines within 1 and 100.
 
-        On the weights themselves, as open_clip does after each step: a clamp with a gradient of zero would never come back.
+        On the weights themselves, as open_clip does after each step: a clamp with a gradient of zero would never come back. Under
+        DeepSpeed with bf16 the optimiser's own fp32 copy is out of reach, there as here: only what is used is clamped.
         """
         self.logit_scale.clamp_(0, math.log(100))
 

@@ -136,13 +136,7 @@ class VisionEncoder(nn.Module):
         """
         if keep is None:
             return self.backbone(self.normalise(pixels))
-        slot = getattr(self.backbone, "patch_drop", None)
-        if not isinstance(slot, KeepPatches):
-            raise InputError(
-                f"this {type(self.backbone).__name__} cannot leave patches out",
-                where=f"encoder {self.architecture}",
-                mend="use patch_drop=0 (and no patch_drop_rate in model_args), or a plain ViT",
-            )
+        slot = self.check_patch_drop()
         assert keep.ndim == 2 and len(keep) == len(pixels), f"keep {tuple(keep.shape)} for {len(pixels)} pictures"
         # Through an attribute, because timm's forward takes pictures only and wrappers call it as it is.
         slot.keep = keep
@@ -150,6 +144,21 @@ class VisionEncoder(nn.Module):
             return self.backbone(self.normalise(pixels))
         finally:
             slot.keep = None
+
+    def check_patch_drop(self) -> KeepPatches:
+        """The place where patches are left out.
+
+        Raises:
+            InputError: If the model cannot leave any out.
+        """
+        slot = getattr(self.backbone, "patch_drop", None)
+        if not isinstance(slot, KeepPatches):
+            raise InputError(
+                f"this {type(self.backbone).__name__} cannot leave patches out",
+                where=f"encoder {self.architecture}",
+                mend="use patch_drop=0 (and no patch_drop_rate in model_args), or a plain ViT",
+            )
+        return slot
 
     def tokens(self, pixels: Tensor, layer: int | None = None) -> Tensor:
         """Patch tokens, without class or register tokens.

@@ -64,7 +64,7 @@ def zero_shot(
 
 @torch.inference_mode()
 def tag_classes(
-    head: SuperClassHead, labels: CaptionLabels, test_x: Tensor, test_y: Tensor, *, names: Sequence[str], centred: bool = True
+    head: SuperClassHead, labels: CaptionLabels, test_x: Tensor, test_y: Tensor, *, names: Sequence[str]
 ) -> ProbeResult:
     """Classify pictures by the label head's scores of the tokens in each class name; no text tower, no labelled picture.
 
@@ -79,7 +79,6 @@ def tag_classes(
         test_x: float[M, D], pooled features.
         test_y: i64[M].
         names: C class names.
-        centred: Subtract the mean logits; False scores by the plain mean of log-probabilities.
 
     Returns:
         Top-1, and top-5 where there are more than five classes.
@@ -92,10 +91,9 @@ def tag_classes(
     weight, bias = head.weight[ids.to(device)].float(), head.bias[ids.to(device)].float()
     # Only the labels in class names: 50,000 pictures times 49,408 labels would not fit.
     logits = torch.cat([F.linear(head(part.to(device, head.weight.dtype)).float(), weight, bias) for part in test_x.split(4096)])
-    if centred:
-        logits = logits - logits.mean(dim=0)
+    logits = logits - logits.mean(dim=0)
     top = (logits @ matrix.to(device)).topk(min(5, len(names))).indices
-    rule = "mean over tokens of logit minus its mean over the test set" if centred else "mean over tokens of log-probability"
+    rule = "mean over tokens of logit minus its mean over the test set"
     return ranked_result(top, test_y, len(names), probe="tags", rule=rule, tokens=len(ids))
 
 

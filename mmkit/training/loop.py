@@ -40,7 +40,8 @@ def train(
 
     A step: read its micro-batches, count what is supervised over all ranks, forward and backward with the global count, check
     that loss and gradient are finite, update. On a GPU the host never waits for the device within a step: what it has to know
-    of a step (loss, faults, a signal anywhere) it reads while the next one runs.
+    of a step (loss, faults, a signal anywhere) it reads while the next one runs. DeepSpeed is the exception: it hands its
+    gradient norm to the host in every step, and updates before anyone can look at it.
 
     Args:
         stage: Objective, data and product writer.
@@ -57,7 +58,13 @@ def train(
     objective = stage.objective.to(engine.device)
     total = total_steps(config, len(stage.samples))
     warmup = warmup_steps(config.warmup, total)
-    groups = parameter_groups(objective.named_parameters(), lr=config.lr, weight_decay=config.weight_decay, lr_of=stage.lr_of)
+    groups = parameter_groups(
+        objective.named_parameters(),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        lr_of=stage.lr_of,
+        undecayed=stage.undecayed,
+    )
     optimizer = make_optimizer(groups, betas=config.betas, eps=config.eps, device=engine.device)
     if config.compile:
         objective.compile_parts()
@@ -82,11 +89,13 @@ def train(
             counted = sum(objective.count(b) for b in micro)
             keys = [str(k) for b in micro for k in b.get("keys", [])]
             micro = [to_device(b, engine.device) for b in micro]
+            # float64 holds any token count exactly, and one tensor means one collective a step before the forward.
+            facts = engine.sum(engine.numbers(counted, len(left_out), bool(preemption.requested)))
+            # After the other sum and not before it: collectives of a group run in order, so this one has the forward pass to
+            # run beside, and nothing waits behind it.
             statistics = objective.statistics(micro)
             if statistics is not None:
                 objective.absorb(engine.sum_later(statistics))
-            # float64 holds any token count exactly, and one tensor means one collective a step before the forward.
-            facts = engine.sum(engine.numbers(counted, len(left_out), bool(preemption.requested)))
             with engine.autocast():
                 objective.prepare(micro)
             loss_sum = torch.zeros((), device=engine.device)

@@ -95,6 +95,8 @@ class Stage:
         validation: Samples for the validation loss.
         validation_group: Validation samples that are seen together; None: a micro-batch.
         lr_of: Other learning rates by parameter-name prefix.
+        undecayed: Ends of names of parameters without weight decay, besides vectors. timm's class and register tokens are
+            [1, N, D]; they are vectors all the same, and x-cls/superclass does not decay its class embedding.
         monitors: What else is looked at every so often while training runs.
     """
 
@@ -108,6 +110,7 @@ class Stage:
     validation: SampleSet[Any] | None = None
     validation_group: int | None = None
     lr_of: dict[str, float] = dataclasses.field(default_factory=dict)
+    undecayed: tuple[str, ...] = ("cls_token", "reg_token")
     monitors: list[Monitor] = dataclasses.field(default_factory=list)
 
 

@@ -10,7 +10,12 @@ from torch import nn
 
 
 def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, lr_of: dict[str, float] | None = None
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    weight_decay: float,
+    lr_of: dict[str, float] | None = None,
+    undecayed: tuple[str, ...] = (),
 ) -> list[dict[str, object]]:
     """Trainable parameters in groups by weight decay and learning rate.
 
@@ -21,6 +26,7 @@ def parameter_groups(
         lr: Base learning rate.
         weight_decay: Of matrices and tables.
         lr_of: Other learning rates by name prefix.
+        undecayed: Ends of names of tables that are not decayed either.
 
     Returns:
         Groups for ``torch.optim.AdamW``, each with its ``base_lr``.
@@ -30,7 +36,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         rate = next((v for prefix, v in (lr_of or {}).items() if name.startswith(prefix)), lr)
-        decay = weight_decay if parameter.ndim >= 2 else 0.0
+        decay = weight_decay if parameter.ndim >= 2 and not name.endswith(undecayed) else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": p, "lr": rate, "base_lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 

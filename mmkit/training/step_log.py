@@ -136,7 +136,9 @@ class StepLog:
         """Validation and monitors that are due after ``done`` updates; every process comes here at the same step."""
         objective, config, last = self.stage.objective, self.config, done == self._total
         if self.stage.validation is not None and config.val_every and (done % config.val_every == 0 or last):
-            self._write(done, {"step": done, **validate(self.stage, self.engine, config, self.settings.seed)})
+            numbers, left_out = validate(self.stage, self.engine, config, self.settings.seed, self.settings.workers)
+            self.run.skip(self.engine.gather(left_out))
+            self._write(done, {"step": done, **numbers})
         for monitor in self.stage.monitors:
             if done % monitor.every == 0 or last:
                 objective.eval()

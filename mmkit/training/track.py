@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import numpy as np
 
 from mmkit.config import TrackConfig
 from mmkit.errors import InputError
+from mmkit.files import write_text
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 _PACKAGE = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -78,9 +79,11 @@ class OnlineTracker:
         name = config.name or "/".join(folder.absolute().parts[-2:])
         options: dict[str, Any] = {"project": config.project, "name": name, "config": settings, "resume": "allow"}
         if kind == "wandb":
-            # The same folder is the same run, so a run that was interrupted goes on in the same curves.
-            run_id = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-            options |= {"id": run_id, "dir": str(folder)}
+            # Kept in the run directory: a run that goes on finds its curves again; --restart empties it and begins new ones.
+            note = folder / "wandb-id.txt"
+            if not note.is_file():
+                write_text(note, uuid.uuid4().hex[:16] + "\n")
+            options |= {"id": note.read_text(encoding="utf-8").strip(), "dir": str(folder)}
         self._module.init(**options)
 
     def scalars(self, step: int, numbers: dict[str, float]) -> None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from mmkit.config import TrainConfig
 from mmkit.data.order import Position, make_loader
+from mmkit.data.skipped import LeftOut
 from mmkit.distributed.engine import Engine
 from mmkit.training.objective import Stage, to_device
 
 
 @torch.no_grad()
-def validate(stage: Stage, engine: Engine, config: TrainConfig, seed: int) -> dict[str, Any]:
+def validate(
+    stage: Stage, engine: Engine, config: TrainConfig, seed: int, workers: int = 0
+) -> tuple[dict[str, float], list[LeftOut]]:
     """Validation loss over the first ``val_batches`` batches of the validation set, in groups that the ranks take in turn.
 
     A loss that compares the pictures of a group (CLIP) depends on the group's size, so a stage may fix it; then the result is
     the same for every number of processes and every micro-batch.
 
     Returns:
-        ``{"val_loss": ..., "val_...": ...}``, sums over all ranks divided by the global count.
+        ``{"val_loss": ..., "val_...": ...}``, sums over all ranks divided by the global count; and the samples that this rank
+        had to replace by others.
     """
     assert stage.validation is not None
     stage.objective.eval()
@@ -38,12 +41,14 @@ def validate(stage: Stage, engine: Engine, config: TrainConfig, seed: int) -> di
         stage.collate,
         [share or [Position(0, 0)] for share in shares],
         seed=seed,
-        workers=0,
+        workers=workers,
         pin_memory=False,
     )
     sums: dict[str, float] = {}
     count = 0
-    for share, (batch, _) in zip(shares, batches, strict=True):
+    left_out: list[LeftOut] = []
+    for share, (batch, unusable) in zip(shares, batches, strict=True):
+        left_out += unusable
         count += stage.objective.count(batch) if share else 0
         batch = to_device(batch, engine.device)
         with engine.autocast():
@@ -52,4 +57,5 @@ def validate(stage: Stage, engine: Engine, config: TrainConfig, seed: int) -> di
             sums[name] = sums.get(name, 0.0) + (value if share else 0.0)
     names = sorted(sums)
     totals = engine.sum(torch.tensor([*(sums[n] for n in names), count], dtype=torch.float64, device=engine.device))
-    return {f"val_{n}": float(totals[i] / totals[-1].clamp(min=1)) for i, n in enumerate(names)}
+    numbers = {f"val_{n}": float(totals[i] / totals[-1].clamp(min=1)) for i, n in enumerate(names)}
+    return numbers, left_out

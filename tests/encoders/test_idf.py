@@ -153,3 +153,20 @@ def test_other_files_are_no_tables(tmp_path: Path) -> None:
     save_file({"df": torch.zeros(4)}, file)
     with pytest.raises(InputError, match="no IDF table"):
         load_table(file, sha256="a", vocab_size=4)
+
+
+def test_a_table_that_left_labels_uncounted_is_for_the_same_stop_words_only(tmp_path: Path) -> None:
+    file = table(tmp_path, dropped=[3, 1])
+    assert load_table(file, sha256="a" * 64, vocab_size=4, dropped={1, 2, 3})[1] > 0
+    with pytest.raises(InputError, match=r"without 2 labels \(stop words\) that are in use here.*data\.stop_words"):
+        load_table(file, sha256="a" * 64, vocab_size=4)
+
+
+def test_a_table_of_cut_captions_is_for_captions_cut_as_much(tmp_path: Path) -> None:
+    file = table(tmp_path, context_length=16)
+    for length in (3, 16):
+        assert load_table(file, sha256="a" * 64, vocab_size=4, context_length=length)[1] > 0
+    for length in (17, None):
+        with pytest.raises(InputError, match=r"cut at 16 tokens, here they are cut at (17|no length)"):
+            load_table(file, sha256="a" * 64, vocab_size=4, context_length=length)
+    assert load_table(table(tmp_path), sha256="a" * 64, vocab_size=4, context_length=5)[1] > 0  # more was counted, not less

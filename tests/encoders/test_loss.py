@@ -301,6 +301,20 @@ def test_logits_never_exist_in_full() -> None:
     assert largest.numel <= chunk * vocab_size
 
 
+def test_without_grad_no_gradient_is_computed(monkeypatch) -> None:
+    from mmkit.encoders import loss as module
+
+    needs: list[tuple[bool, ...]] = []
+    sweep = module._sweep
+    monkeypatch.setattr(module, "_sweep", lambda *given: needs.append(given[-1]) or sweep(*given))
+    x, weight, bias = parts(3, 4, 7)
+    ids, offsets = packed(3, 7)
+    given = (x, weight, bias, ids, offsets, torch.ones(len(ids)))
+    with torch.no_grad():
+        quiet = soft_label_loss(*given)
+    assert torch.equal(quiet, soft_label_loss(*given)) and needs == [(False,) * 3, (True,) * 3]
+
+
 def test_options_of_another_kind_are_refused() -> None:
     assert make_kind("asl", clip=None, gamma_negative=2.0) == make_kind("asl", gamma_negative=2.0)
     with pytest.raises(InputError, match=r"loss bce has no option clip; it has none|loss: loss bce has no option clip"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 
@@ -134,6 +135,13 @@ def test_online_trackers_get_the_same(kind, tmp_path, monkeypatch):
     assert name == "init" and options["project"] == "p" and options["name"] == "group/run" and options["config"] == {"seed": 1}
     assert options["resume"] == "allow" and ("id" in options) == (kind == "wandb")
     assert calls[1:] == [("log", ({"loss": 1.5}, 3)), ("log", ({"tags": (2, 4, 3)}, 3)), ("finish", None)]
+    # A run that goes on finds its curves again; one that starts anew in the same folder begins new ones.
+    make_tracker(TrackConfig(kind=kind), folder, start=lambda: 2, settings={})
+    assert calls[-1][1].get("id") == options.get("id")
+    if kind == "wandb":
+        shutil.rmtree(folder)
+        make_tracker(TrackConfig(kind=kind), folder, start=lambda: 0, settings={})
+        assert calls[-1][1]["id"] != options["id"]
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pipeline
@@ -209,3 +210,61 @@ def test_a_batch_keeps_captions_and_labels_together():
     assert [batch["ids"][a:b].tolist() for a, b in itertools.pairwise(batch["offsets"].tolist())] == wanted
     assert batch["pixels"][:, 0, 0, 0].tolist() == list(range(12)) and batch["keys"] == [str(i) for i in range(12)]
     assert batch["keep"][:, 0].tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("route", ["file", "head"])
+def test_counts_without_stop_words_are_not_taken_for_counts_with_them(route, tmp_path, capsys):
+    before = run(tmp_path / "before", "data.labels=clip", "data.stop_words=english", "train.steps=1")
+    table = before / "model" / "idf.safetensors"
+    more = {"file": ["data.idf=file", f"data.idf_file={table}"], "head": [f"encoder.init={before}", "encoder.init_head=true"]}[
+        route
+    ]
+    capsys.readouterr()
+    assert pipeline.mmkit(*pipeline.superclass(tmp_path / "wrong", "data.labels=clip", *more)) == 2
+    assert "stop words" in capsys.readouterr().err
+    run(tmp_path / "right", "data.labels=clip", "data.stop_words=english", "train.steps=1", *more)
+
+
+def test_a_run_does_not_go_on_with_other_labels(tmp_path, capsys):
+    words = tmp_path / "words.json"
+    shards = pipeline.root() / "world" / "shards"
+    assert pipeline.mmkit("data", "inspect", shards, "--words", words, "--min-count", "1") == 0
+    arguments = pipeline.superclass(tmp_path / "run", f"data.labels={words}", "train.checkpoint_every=2")
+    assert pipeline.mmkit(*arguments) == 0
+    found = json.loads(words.read_text())
+    words.write_text(json.dumps({**found, "words": found["words"][::-1]}))
+    note = tmp_path / "run" / "manifest.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "status": "stopped"}))
+    capsys.readouterr()
+    assert pipeline.mmkit(*arguments) == 2
+    assert "the data have changed since this run began" in capsys.readouterr().err
+
+
+def test_unusable_validation_pictures_are_listed(tmp_path):
+    world = pipeline.root() / "world"
+    folder = tmp_path / "heldout"
+    shutil.copytree(world / "images" / "heldout", folder)
+    broken = sorted(folder.glob("*.jpg"))[:3]
+    for picture in broken:
+        picture.write_bytes(b"no picture")
+    validation = [f"data.val={world / 'captions_heldout.json'}", f"data.val_image_root={folder}", "train.val_every=4"]
+    made = run(tmp_path / "run", *validation, "train.val_batches=100", "data.max_skipped=1")
+    listed = pipeline.rows(made / "skipped.jsonl")
+    assert {name for name in (p.name for p in broken) if any(name in row["key"] for row in listed)} == {p.name for p in broken}
+    assert pipeline.manifest(made)["skipped"] == len(listed) >= 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("demo-superclass", ["stage=clip", "text.heads=5", "text.width=32"], "5 heads do not divide a width of 32"),
+        ("superclass-vit-b16", ["encoder.architecture=resnet18", "encoder.patch_drop=0.5"], "cannot leave patches out"),
+        ("demo-superclass", ["encoder.pretrained=true", "encoder.init=runs/x"], "both pretrained and init"),
+        ("demo-superclass", ["data.val=null"], "go together"),
+        ("demo-superclass", ["train.val_every=null"], "go together"),
+    ],
+)
+def test_validate_finds_what_training_would_refuse(recipe, overrides, message, capsys):
+    assert pipeline.mmkit("validate", recipe, *overrides) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and message in said

@@ -100,6 +100,7 @@ def open_samples(
     validation = None
     if data.val:
         held = open_pairs(data.val, kind="auto", image_root=data.val_image_root)
+        source.left_out.extend(held.left_out)  # one list for the user to look at
         validation = PairSamples(held.pairs, size=size, max_pixels=max_pixels)
     return train, validation, source
 

@@ -16,7 +16,7 @@ from mmkit.distributed.engine import Engine
 from mmkit.encoders.head import SuperClassHead
 from mmkit.encoders.idf import OnlineIDF, load_table, row_normalised, save_table
 from mmkit.encoders.labels import CaptionLabels
-from mmkit.encoders.loss import soft_label_loss_sum
+from mmkit.encoders.loss import autocast_device, soft_label_loss_sum
 from mmkit.encoders.loss_kinds import LabelLoss, make_kind
 from mmkit.encoders.ragged import row_of_label
 from mmkit.encoders.save import save_encoder
@@ -115,8 +115,12 @@ class SuperclassObjective(Objective):
 
     def _recall_sums(self, features: Tensor, batch: Batch) -> Tensor:
         """Recall at each of `RECALL_AT` summed over rows, from the head's features ``[B, D]``: float[3]."""
-        logits = F.linear(features, self.head.weight, self.head.bias)
-        top = logits.topk(min(max(RECALL_AT), logits.shape[1]), dim=1).indices
+        k = min(max(RECALL_AT), self.head.vocab_size)
+        # As in the loss never all logits at once; and in fp32, for a quarter of the rows have ties at place 10 in bf16.
+        with torch.autocast(autocast_device(features), enabled=False):
+            head = (self.head.weight.float(), self.head.bias.float())
+            parts = [F.linear(part.float(), *head).topk(k, dim=1).indices for part in features.split(self.chunk_rows)]
+        top = torch.cat(parts)
         rows = row_of_label(batch["offsets"], batch["ids"].numel())
         hit = top[rows] == batch["ids"][:, None]
         within = torch.stack([hit[:, :k].any(1).float() for k in RECALL_AT], dim=1)
@@ -134,10 +138,14 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
     labels = CaptionLabels(data.labels, context_length=data.context_length, stop_words=data.stop_words)
     encoder, parents = make_encoder(recipe.encoder, seed=recipe.seed)
     head, idf = _make_head(recipe, encoder, labels)
+    if recipe.loss.kind == "two_way" and engine.accumulation * engine.world_size > 1:
+        # The paper's figure is for the whole batch in one piece as far as can be told; here the pieces are smaller.
+        logger.warning("two_way compares the %d pictures of a micro-batch, not the whole batch", engine.micro_batch_size)
     objective = SuperclassObjective(encoder, head, idf, loss=make_loss(recipe.loss), chunk_rows=recipe.loss.chunk_rows)
     samples, validation, source = open_samples(data, encoder, patch_drop=recipe.encoder.patch_drop)
 
-    fingerprint = source.fingerprint
+    # The same captions under other labels are other data: a head's rows would come to mean other words.
+    fingerprint = hash_text(source.fingerprint, labels.sha256(), *labels.stop_word_list)
     if data.idf_file is not None:
         # A table that is counted anew under the same name is other data.
         fingerprint = hash_text(fingerprint, hash_file(Path(data.idf_file)))
@@ -148,7 +156,9 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
         def write_table(inside: Path) -> None:
             """The counts go with the model: a later run may weigh its labels by them."""
             if idf is not None:
-                save_table(inside / "idf.safetensors", idf.df, int(idf.n), sha256=labels.sha256())
+                counted = labels.for_table()
+                del counted["vocab_size"]
+                save_table(inside / "idf.safetensors", idf.df, int(idf.n), name=labels.name, **counted)
 
         save_encoder(encoder, folder, head=head, labels=labels, extra=extra, write_more=write_table)
 
@@ -191,7 +201,7 @@ def _make_head(
         return head, None
     if recipe.data.idf == "file":
         assert recipe.data.idf_file is not None  # the recipe's schema sees to it
-        df, n = load_table(recipe.data.idf_file, sha256=labels.sha256(), vocab_size=labels.vocab_size)
+        df, n = load_table(recipe.data.idf_file, **labels.for_table())
         return head, OnlineIDF(labels.vocab_size, df=df, n=n, frozen=True)
     if counts is None:
         return head, OnlineIDF(labels.vocab_size)

@@ -38,5 +38,7 @@ def make_encoder(config: EncoderConfig, *, seed: int) -> tuple[VisionEncoder, li
 
         parents.append(resolve_parent("encoder", config.init))
         init_encoder(encoder, config.init, statistics=config.mean is None and config.std is None)
+    if config.patch_drop:
+        encoder.check_patch_drop()  # here and not in the first step, after the data have been read
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     return encoder, parents
