@@ -5,6 +5,7 @@ Everything else that escapes is a bug and exits with 1 and a traceback.
 
 from __future__ import annotations
 
+# Two wherever the user is at fault, as the command-line parser's own; 75 is EX_TEMPFAIL of sysexits.h: try again later.
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_INPUT = 2

@@ -18,20 +18,25 @@ from mmkit.errors import InputError
 def write_text(path: Path, text: str) -> None:
     """Write beside, fsync, rename: a reader sees the old text or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder: a rename is atomic only within one file system. The dot keeps a leftover out of hash_folder.
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
+            # Without it a crash may leave the new name on an empty file.
             os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read; others read runs on a shared disk.
         Path(name).chmod(0o644)
         Path(name).replace(path)
     finally:
+        # After a rename there is nothing left; after a failure the half-written file goes.
         Path(name).unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, with a final newline."""
+    # NaN is no JSON: other readers would stumble over the file, so it fails here.
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -42,12 +47,14 @@ def read_json(path: Path, *, mend: str = "") -> Any:
         InputError: Missing, not UTF-8, or cut off; with line and column.
     """
     try:
+        # With or without a byte order mark, which some editors put in front.
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError("no such file", where=path, mend=mend) from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read ({error})", where=path, mend=mend) from None
     except json.JSONDecodeError as error:
+        # Nothing after the fault means that the text ends too early; a cut string is reported at its beginning instead.
         cut = " (the file looks cut off)" if not error.doc[error.pos :].strip() or "Unterminated" in error.msg else ""
         where = f"{path}:{error.lineno}:{error.colno}"
         raise InputError(f"is not JSON: {error.msg}{cut}", where=where, mend=mend or "fetch or write the file again") from None
@@ -58,10 +65,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at ``path`` only when the block ends well; an older one there is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    # mkdtemp's folders are closed to everybody else.
     temporary.chmod(0o755)
     try:
         yield temporary
+        # Before the rename: a complete name must stand for complete files, after a power cut too.
         sync_folder(temporary)
+        # A folder that is not empty cannot be renamed over: the old one steps aside, and a crash in between leaves it there.
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             path.replace(old / path.name)
@@ -70,6 +80,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         else:
             temporary.replace(path)
     finally:
+        # After success it is gone already; after an error the error is what the caller must see.
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -83,8 +94,10 @@ def sync_folder(folder: Path) -> None:
 
 def hash_file(path: Path) -> str:
     """BLAKE2 of a file's content, 32 hex digits."""
+    # 128 bits: against accidents, not against a forger; short enough for a manifest.
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
+        # 4 MiB at a time: weights of many gigabytes are hashed in flat memory.
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
@@ -93,6 +106,7 @@ def hash_file(path: Path) -> str:
 def hash_folder(folder: Path) -> str:
     """BLAKE2 over names and contents of all files below a folder (hidden ones left out)."""
     digest = hashlib.blake2b(digest_size=16)
+    # Sorted, and by relative name: a copy elsewhere has the same hash. Hidden files are leftovers or other programs'.
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_file(path)}\n".encode())
     return digest.hexdigest()
@@ -100,4 +114,5 @@ def hash_folder(folder: Path) -> str:
 
 def hash_text(*parts: str) -> str:
     """BLAKE2 of some strings."""
+    # A separator, or ("ab", "c") and ("a", "bc") would be the same.
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()

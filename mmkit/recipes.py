@@ -9,6 +9,7 @@ from pathlib import Path
 from mmkit.errors import InputError
 
 _PACKAGE = Path(__file__).parent
+# Recipes lie in the stage folders, where a newcomer looks, and not in the package; the wheel gets copies.
 _CHECKOUT = {
     "encoders": _PACKAGE.parent / "encoders" / "recipes",
     "training": _PACKAGE.parent / "training" / "recipes",
@@ -27,6 +28,7 @@ def recipe_folders() -> dict[str, Path]:
 def list_recipes() -> dict[str, Path]:
     """Shipped recipes by name (``superclass-vit-b16``), in order of stage and name."""
     folders = recipe_folders()
+    # One name space for all stages: a recipe is asked for by name alone.
     return {p.stem: p for kind in ("encoders", "training", "eval") for p in sorted(folders[kind].glob("*.yaml"))}
 
 
@@ -37,11 +39,13 @@ def find_recipe(name: str) -> Path:
         InputError: No such file and no such name; names the nearest.
     """
     path = Path(name)
+    # A file first: the user's edited copy of a recipe must win over the shipped one of that name.
     if path.is_file():
         return path
     shipped = list_recipes()
     if name in shipped:
         return shipped[name]
+    # The stem, so that `name.yaml` without such a file also finds its neighbour.
     near = difflib.get_close_matches(path.stem, shipped, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise InputError(f"no recipe {name!r}", mend=f"{hint}`mmkit ls` lists the shipped ones; a path to a YAML file works too")
@@ -78,6 +82,7 @@ def copy_recipe(name: str, destination: Path) -> Path:
     """
     source = find_recipe(name)
     target = destination / source.name if destination.is_dir() else destination
+    # Never overwritten: it is most likely an edited copy.
     if target.exists():
         raise InputError("file exists", where=target, mend="choose another name or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)

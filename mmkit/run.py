@@ -26,6 +26,7 @@ from mmkit.errors import InputError
 from mmkit.files import hash_file, hash_folder, read_json, write_json, write_text
 
 State = Literal["new", "continue", "done"]
+# Those that can change a number; listed, so that a manifest stays short and two of them can be compared.
 _PACKAGES = (
     "torch",
     "torchvision",
@@ -65,6 +66,7 @@ def resolve_parent(role: str, name: str) -> Parent:
     path = Path(name)
     if (path / "manifest.json").is_file():
         manifest = read_json(path / "manifest.json")
+        # Its model folder may be there all the same, from a run killed while it wrote its manifest.
         if manifest.get("status") != "done":
             raise InputError(
                 f"this {role} run is not finished (status {manifest.get('status')!r})",
@@ -73,11 +75,14 @@ def resolve_parent(role: str, name: str) -> Parent:
             )
         if not (path / "model").is_dir():
             raise InputError(f"this run has no model to use as {role}", where=path, mend="give a training run")
+        # The fingerprint from when it was written: a run that is used often is not hashed each time.
         return Parent(role, name, manifest["product"], path / "model")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"no {role} here: config.json is missing", where=path, mend="give a run or a model folder")
+        # A folder that mmkit did not make has no record of itself, so its content is read.
         return Parent(role, name, hash_folder(path), path)
+    # Language models go by plain hub names (gpt2); an encoder needs a prefix, or every typing error would be one.
     if ":" in name or role == "llm":
         return Parent(role, name, _fingerprint_of_name(name))
     raise InputError(f"no such {role}", where=name, mend="give a finished run, a model folder, or timm:NAME")
@@ -97,6 +102,7 @@ class Run:
     def __init__(self, path: Path, *, write: bool = True) -> None:
         self.path = path
         self.write = write
+        # Not the wall clock, which may be set back while a run lasts for days.
         self._started = time.monotonic()
         self._seconds_before = 0.0
         self._skipped: set[tuple[str, str]] = set()
@@ -120,6 +126,7 @@ class Run:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError("is a file, not a run directory", where=self.path, mend="choose another run=DIR")
+        # An empty folder counts as new: a scheduler's script may have made it for its log.
         if not self.path.exists() or not any(self.path.iterdir()):
             return "new"
         # Before `restart`: emptying a folder that mmkit did not make could cost the user everything in it.
@@ -127,6 +134,7 @@ class Run:
             raise InputError("folder is not empty and no run", where=self.path, mend="choose another run=DIR")
         if restart:
             return "new"
+        # Compared as text in its resolved form: every default is written out, so a new default of mmkit is noticed too.
         before = (self.path / "recipe.yaml").read_text(encoding="utf-8")
         now = dump_recipe(recipe)
         if before != now:
@@ -137,9 +145,11 @@ class Run:
                 where=self.path,
                 mend="use another run=DIR, or --restart",
             )
+        # Killed between the two writes of start: nothing has been trained yet.
         if not (self.path / "manifest.json").is_file():
             return "new"
         manifest = read_json(self.path / "manifest.json")
+        # Strict: equal recipes have equal parents, so another number is a bug and not the user's doing.
         for old, new in zip(manifest["parents"], parents, strict=True):
             if old["fingerprint"] != new.fingerprint:
                 raise InputError(
@@ -154,6 +164,7 @@ class Run:
         if state == "continue":
             # On every process, before the first one writes: the limit on left-out samples must be the same for all.
             before = read_json(self.path / "manifest.json")
+            # Order is a function of the data's size and position; over other data the rest of the run would be another run.
             if before["data"]["fingerprint"] != data_fingerprint:
                 raise InputError(
                     "the data have changed since this run began", where=self.path, mend="use another run=DIR, or --restart"
@@ -163,8 +174,10 @@ class Run:
         if not self.write:
             return
         if state == "new" and self.path.exists():
+            # Only ever a folder that state() has found to be a run.
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        # The recipe first: it marks the folder as a run, which a restart after a kill here relies on.
         write_text(self.path / "recipe.yaml", dump_recipe(recipe))
         self.manifest = {
             "status": "running",
@@ -177,6 +190,7 @@ class Run:
             "hardware": hardware(),
             "parents": [{"role": p.role, "path": p.path, "fingerprint": p.fingerprint} for p in parents],
             "data": {"fingerprint": data_fingerprint},
+            # UTC: the nodes of a cluster need not agree on a time zone.
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": self._seconds_before,
             "skipped": len(self._skipped),
@@ -191,6 +205,7 @@ class Run:
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl; floats are written with nine significant digits, which is all of fp32."""
         if self.write:
+            # Nine digits give any fp32 back exactly; more would be digits of the conversion.
             short = {k: float(f"{v:.9g}") if isinstance(v, float) else v for k, v in row.items()}
             append_jsonl(self.path / "metrics.jsonl", [short])
 
@@ -198,6 +213,7 @@ class Run:
         """Forget rows past the checkpoint that the run goes on from, so that no step is logged twice."""
         path = self.path / "metrics.jsonl"
         if self.write and path.exists():
+            # The loop logs oftener than it saves, so a killed run has rows that are about to be made again.
             kept = [row for row in read_jsonl(path) if row["step"] <= step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -205,9 +221,11 @@ class Run:
         """List samples that were left out, each once."""
         new = []
         for sample in samples:
+            # By sample and not by event: one bad picture comes up in each epoch and must not add up to the limit.
             if (sample.source, sample.key) not in self._skipped:
                 self._skipped.add((sample.source, sample.key))
                 new.append(sample)
+        # The set above is kept on every rank, written or not: all must reach the limit at the same step.
         if self.write and new:
             append_jsonl(self.path / "skipped.jsonl", [dataclasses.asdict(s) for s in new])
 
@@ -221,12 +239,15 @@ class Run:
         if not self.write:
             return
         if status == "done":
+            # Evaluation runs have no model; nothing can be made from them.
             fields["product"] = hash_folder(self.model) if self.model.is_dir() else ""
+        # The status last of all: "done" stands for a product that is complete on disk.
         self.manifest.update(fields, status=status)
         self._write_manifest()
 
     def _write_manifest(self) -> None:
         if self.write:
+            # Over all starts, so that the time of an interrupted run is comparable.
             self.manifest["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 1)
             self.manifest["skipped"] = self.skipped
             write_json(self.path / "manifest.json", self.manifest)
@@ -238,6 +259,7 @@ def one_process(command: str, *, mend: str = "start it without torchrun or deeps
     Raises:
         InputError: The launcher started more than one process.
     """
+    # Set by torchrun and deepspeed alike; torch.distributed would have to be initialised to be asked.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"`mmkit {command}` runs in one process", where="WORLD_SIZE", mend=mend)
 
@@ -247,8 +269,10 @@ def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     if path.exists() and path.stat().st_size:
         with path.open("r+b") as old:
             old.seek(-1, os.SEEK_END)
+            # A half line that is written on would spoil the new row as well.
             if old.read() != b"\n":
                 old.seek(0)
+                # rfind gives -1 without any newline, and the file becomes empty.
                 old.truncate(old.read().rfind(b"\n") + 1)
     # A lone surrogate (a file name that is not UTF-8) has no UTF-8 form, but \udcff inside a JSON string is legal.
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -271,20 +295,24 @@ def package_versions() -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
+            # Said, not left out: whether a package was there can change a number as well.
             found[name] = "absent"
     return found
 
 
+# Once a process: the checkout may be edited while a run lasts, but not the code that it loaded.
 @functools.cache
 def git_commit() -> str | None:
     """Commit of the checkout that mmkit runs from, with ``+`` when it has changes; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
+    # An installed wheel may lie inside somebody else's repository, whose commit would say nothing.
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False).stdout.strip()
 
+    # -uno below: run directories and notes beside the code are no change of it.
     commit = git("rev-parse", "--short=12", "HEAD")
     return (commit + ("+" if git("status", "--porcelain", "-uno") else "")) or None
 
@@ -295,6 +323,7 @@ def hardware() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    # Often empty or just "x86_64" on Linux, hence the look into /proc.
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -302,6 +331,7 @@ def hardware() -> dict[str, Any]:
         model = names[0] if names else model
     return {
         "cpu": model,
+        # The cores this process may use: a scheduler or container gives fewer than the machine has.
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpus": gpus,
         "python": platform.python_version(),

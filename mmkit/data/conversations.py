@@ -20,7 +20,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mmkit.data.skipped import SampleError
 from mmkit.errors import InputError
 
+# LLaVA's own spelling, in its files and in transformers' processor.
 IMAGE_MARKER = "<image>"
+# What torch's cross_entropy ignores by default, and LLaVA's value.
 IGNORE_INDEX = -100
 EOS = "{eos}"  # in a template's `end`: the tokenizer's own end token, whatever it is called
 
@@ -65,14 +67,18 @@ class Template:
     image_only: bool = False
 
 
+# Word for word: the published weights were tuned under this sentence (facts/llava.md 1.4).
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 
 TEMPLATES: dict[str, Template] = {
+    # A newline in place of an end token, as in the published alignment stage (facts/llava.md 1.4).
     "plain": Template("plain", end="\n", image_only=True),
+    # The colon ends the prompt: the space after it belongs to the answer's first token ("▁two"), and is supervised with it.
     "vicuna_v1": Template("vicuna_v1", system=VICUNA_SYSTEM, user="USER: ", assistant=" ASSISTANT:", lead=" "),
+    # No system sentence: the demo's model was never tuned under one, and its turns are a few tokens long.
     "demo": Template("demo", user="USER: ", assistant=" ASSISTANT:", lead=" "),
     "chatml": Template(
         "chatml",
@@ -112,6 +118,7 @@ class EncodedConversation:
 
     input_ids: list[int]
     labels: list[int]
+    # Known here, so that a sample without labels never reaches a batch: its mean loss would be NaN (facts/llava.md 1.11).
     num_supervised: int
     cut: bool = False
 
@@ -137,12 +144,15 @@ class _Encoder:
     bare: Tokenizer
     prefix_everywhere: bool
     bos: list[int]
+    # Special ids that may not come out of running text; the unknown token is not among them, any odd character gives it.
     forbidden: frozenset[int] = field(default_factory=frozenset)
 
     def text(self, text: str, before: str) -> list[int]:
         """Ids of running text that follows ``before``: "start", "control" (image included) or "text"."""
+        # After other text never: the whole text, of which both are parts, has no added space there.
         prefixed = before == "start" or (before == "control" and self.prefix_everywhere)
         ids = (self.full if prefixed else self.bare).encode(text, add_special_tokens=False).ids
+        # A tokenizer whose vocabulary spells a control token as an ordinary piece; such a text could end a turn early.
         if not self.forbidden.isdisjoint(ids):
             raise ConversationError("the text spells a control token that this tokenizer cannot keep as text")
         return ids
@@ -158,6 +168,7 @@ class _Encoder:
             if found is None:
                 raise InputError("the tokenizer has no end token", mend="set its eos_token")
             return found
+        # A missing token comes back as the unknown one and not as an error, hence the check below.
         found = self.tokenizer.convert_tokens_to_ids(text)
         if found is None or (found == self.tokenizer.unk_token_id and text != self.tokenizer.unk_token):
             raise InputError(f"the tokenizer has no token {text!r}", mend="choose another conversation template")
@@ -173,16 +184,20 @@ class _Encoder:
                 ids.append(self.control(segment.text))
             else:
                 ids += self.text(segment.text, before)
+            # A picture counts as a control token: its placeholder is one for the tokenizer.
             before = "text" if segment.kind == "text" else "control"
         return ids
 
 
 def _without_prefix(state: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """A tokenizer's JSON without the space it adds in front, and whether it adds one after every special token too."""
+    # The setting sits in the pre-tokenizer or the normalizer, by tokenizer family and version of the file.
     everywhere = False
+    # One level of nesting: a Sequence of steps, or a step by itself.
     steps = [state["pre_tokenizer"] or {}, *((state["pre_tokenizer"] or {}).get("pretokenizers") or [])]
     for step in steps:
         if step.get("type") == "Metaspace":
+            # The other value with a space, "first", puts one at the start of the whole text only.
             everywhere |= step.get("prepend_scheme", "always") == "always"
             step["prepend_scheme"] = "never"
         elif step.get("type") == "ByteLevel":
@@ -198,16 +213,19 @@ def _without_prefix(state: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     return state, everywhere
 
 
+# Weak keys: a tokenizer that nobody uses any more must not be kept alive with two copies of its vocabulary.
 _ENCODERS: WeakKeyDictionary[PreTrainedTokenizerBase, _Encoder] = WeakKeyDictionary()
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
     """The piecewise encoder of a tokenizer, made once and again after tokens were added."""
     made = _ENCODERS.get(tokenizer)
+    # Adding the image token changes the size; an encoder from before would split it into pieces.
     if made is not None and made.size == len(tokenizer):
         return made
     if not tokenizer.is_fast:
         raise InputError("conversations need a fast tokenizer", mend="use one with a tokenizer.json")
+    # Copies: the switches below must not change how the caller's own tokenizer behaves.
     source = tokenizer.backend_tokenizer.to_str()
     state, everywhere = _without_prefix(json.loads(source))
     full, bare = Tokenizer.from_str(source), Tokenizer.from_str(json.dumps(state))
@@ -219,6 +237,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
     bos = tokenizer.bos_token_id
     # Asked of the tokenizer, not guessed from its class: whether it puts the start token in front of a text.
     starts = tokenizer("a").input_ids[:1] == [bos] and tokenizer("a", add_special_tokens=False).input_ids[:1] != [bos]
+    # A genuine unk inside a text is an ordinary token; LLaVA drops it with the padding (facts/llava.md 1.4).
     special = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     made = _Encoder(tokenizer, len(tokenizer), full, bare, everywhere, [bos] if starts else [], special)
     _ENCODERS[tokenizer] = made
@@ -229,6 +248,7 @@ def _split(template: Template, text: str) -> list[_Segment]:
     """Segments of a template text, its control tokens cut out."""
     if text == EOS:
         return [_Segment("control", EOS)]
+    # Only the template's own text is searched; questions and answers never pass through here.
     pattern = "|".join(re.escape(token) for token in template.controls)
     parts = re.split(f"({pattern})", text) if pattern else [text]
     return [_Segment("control" if part in template.controls else "text", part) for part in parts if part]
@@ -250,12 +270,15 @@ def _prompt_segments(template: Template, question: str, *, first: bool, image: b
 
     The image marker is moved to the front of its turn, followed by a newline (facts/llava.md 1.3).
     """
+    # Once: where the caller allows a single marker, another one is text.
     text = question.replace(IMAGE_MARKER, "", 1) if image else question
     segments = _split(template, template.system if first else template.between) + _split(template, template.user)
     if image:
         segments.append(_Segment("image"))
     if not template.image_only:
+        # Stripped: a stray space would make another prompt of the same question.
         segments.append(_Segment("text", ("\n" if image else "") + text.strip()))
+    # An empty piece must go: what comes next would count as following text and lose its leading space.
     return _joined([part for part in segments + _split(template, template.assistant) if part.text or part.kind == "image"])
 
 
@@ -265,6 +288,7 @@ def _image_turn(turns: list[tuple[str, str]], num_image_tokens: int) -> int | No
     Raises:
         ConversationError: When there is a picture but not exactly one marker.
     """
+    # The picture decides, not the text: a user may write about "<image>" without showing one.
     if num_image_tokens == 0:
         return None
     found = [index for index, (question, _) in enumerate(turns) for _ in range(question.count(IMAGE_MARKER))]
@@ -304,6 +328,7 @@ def encode_conversation(
     chosen, encoder = get_template(template), _encoder(tokenizer)
     if not turns:
         raise ConversationError("no turns")
+    # Only the end token would be learnt: to say nothing.
     if any(not answer.strip() for _, answer in turns):
         raise ConversationError("an answer is empty")
     picture = _image_turn(turns, num_image_tokens)
@@ -313,15 +338,19 @@ def encode_conversation(
     image = [image_token_id] * num_image_tokens
     for index, (question, answer) in enumerate(turns):
         before = _prompt_segments(chosen, question, first=index == 0, image=index == picture)
+        # Prompt and reply are tokenised apart: a token over the border would be half supervised, and no prompt could end there.
         prompt = encoder.segments(before, before="control" if index else "start", image=image)
+        # The end goes with the answer: it is supervised, and without it the model would not learn to stop.
         after = _joined([_Segment("text", chosen.lead + answer.strip()), *_split(chosen, chosen.end)])
         # With no prompt text at all the answer opens the sequence.
         kind = ("text" if before[-1].kind == "text" else "control") if before else "start"
         reply = encoder.segments(after, before=kind, image=[])
         room = max_length - len(ids) - len(prompt)
+        # A prompt without at least one answer token teaches nothing, so the whole turn goes.
         if room <= 0:
             cut = True
             if picture is not None and picture >= index:
+                # Leaving the picture out instead would train answers about something that is not shown.
                 raise ConversationError(f"the picture's turn does not fit {max_length} tokens")
             break
         cut = len(reply) > room
@@ -362,11 +391,13 @@ def encode_prompt(
     chosen, encoder = get_template(template), _encoder(tokenizer)
     segments = _prompt_segments(chosen, question, first=True, image=with_image)
     image = [image_token_id] * num_image_tokens
+    # The same calls as in training, so that the prompt is a prefix of the training sequence by construction.
     return encoder.bos + encoder.segments(segments, before="start", image=image)
 
 
 def _quote(text: str) -> str:
     """A text as a Jinja string literal."""
+    # Backslashes first, or the ones that escape quotes would be doubled.
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
@@ -383,6 +414,7 @@ def chat_template(template: str | Template) -> str:
     words = "" if chosen.image_only else "{{- ns.text | trim -}}"
     return (
         "{%- for message in messages -%}"
+        # A namespace: Jinja forgets a plain variable that is set inside a loop.
         "{%- set ns = namespace(text='') -%}"
         "{%- if message['role'] == 'user' -%}"
         f"{{{{- {_quote(chosen.system)} if loop.first else {_quote(chosen.between)} -}}}}"
@@ -398,6 +430,7 @@ def chat_template(template: str | Template) -> str:
         "{%- if message['content'] is string -%}{%- set ns.text = message['content'] -%}{%- else -%}"
         "{%- for part in message['content'] -%}{%- set ns.text = ns.text + part['text'] -%}{%- endfor -%}{%- endif -%}"
         f"{{{{- {_quote(chosen.lead)} + (ns.text | trim) + {end} -}}}}"
+        # No template has a place for a system role; dropping the message in silence would be worse.
         "{%- else -%}{{- raise_exception('unknown role ' + message['role']) -}}{%- endif -%}"
         "{%- endfor -%}"
     )

@@ -31,6 +31,7 @@ _LARGEST_SQUARE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
+# A slice rather than an unpacked file: shards are read in place, so member names such as ../../x never reach the file system.
 class ImageRef:
     """Where the bytes of a picture lie: a whole file, or a slice of a tar.
 
@@ -80,13 +81,16 @@ def decode_image(data: bytes, *, max_pixels: int = 100_000_000) -> Image.Image:
             # Our own limit decides, the same way on every run; Pillow's warns once a process.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
+        # Image.open has read the header only; no pixel is decoded before this line.
         if image.width * image.height <= max_pixels:
+            # Pixels are decoded in here, so that a cut-off file raises inside this block.
             return _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         # Pillow has a limit of its own, which holds where max_pixels is higher.
         limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
         raise SampleError(f"its header claims more pixels than the limit of {limit}") from None
     except Image.UnidentifiedImageError:
+        # The first bytes tell an HTML error page or a Git LFS pointer at a glance.
         start = data[:15].decode("latin-1").encode("unicode_escape").decode()
         raise SampleError(f"is no picture (starts with {start!r})") from None
     except _DECODING_ERRORS as error:
@@ -98,11 +102,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any Pillow mode."""
     if image.mode == "RGB":
         return image
+    # 16-bit pictures come as I or I;16; a float picture has no fixed range, so its own maximum is white.
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         # Pillow's own convert clips 16-bit values at 255.
+        # 1e-9: an all-black float picture would divide by zero.
         top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1e-9)
         return Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    # Pixels under full transparency may hold any colour; dropping the alpha channel would show it.
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
@@ -129,10 +136,12 @@ def fit_square(image: Image.Image, size: int, *, fit: Fit, fill: tuple[int, int,
         square = image.resize((size, size), Image.Resampling.BICUBIC)
     elif fit == "crop":
         side = min(width, height)
+        # Fractions of a pixel are fine: resize takes the box as it is, and cutting first would round it and cost a copy.
         left, top = (width - side) / 2, (height - side) / 2
         square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     else:
         side = max(width, height)
+        # The square's side is the longer one, so its area is not bounded by the limit on pixels.
         if side > max(_LARGEST_SQUARE, size):
             scale = max(_LARGEST_SQUARE, size) / side
             return fit_square(image.resize((max(1, int(width * scale)), max(1, int(height * scale)))), size, fit="pad", fill=fill)
@@ -158,12 +167,15 @@ def random_resized_crop(
         uint8 ``[3, size, size]``.
     """
     width, height = image.size
+    # Ten attempts, then the centre: torchvision's own rule.
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
+        # Uniform in the logarithm: 4:3 and 3:4 are equally likely.
         aspect = math.exp(rng.uniform(-math.log(ratio), math.log(ratio)))
         w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            # One resampling from the fractional box; crop and resize would round the box to whole pixels first.
             return to_chw(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)))
     # A very long picture has no such crop: take the centre.
     return fit_square(image, size, fit="crop")
@@ -171,4 +183,5 @@ def random_resized_crop(
 
 def to_chw(image: Image.Image) -> Pixels:
     """uint8 ``[3, H, W]`` of an RGB picture."""
+    # uint8 to the device: a quarter of float's traffic, and normalising there is far cheaper than in numpy (performance.md 5.2).
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))

@@ -18,6 +18,7 @@ from mmkit.errors import InputError
 if TYPE_CHECKING:
     from mmkit.encoders.labels import CaptionLabels
 
+# Captions at a time: enough for the batch encoder to pay, small beside the list of pairs.
 _BLOCK = 8192
 _TOP = 20
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -81,6 +82,7 @@ class _Counts:
     """
 
     df: NDArray[np.int64]
+    # Only captions with a label count: the online IDF does the same, and a table must equal an epoch of it (test_inspect).
     n: int = 0
     kept: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
@@ -89,8 +91,10 @@ class _Counts:
         # Rows are sets, so occurrences are documents.
         self.df += np.bincount(ids, minlength=len(self.df))
         self.n += int(np.count_nonzero(np.diff(offsets)))
+        # Kept labels before each place in ids; differences at the row borders are the lengths, without a loop over rows.
         kept_before = np.concatenate([[0], np.cumsum(~dropped[ids])])
         lengths = np.bincount(np.diff(kept_before[offsets]))
+        # The longest caption is not known in advance, so the histogram grows with the blocks.
         size = max(len(self.kept), len(lengths))
         self.kept = np.pad(self.kept, (0, size - len(self.kept))) + np.pad(lengths, (0, size - len(lengths)))
 
@@ -137,22 +141,27 @@ def inspect_pairs(
     vocabulary = CaptionLabels(labels, context_length=context_length, stop_words=stop_words)
     source = open_pairs(location, kind=kind, image_root=image_root)
     pairs = source.pairs[:limit]
+    # One pass for everything: encoding is what costs.
     counts, frequencies = _count(pairs, vocabulary, count_words=words is not None)
     written = []
     if idf is not None:
+        # A limit is part of the table's source: document counts of some captions must not pass for those of all.
         written.append(
             _write_idf(idf, counts, vocabulary, source.fingerprint if limit is None else f"{source.fingerprint}[:{limit}]")
         )
     if words is not None:
         written.append(_write_words(words, frequencies, vocabulary, words_size, min_count, len(pairs)))
     shown = np.where(_mask(vocabulary), 0, counts.df)
+    # Stable: among equal counts the lower id comes first, on every machine.
     top = [int(i) for i in np.argsort(-shown, kind="stable")[:_TOP] if shown[i]]
     return Inspection(
         location=location,
         vocabulary=labels,
         vocab_size=vocabulary.vocab_size,
         pairs=len(pairs),
+        # Millions of rows may share one fault; the list is for people.
         left_out=dict(Counter(_PARTICULARS.sub("...", row.reason) for row in source.left_out).most_common()),
+        # Captions of length 0 after the stop words: they give no gradient in training.
         unlabelled=int(counts.kept[0]),
         lengths=_quantiles(counts.kept),
         distinct=int(np.count_nonzero(shown)),
@@ -166,6 +175,7 @@ def _count(pairs: list[Pair], labels: CaptionLabels, *, count_words: bool) -> tu
     from mmkit.encoders import words
     from mmkit.encoders.labels import CaptionLabels
 
+    # Counted with stop words and dropped afterwards, so that a second pass for the IDF table is not needed.
     everything = CaptionLabels(labels.name, context_length=labels.context_length) if labels.dropped else labels
     counts = _Counts(np.zeros(labels.vocab_size, dtype=np.int64))
     frequencies: Counter[str] = Counter()
@@ -186,6 +196,7 @@ def _blocks(pairs: list[Pair]) -> Iterator[list[str]]:
 def _mask(labels: CaptionLabels) -> NDArray[np.bool_]:
     """Stop words among the labels, bool[V]."""
     mask = np.zeros(labels.vocab_size, dtype=bool)
+    # As a mask: one indexing for a whole block instead of a lookup for each label.
     mask[list(labels.dropped)] = True
     return mask
 
@@ -193,6 +204,7 @@ def _mask(labels: CaptionLabels) -> NDArray[np.bool_]:
 def _quantiles(histogram: NDArray[np.int64]) -> dict[float, int]:
     """Quantiles (nearest rank from below) of lengths, from the number of captions of each length."""
     below = np.cumsum(histogram)
+    # At least rank 1: the quantile 0 is the shortest caption that exists, not length 0.
     return {q: int(np.searchsorted(below, max(1, int(np.ceil(q * below[-1]))))) for q in _QUANTILES}
 
 

@@ -22,6 +22,7 @@ from mmkit.files import hash_text
 _HF = "hf:"
 
 
+# A picture is a byte range of a file or a row of an Arrow table; readers of features and probes need not know which.
 class Pictures(Protocol):
     """Encoded pictures by number; pickles, so that loader processes can have it."""
 
@@ -64,6 +65,7 @@ class LabelledSource:
             InputError: A class is not in the list.
         """
         number = {name: i for i, name in enumerate(classes)}
+        # A test class that training never saw would count as an error of the model; it is one of the data.
         if unknown := sorted(set(self.labels) - set(number)):
             what = f"classes {', '.join(unknown[:5])} are not in the training set"
             raise InputError(what, where=self.location, mend="fix labels")
@@ -84,8 +86,10 @@ class _Files:
 
     def stamps(self) -> tuple[list[str], list[str]]:
         """Place and size of each picture, and the time its file was written; a missing file has neither."""
+        # One stat a file: a tar of thousands of pictures would be asked for each of them otherwise.
         seen: dict[str, tuple[int, int]] = {}
         for path in {ref.path for ref in self.refs}:
+            # A missing picture is no fault here: it is named when it is decoded, and a limit may leave it away.
             stat = Path(path).stat() if Path(path).exists() else None
             seen[path] = (stat.st_size, stat.st_mtime_ns) if stat else (-1, -1)
         return (
@@ -103,6 +107,7 @@ class _Column:
     numbers: list[int]
 
     def read(self, index: int) -> bytes:
+        # An undecoded picture is {"bytes", "path"}, either of which may be None.
         value = self.rows[self.numbers[index]][self.column]
         if value is not None and value["bytes"] is not None:
             data: bytes = value["bytes"]
@@ -116,6 +121,7 @@ class _Column:
 
     def stamps(self) -> tuple[list[str], list[str]]:
         """Row numbers; the data set's own fingerprint stands for the content."""
+        # It changes with every transformation of the set, so no row has to be read to notice other content.
         own = [f"{self.rows._fingerprint} {number}" for number in self.numbers]
         return own, own
 
@@ -144,10 +150,12 @@ def open_labelled(location: str, data: LabelledDataConfig) -> LabelledSource:
     if not found.keys:
         mend = f"give an image folder, rows with {data.image} and {data.label}, tars with .cls, or hf:NAME"
         raise InputError("no labelled picture", where=location, mend=mend)
+    # Before the limit: class numbers must not depend on which pictures are drawn.
     classes = found.classes or sort_classes(found.labels)
     pictures, keys, labels = found.pictures, found.keys, found.labels
     if data.limit is not None and data.limit < len(keys):
         # Image folders come sorted by class: the first N would be one class.
+        # A fixed seed, not the recipe's: runs that differ in their seed must still be measured on the same pictures.
         kept = sorted(random.Random(0).sample(range(len(keys)), data.limit))
         pictures, keys, labels = pictures.take(kept), [keys[i] for i in kept], [labels[i] for i in kept]
     what, when = pictures.stamps()
@@ -157,6 +165,7 @@ def open_labelled(location: str, data: LabelledDataConfig) -> LabelledSource:
         keys=keys,
         labels=labels,
         classes=classes,
+        # Without times: files fetched again are still the same set, though its features are extracted anew.
         fingerprint=hash_text(*what, *labels),
         pictures_fingerprint=hash_text(*what, *when),
     )
@@ -165,11 +174,13 @@ def open_labelled(location: str, data: LabelledDataConfig) -> LabelledSource:
 def sort_classes(labels: Sequence[str]) -> list[str]:
     """Each class once: in the order of numbers if all are numbers, else by alphabet."""
     names = set(labels)
+    # By alphabet 10 would come before 2; the name breaks the tie of "1" and "01".
     return sorted(names, key=lambda name: (int(name), name)) if all(map(is_number, names)) else sorted(names)
 
 
 def is_number(label: str) -> bool:
     """Whether a class is a number from 0 on."""
+    # isdigit alone is true of superscripts too, which int() refuses.
     return label.isascii() and label.isdigit()
 
 
@@ -179,7 +190,9 @@ def _kind(location: str) -> str:
     if location.startswith(_HF):
         return "hf"
     if path.is_dir():
+        # Image folders hold their pictures in sub-folders, so a tar right here decides.
         return "webdataset" if any(path.glob("*.tar")) else "folder"
+    # A file whose name really holds a bracket is a file first, a pattern second.
     if path.suffix == ".tar" or (not path.exists() and any(c in location for c in "{*?[")):
         return "webdataset"
     return "jsonl"
@@ -189,6 +202,7 @@ def _read_folder(location: str, data: LabelledDataConfig) -> _Read:
     """Pictures in a sub-folder a class."""
     if not Path(location).is_dir():
         raise InputError("no such folder", where=location, mend="check data.train and data.test")
+    # Sorted: glob gives the file system's order, which differs between machines.
     files = sorted(p for p in Path(location).glob("*/*") if p.suffix.lower() in _IMAGE_SUFFIXES)
     return _Read(_Files([ImageRef(str(p)) for p in files]), [str(p) for p in files], [p.parent.name for p in files])
 
@@ -200,6 +214,7 @@ def _read_jsonl(location: str, data: LabelledDataConfig) -> _Read:
         raise InputError("no such file or folder", where=location, mend="check data.train and data.test")
     root = Path(data.image_root) if data.image_root else path.parent
     files, labels = [], []
+    # Split at \n only: str.splitlines would also split inside JSON strings (U+2028 is legal there).
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -208,6 +223,7 @@ def _read_jsonl(location: str, data: LabelledDataConfig) -> _Read:
             if row[data.label] is not None:
                 labels.append(_class_name(row[data.label]))
                 files.append(str(safe_image_path(root, row.get(data.image))))
+        # RecursionError: what json raises on deeply nested brackets, of which a damaged line can consist.
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             mend = f"each row needs {data.image} and {data.label!r}"
             raise InputError(f"bad row ({error})", where=f"{path}:{number}", mend=mend) from None
@@ -216,6 +232,7 @@ def _read_jsonl(location: str, data: LabelledDataConfig) -> _Read:
 
 def _class_name(value: object) -> str:
     """A class as text: a number and its digits are the same class."""
+    # No floats: 1.0 and 1 would be two classes.
     if not isinstance(value, str | int):
         raise TypeError(f"the class is {type(value).__name__}, not text or a whole number")
     name = str(value).strip()
@@ -233,6 +250,7 @@ def _read_shards(location: str, data: LabelledDataConfig) -> _Read:
         for key, members in _shard_samples(shard, left_out):
             where = f"{shard}:{key}"
             image = next((members[s] for s in _IMAGE_SUFFIXES if s in members), None)
+            # Refused, where pairs leave the sample out: a score over the remaining ones would be another score.
             if image is None or ".cls" not in members:
                 raise InputError(f"no {'picture' if image is None else '.cls'}", where=where, mend=mend)
             try:
@@ -241,6 +259,7 @@ def _read_shards(location: str, data: LabelledDataConfig) -> _Read:
                 raise InputError(f".cls: {error}", where=where, mend=mend) from None
             refs.append(image)
             keys.append(where)
+        # The shared shard reader is lenient and only lists what it left out; here each of those ends the run.
         if left_out:
             raise InputError(left_out[0].reason, where=f"{shard}:{left_out[0].key}", mend="write or fetch the shard again")
     return _Read(_Files(refs), keys, labels)
@@ -248,6 +267,7 @@ def _read_shards(location: str, data: LabelledDataConfig) -> _Read:
 
 def _read_hugging_face(location: str, data: LabelledDataConfig) -> _Read:
     """A Hugging Face data set; its class labels bring their names, and -1 (the hub's mark of a hidden class) has none."""
+    # Slow to import, and no other kind of set needs it.
     import datasets
 
     name, _, split = location.removeprefix(_HF).partition("@")
@@ -262,6 +282,7 @@ def _read_hugging_face(location: str, data: LabelledDataConfig) -> _Read:
     feature = rows.features[data.label]
     values = rows[data.label][:]
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    # A negative number would otherwise index the names from their end and become the last class.
     numbers = [i for i, value in enumerate(values) if value is not None and not (names and value < 0)]
     try:
         labels = [names[values[i]] if names else _class_name(values[i]) for i in numbers]
@@ -278,11 +299,13 @@ def _load_rows(name: str, split: str, location: str) -> Any:
     import datasets
 
     folder = Path(name)
+    # What save_to_disk writes for several splits and for one; load_dataset does not read that layout as a data set.
     saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
     try:
         found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         what = f"cannot be loaded ({' '.join(str(error).split())})"
+        # On one line: these messages run over several, and an input error is one.
         raise InputError(what, where=location, mend="check the name, the split after @, and the network") from None
     if isinstance(found, datasets.DatasetDict):
         if not split and len(found) == 1:
@@ -291,6 +314,7 @@ def _load_rows(name: str, split: str, location: str) -> Any:
             what = f"no split {split!r}" if split else "which split is not said"
             raise InputError(what, where=location, mend=f"write {_HF}{name}@SPLIT with one of {', '.join(found)}")
         return found[split]
+    # A single saved split ignores the wish; scoring another split than the one named must not pass in silence.
     if saved and split and str(found.split) != split:
         raise InputError(f"this is no split {split!r}", where=location, mend=f"leave @{split} away")
     return found

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmkit.data.skipped import LeftOut, SampleError
 
 T = TypeVar("T")
+# Covariant: a protocol that only hands samples out must take a set of a more special kind.
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -38,15 +39,18 @@ class Order:
         assert size > 0, "an order needs at least one sample"
         self.size = size
         self.seed = seed
+        # Two: a batch may straddle two epochs, and drawing a permutation anew for every position would cost O(size) each.
         self._permutation = functools.lru_cache(maxsize=2)(self._permute)
 
     def _permute(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        # Its own generator: the order must not move when a model or a library draws one number more from a global one.
         return np.random.default_rng([self.seed, epoch]).permutation(self.size)
 
     def positions(self, start: int, count: int) -> list[Position]:
         """Samples at global positions ``start`` to ``start + count - 1``."""
         found = []
         for p in range(start, start + count):
+            # Without a gap: the last batch of an epoch is filled from the next one, so none is short and none is dropped.
             epoch, place = divmod(p, self.size)
             found.append(Position(epoch, int(self._permutation(epoch)[place])))
         return found
@@ -61,8 +65,10 @@ class Order:
         """
         rounds = batch_size // (micro_batch_size * world_size)
         assert rounds * micro_batch_size * world_size == batch_size, "global batch = micro x accumulation x world"
+        # Lazily: a long run's positions are millions, and a worker needs a few batches ahead.
         for step in range(first_step, last_step):
             for a in range(rounds):
+                # Ranks interleave within a round: with twice the ranks and half the rounds the same micro-batches exist.
                 offset = (a * world_size + rank) * micro_batch_size
                 yield self.positions(step * batch_size + offset, micro_batch_size)
 
@@ -93,6 +99,7 @@ class Drawn(NamedTuple, Generic[T]):
 class ReplacingSet(Dataset[Drawn[T]]):
     """Replaces a sample that cannot be used by another one, deterministically, and says so."""
 
+    # At a tenth of unreadable samples 50 misses in a row do not happen by chance; then something else is broken.
     ATTEMPTS = 50
 
     def __init__(self, samples: SampleSet[T], seed: int) -> None:
@@ -111,6 +118,7 @@ class ReplacingSet(Dataset[Drawn[T]]):
         epoch, index = position.epoch, position.index
         left_out: list[LeftOut] = []
         for attempt in range(self.ATTEMPTS):
+            # Keyed by the sample and not by the worker or its place in the batch, so that neither changes a crop.
             rng = np.random.default_rng([self.seed, epoch, position.index, attempt])
             try:
                 return Drawn(self.samples.load(index, rng), left_out)
@@ -119,6 +127,7 @@ class ReplacingSet(Dataset[Drawn[T]]):
                 left_out.append(LeftOut(source, key, str(error)))
                 # A random other sample, not the next one: neighbours of a bad shard are often bad too.
                 index = int(rng.integers(len(self.samples)))
+        # The last reason stands for all: it is what a user can start from.
         last = left_out[-1]
         raise SampleError(f"{self.ATTEMPTS} samples in a row cannot be used, the last: {last.source} {last.key}: {last.reason}")
 
@@ -149,6 +158,7 @@ def make_loader(
         collate_fn=functools.partial(_collate_drawn, collate),
         num_workers=workers,
         pin_memory=pin_memory,
+        # The iterator is made once for the whole run, so there is nothing to keep workers for.
         persistent_workers=False,
         worker_init_fn=_one_thread if workers else None,
     )
@@ -175,6 +185,7 @@ def _one_thread(worker: int) -> None:
 
     A signal to the process group must reach the loop, which writes a checkpoint; a worker that died of it would end the run.
     """
+    # Each worker would start a thread for every core.
     torch.set_num_threads(1)
     # SIGTERM itself stays: it is how torch ends a worker. In a group of its own a worker does not get its parent's.
     os.setpgid(0, 0)

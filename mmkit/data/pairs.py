@@ -62,6 +62,7 @@ def open_pairs(location: str, *, kind: str = "auto", image_root: str | None = No
     """
     if kind == "auto":
         suffix = Path(location).suffix
+        # Folders, globs and brace ranges have no telling suffix; all of them are shards.
         kind = {".jsonl": "pairs", ".json": "coco"}.get(suffix, "webdataset")
     readers: dict[str, Callable[[str, Path], PairSource]] = {
         "pairs": _read_jsonl,
@@ -71,6 +72,7 @@ def open_pairs(location: str, *, kind: str = "auto", image_root: str | None = No
     if kind not in readers:
         raise InputError(f"data type {kind!r} holds no image-text pairs", where=location, mend=f"use {', '.join(readers)}")
     source = readers[kind](location, Path(image_root) if image_root else Path(location).parent)
+    # With the first reason: a wrong image root or key makes every row bad in the same way, and that one line explains it.
     if not source.pairs:
         first = source.left_out[0] if source.left_out else None
         why = f" ({len(source.left_out)} left out, the first, {first.key}: {first.reason})" if first else ""
@@ -86,6 +88,7 @@ def clean_caption(text: object) -> str:
     """
     if not isinstance(text, str):
         raise ValueError(f"caption is {type(text).__name__}, not a string")
+    # JSON may spell a lone surrogate, which no tokenizer and no file takes; it becomes a question mark.
     line = _LINE_ENDS.sub(" ", text).encode("utf-8", "replace").decode("utf-8").strip()
     if not line:
         raise ValueError("caption is empty")
@@ -104,8 +107,10 @@ def safe_image_path(root: Path, name: object) -> Path:
     name.encode("utf-8")  # raises a ValueError on a lone surrogate, which no file name holds
     if "\0" in name:
         raise ValueError(f"image {name!r} is no file name")
+    # By parts, not by resolving: a data folder may itself be a link, or hold links to where the pictures lie.
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"image {name!r} points outside the data folder")
+    # No look whether it exists: millions of stats at start; a missing picture is found, replaced and listed when it is read.
     return root / path
 
 
@@ -130,8 +135,10 @@ def _read_jsonl(location: str, root: Path) -> PairSource:
             pairs.append(Pair(location, f"{key} {row['image']}", ImageRef(str(image)), caption))
         except UnicodeDecodeError as error:
             left_out.append(LeftOut(location, key, f"invalid UTF-8 at byte {error.start}"))
+        # RecursionError: deeply nested brackets; json.loads raises it on a damaged line.
         except (ValueError, RecursionError) as error:
             left_out.append(LeftOut(location, key, " ".join(str(error).split())))
+    # The index alone stands for the data set: hashing the pictures would read all of them before the first step.
     return PairSource(pairs, left_out, hash_file(path))
 
 
@@ -166,10 +173,12 @@ def expand_shards(location: str) -> list[Path]:
     braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", location)
     if braces:
         head, first, last, tail = braces.groups()
+        # A range names its shards, so a missing one is an error; a glob would train on fewer in silence.
         names = [Path(f"{head}{i:0{len(first)}d}{tail}") for i in range(int(first), int(last) + 1)]
     elif Path(location).is_dir():
         names = sorted(Path(location).glob("*.tar"))
     elif any(c in location for c in "*?["):
+        # Path.glob takes relative patterns only, hence the detour over the anchor.
         names = sorted(Path(Path(location).anchor or ".").glob(location.removeprefix(Path(location).anchor)))
     else:
         names = [Path(location)]
@@ -188,6 +197,7 @@ def _read_shards(location: str) -> PairSource:
     for shard in shards:
         for key, members in _shard_samples(shard, left_out):
             image = next((members[s] for s in _IMAGE_SUFFIXES if s in members), None)
+            # By key and never by neighbourhood: with one member missing, every later caption would slip to the next picture.
             text = members.get(".txt")
             if image is None or text is None:
                 left_out.append(LeftOut(str(shard), key, f"no {'picture' if image is None else '.txt caption'}"))
@@ -199,6 +209,7 @@ def _read_shards(location: str) -> PairSource:
                 left_out.append(LeftOut(str(shard), key, f"caption: invalid UTF-8 at byte {error.start}"))
             except ValueError as error:
                 left_out.append(LeftOut(str(shard), key, str(error)))
+    # Names and sizes, not content: shards can be terabytes.
     sizes = "\n".join(f"{p.name} {p.stat().st_size}" for p in shards)
     return PairSource(pairs, left_out, hash_text(sizes))
 
@@ -206,25 +217,31 @@ def _read_shards(location: str) -> PairSource:
 def _shard_samples(shard: Path, left_out: list[LeftOut]) -> Iterator[tuple[str, dict[str, ImageRef]]]:
     """Members of a tar grouped by key (webdataset's rule: the name up to the first dot), each key once."""
     groups: dict[str, dict[str, ImageRef]] = {}
+    # Keys that another key has followed: their members must lie together, a later one belongs to another sample.
     closed: set[str] = set()
     current = ""
     size = shard.stat().st_size
     try:
+        # Uncompressed only: in a compressed tar a member has no byte range that could be read by itself.
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
+                # The folder may hold dots; only those of the name end the key.
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 if key != current:
                     closed.add(current)
                     current = key
+                # The first one stays: which of two pictures a caption belongs to is not known.
                 if key in closed or f".{suffix.lower()}" in groups.get(key, {}):
                     left_out.append(LeftOut(str(shard), member.name, f"key {key} comes twice in this shard"))
                     continue
+                # tarfile hands out a member before it knows whether its data are all there.
                 if member.offset_data + member.size > size:
                     left_out.append(LeftOut(str(shard), key, "the shard is cut off here"))
+                    # With its other member too: a caption without its picture is of no use.
                     groups.pop(key, None)
                     break
                 ref = ImageRef(str(shard), member.offset_data, member.size)
@@ -245,6 +262,7 @@ def _end_fault(shard: Path, offset: int) -> str:
     with shard.open("rb") as file:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
+        # 1 MiB: tar pads with zeros to a record (10 KiB by default); more than that is another archive joined on.
         rest = file.read(1 << 20)
     if len(block) < tarfile.BLOCKSIZE:
         return "the shard is cut off after this"

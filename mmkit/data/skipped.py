@@ -20,5 +20,6 @@ class LeftOut:
     reason: str
 
 
+# Apart from InputError, which ends the command: one bad picture in a million must not.
 class SampleError(ValueError):
     """One sample cannot be used; the loader replaces it and counts it."""

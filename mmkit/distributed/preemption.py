@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+# SIGTERM: a scheduler that takes the node; SIGUSR1: Slurm's early warning (--signal in slurm.sbatch); SIGINT: Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -21,10 +22,13 @@ class Preemption:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Put back: after the loop nobody reads the flag, and the signals would have no effect at all.
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # A step can hang; the user who asks twice does not want to wait for its end.
         if self.requested is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
+        # No more than a flag: a checkpoint is a collective call, and the ranks may be at different places when the signal comes.
         self.requested = signal.Signals(number)

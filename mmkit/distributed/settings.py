@@ -28,6 +28,7 @@ def deepspeed_settings(
         "gradient_clipping": clip or 0.0,
         "bf16": {"enabled": precision == "bf16"},
     }
+    # train_batch_size follows from the others, and a recipe has no fp16, whose loss scaling the loop would have to know.
     clash = sorted((ours.keys() | {"train_batch_size", "fp16"}) & settings.keys())
     if clash:
         raise InputError(f"sets {', '.join(clash)}", where=path, mend="remove it: these numbers are the recipe's")
@@ -35,6 +36,8 @@ def deepspeed_settings(
         **settings,
         **ours,
         "zero_allow_untested_optimizer": True,
+        # With offloading DeepSpeed would insist on its own CPU Adam, which compiles at first use (performance.md 7).
         "zero_force_ds_cpu_optimizer": False,
+        # In effect never: the loop has its own progress line and metrics.
         "steps_per_print": 10**9,
     }

@@ -23,15 +23,18 @@ _LORA_DEFAULTS: dict[str, Any] = {"r": 128, "alpha": 256, "dropout": 0.05}  # LL
 
 def has_lora(model: nn.Module) -> bool:
     """Whether the model has LoRA layers that are not merged."""
+    # By layer and not by a mark on the model: injection leaves the model's class as it is.
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def _inject_lora(model: LlavaForConditionalGeneration, lora: dict[str, Any], seed: int) -> None:
     """Put LoRA layers in place of every linear layer of the language model; lm_head is not inside it."""
+    # A misspelt key would be lost in silence: only the known three are read below.
     unknown = sorted(set(lora) - set(_LORA_DEFAULTS))
     if unknown:
         raise InputError(f"unknown LoRA setting {unknown[0]!r}", mend=f"known are {', '.join(_LORA_DEFAULTS)}")
     settings = {**_LORA_DEFAULTS, **lora}
+    # From here down only: a match by name over the whole model would reach the vision tower's q_proj too.
     language_model = model.model.language_model
     names = [name for name, part in language_model.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
     config = LoraConfig(
@@ -43,8 +46,10 @@ def _inject_lora(model: LlavaForConditionalGeneration, lora: dict[str, Any], see
         # GPT-2's Conv1D stores its weight transposed.
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in language_model.modules()),
     )
+    # The global generator stays as it was: a run with adapters must not shift any other draw.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # Without a PeftModel around it the model keeps its class and the paths of its modules.
         inject_adapter_in_model(config, language_model)
 
 
@@ -74,15 +79,19 @@ def freeze_for(
         raise InputError(f"unknown tune {tune!r}", mend="use projector, full or lora")
     if lora and tune != "lora":
         raise InputError(f"lora settings with tune {tune!r}", mend="drop them or set tune: lora")
+    # From a clean slate, so that the same model can be set to another mode.
     model.requires_grad_(False)
     if tune == "lora" and not has_lora(model):
         _inject_lora(model, lora or {}, seed)
+    # base_model has no head; a tied one is set twice, which does no harm.
     if tune == "full":
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
     elif tune == "lora":
         for name, parameter in model.model.language_model.named_parameters():
+            # peft's own prefix of the added matrices; the weights they adapt stay frozen.
             parameter.requires_grad_("lora_" in name)
+    # In every mode: LLaVA's LoRA trains the projector in full too (facts/llava.md 1.2).
     model.model.multi_modal_projector.requires_grad_(True)
     set_train_mode(model, model.training)
     return model
@@ -116,8 +125,10 @@ def merge_lora(model: LlavaForConditionalGeneration) -> LlavaForConditionalGener
     """
     layers = [(name, part) for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
     for name, layer in layers:
+        # Safe: refuses to write weights that are not finite.
         layer.merge(safe_merge=True)
         parent, _, leaf = name.rpartition(".")
+        # The plain layer back in its place: any program opens the folder, and no key mentions an adapter.
         setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
     if layers:
         # peft leaves its configuration on the module it injected into; a merged model must not announce adapters.

@@ -41,6 +41,7 @@ class ClipCapConfig(PreTrainedConfig):
     feature_dim: int = 512
     mapper: str = "mlp"
     prefix_length: int = 10
+    # C, apart from P: the published README sets both to 40 for the transformer mapper (facts/clipcap.md 1).
     clip_length: int = 10
     feature_kind: str = "pooled"
     feature_norm: str = "none"
@@ -52,6 +53,7 @@ class ClipCapConfig(PreTrainedConfig):
         """Turn a saved language model configuration back into its class and check the choices."""
         if isinstance(self.lm_config, dict):
             fields = dict(self.lm_config)
+            # From config.json it comes as a mapping; any causal model's configuration may be inside, so its own type decides.
             self.lm_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         elif self.lm_config is not None:
             # transformers writes attention settings into sub-configurations; the language model keeps its own copy.
@@ -63,6 +65,7 @@ class ClipCapConfig(PreTrainedConfig):
         ):
             if value not in known:
                 raise InputError(f"unknown {name} {value!r}", mend=f"use one of {', '.join(known)}")
+        # Its first layer takes one vector of D numbers; N patches have no place in it.
         if self.mapper == "mlp" and self.feature_kind == "tokens":
             raise InputError(
                 "the mlp mapper takes one pooled feature, not patch tokens",
@@ -102,6 +105,7 @@ class ClipCap(PreTrainedModel):
     def __init__(self, config: ClipCapConfig, lm: PreTrainedModel | None = None) -> None:
         """Build from a configuration; ``lm`` is taken as it is, else one is built with random weights."""
         super().__init__(config)
+        # The second case is from_pretrained, which fills the weights in afterwards.
         self.lm = AutoModelForCausalLM.from_config(copy.deepcopy(config.lm_config)) if lm is None else lm
         width = self.lm.get_input_embeddings().embedding_dim
         self.norm = FeatureNorm(config.feature_norm, config.feature_dim)
@@ -118,6 +122,7 @@ class ClipCap(PreTrainedModel):
                 layers=config.mapper_layers,
                 heads=config.mapper_heads,
             )
+        # transformers' registration of tied weights, needed for saving.
         self.post_init()
         self.set_only_mapper(config.only_mapper)
 
@@ -128,11 +133,13 @@ class ClipCap(PreTrainedModel):
         """Freeze the language model (no gradients, no dropout) or let it train; saved in the configuration."""
         self.config.only_mapper = only_mapper
         self.lm.requires_grad_(not only_mapper)
+        # Applies the mode again: eval for a language model that was just frozen, training for one that was let go.
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ClipCap:
         """Training mode for what trains; a frozen language model stays in eval mode."""
         super().train(mode)
+        # A frozen GPT-2 with dropout on would be another function at every step (facts/clipcap.md 1).
         if self.config.only_mapper:
             self.lm.eval()
         return self
@@ -160,6 +167,7 @@ class ClipCap(PreTrainedModel):
                 f"features {tuple(features.shape)} for a captioner of {self.config.feature_kind} features "
                 f"with {self.config.feature_dim} numbers"
             )
+        # Read from the weights: the mapper may be float32 beside a bfloat16 language model.
         dtype = next(self.mapper.parameters()).dtype
         # Statistics are float32; the scaling is done before any rounding to the mapper's dtype.
         embeddings = self.mapper(self.norm(features.float()).to(dtype))
@@ -184,15 +192,20 @@ class ClipCap(PreTrainedModel):
             Summed loss, token count, logits.
         """
         prefix = self.prefix(features)
+        # f[B, P + T, H]. Positions are the language model's own, counted from 0 at the first prefix slot (facts/clipcap.md 1).
         embeds = torch.cat([prefix, self.get_input_embeddings()(input_ids)], dim=1)
         mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
+        # Without the head: logits over the whole vocabulary for prefix and padding would be most of the memory, and of no use.
         hidden = self.lm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         # Position P - 1 + t predicts token t, so the last one predicts nothing.
+        # f[B, T, H] from here on, aligned with input_ids.
         hidden = hidden[:, prefix.shape[1] - 1 : -1]
         if labels is None:
             return ClipCapOutput(torch.zeros((), device=hidden.device), input_ids.new_zeros(()), self._head(hidden.flatten(0, 1)))
         chosen = labels != -100
+        # By label and not by token id: GPT-2's id 0 is "!", which the published ignore_index=0 never learnt.
         logits = self._head(hidden[chosen])
+        # A sum in float32: the loop divides by the tokens of the whole step, so that no mean of means arises.
         loss = F.cross_entropy(logits.float(), labels[chosen], reduction="sum")
         return ClipCapOutput(loss, chosen.sum(), logits)
 
@@ -230,11 +243,14 @@ class ClipCap(PreTrainedModel):
         Returns:
             i64[B, <= max_new_tokens], without the prefix.
         """
+        # Only the special ids are wanted of these: a hub model's sampling or length defaults are no part of the request.
         own = self.lm.generation_config
         stop = own.eos_token_id if eos_token_id is None else eos_token_id
         fill = own.pad_token_id if pad_token_id is None else pad_token_id
+        # GPT-2 has no padding token; the stop token fills finished rows and is dropped in decoding.
         if fill is None:
             fill = stop[0] if isinstance(stop, list) else stop
+        # Only where they have an effect: transformers warns about sampling settings in greedy decoding.
         chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if do_sample else {}
         if num_beams > 1:
             chosen["length_penalty"] = length_penalty
@@ -249,7 +265,9 @@ class ClipCap(PreTrainedModel):
             **chosen,
         )
         prefix = self.prefix(features)
+        # Every row has the same P, so a batch needs no padding, and batch 1 equals batch N.
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        # From embeddings, generate returns the new tokens alone.
         return self.lm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)
 
 
@@ -300,6 +318,7 @@ def build_clipcap(
         mapper_heads=mapper_heads,
         only_mapper=only_mapper,
     )
+    # The seed decides the mapper; what was drawn before, for the language model say, does not.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ClipCap(config, lm=lm).eval()
@@ -324,7 +343,9 @@ def save_captioner(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # Language model included, also where it was frozen: the folder must open without the hub.
     model.save_pretrained(folder, state_dict=state_dict)
+    # The language model's, at the top level: ClipCap itself has none, and the stop token is in there.
     model.lm.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_meta(folder, "captioner", meta)

@@ -48,6 +48,7 @@ class Tagger:
     kind = "encoder"
 
     def __init__(self, folder: str, device: torch.device) -> None:
+        # An encoder without its head (a foreign one, or one exported alone) still gives features.
         if (Path(folder) / "head.safetensors").is_file():
             self.encoder, self.head, self.labels = load_tagger(folder)
             self.head.to(device)
@@ -60,6 +61,7 @@ class Tagger:
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """Pooled features float ``[B, D]``."""
+        # uint8: the encoder normalises with its own mean and standard deviation.
         pixels: Tensor = _pixels(images, self.encoder.image_size, "squash").to(self.device)
         found: Tensor = self.encoder(pixels)
         return found
@@ -72,6 +74,7 @@ class Tagger:
         Raises:
             InputError: The encoder has no label head.
         """
+        # Refused here and not on opening: features of such an encoder are still of use.
         if self.head is None:
             raise InputError("this encoder has no label head, so it gives no tags", where=self.folder, mend="use mmkit.load")
         with torch.inference_mode():
@@ -86,6 +89,7 @@ class Captioner:
 
     def __init__(self, folder: str, device: torch.device) -> None:
         self.model, self.tokenizer, self.meta = load_captioner(folder)
+        # The copy inside the folder: the run that it came from may have moved or changed.
         self.encoder = load_encoder(Path(folder) / "encoder").to(device)
         self.model.to(device).eval()
         self.device = device
@@ -99,10 +103,12 @@ class Captioner:
         Raises:
             InputError: A prompt was given.
         """
+        # Empty ones pass: they ask for nothing.
         if prompts is not None and any(prompts):
             raise InputError("a captioner takes no prompt", mend="leave it out, or use an MLLM")
         pixels = _pixels(images, self.encoder.image_size, "squash").to(self.device)
         kind = self.model.config.feature_kind
+        # Extracted as in training; the scaling of features is part of the captioner.
         features = self.encoder.tokens(pixels) if kind == "tokens" else self.encoder(pixels)
         ids = self.model.generate(features, max_new_tokens=max_new_tokens, num_beams=num_beams)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -133,8 +139,10 @@ class Mllm:
             max_new_tokens: Length limit of the answer.
             num_beams: Beams; 1 is greedy.
         """
+        # A request that the demo's conversations contain.
         prompts = list(prompts) if prompts is not None else ["Describe the picture."] * len(images)
         rows = [
+            # Not the processor's chat template: this path keeps control tokens that are spelt out in a question plain text.
             encode_prompt(
                 prompt,
                 self.tokenizer,
@@ -146,6 +154,7 @@ class Mllm:
             for prompt in prompts
         ]
         # Left padding: the last prompt token of every row is the last position, where generation starts.
+        # Rows differ by their questions only: every picture takes the same number of tokens.
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id), dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -157,14 +166,17 @@ class Mllm:
         out = self.model.generate(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
+            # Normalised in float32 and rounded once, as in training.
             pixel_values=values.to(self.model.dtype),
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
+            # Said outright: a language model's saved generation settings may ask for sampling.
             do_sample=False,
             use_cache=True,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
         )
+        # The prompt comes back with the answer and is cut off by position, which left padding makes the same in all rows.
         return [t.strip() for t in self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 
 
@@ -176,6 +188,7 @@ def load_model(name: str, device: torch.device | None = None) -> Any:
     """
     parent = resolve_parent("model", name)
     device = device or default_device()
+    # A hub name such as timm:NAME: only encoders can be opened by one.
     if parent.folder is None:
         return Tagger(name, device)
     note = parent.folder / "mmkit.json"
@@ -193,4 +206,5 @@ def _foreign_kind(config: dict[str, Any]) -> str:
 
 def _pixels(images: Sequence[Image.Image], size: int, fit: Fit) -> Tensor:
     """uint8 ``[B, 3, size, size]``."""
+    # convert: callers of the Python API pass pictures of any mode.
     return torch.from_numpy(np.stack([fit_square(image.convert("RGB"), size, fit=fit) for image in images]))

@@ -40,9 +40,11 @@ def _check_llm(llm: PreTrainedModel) -> None:
         InputError: With what would be lost.
     """
     head = llm.get_output_embeddings()
+    # transformers' class applies a Linear without bias to the last hidden state; anything more would be lost on loading.
     if head is None or getattr(head, "bias", None) is not None:
         raise InputError(f"{type(llm).__name__} has no bias-free output layer, which LLaVA needs", mend="choose another LLM")
     for name in _LOST_SETTINGS:
+        # Gemma 2, Cohere and Granite have these; at their neutral value nothing is lost.
         if getattr(llm.config, name, None) not in (None, 1, 1.0):
             raise InputError(
                 f"{type(llm).__name__} sets {name}, which LlavaForConditionalGeneration drops",
@@ -53,10 +55,13 @@ def _check_llm(llm: PreTrainedModel) -> None:
 def _add_image_token(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_token: str) -> int:
     """Make ``image_token`` one special token of the tokenizer, and the embeddings large enough for every id."""
     found = tokenizer.convert_tokens_to_ids(image_token)
+    # A plain vocabulary entry is not enough: it must survive as one token inside any text, and be skipped in decoding.
     if found is None or found == tokenizer.unk_token_id or image_token not in tokenizer.all_special_tokens:
         token = AddedToken(image_token, special=True, normalized=False)
+        # Setting the list replaces it: without the old ones they would lose their mark.
         kept = list(getattr(tokenizer, "extra_special_tokens", None) or [])
         tokenizer.add_special_tokens({"extra_special_tokens": [*kept, token]})
+    # Many models have more rows than tokens; those spare ones are used before any are added.
     rows = llm.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         _grow_embeddings(llm, len(tokenizer))
@@ -68,6 +73,7 @@ def _grow_embeddings(llm: PreTrainedModel, rows: int) -> None:
     old = llm.get_input_embeddings().num_embeddings
     tied = llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
     llm.resize_token_embeddings(rows, mean_resizing=False)
+    # Both: a random row in the head could win over real words.
     layers = [llm.get_input_embeddings()] if tied else [llm.get_input_embeddings(), llm.get_output_embeddings()]
     with torch.no_grad():
         for layer in layers:
@@ -95,12 +101,14 @@ def _check_choices(vision: PreTrainedModel, feature_layer: int, feature_select: 
         raise InputError(f"unknown projector {projector!r}", mend="use mlp2x_gelu")
     if feature_select not in ("full", "default"):
         raise InputError(f"unknown feature_select {feature_select!r}", mend="use full or default")
+    # It would silently lose the first patch.
     if feature_select == "default" and not has_class_token(vision.config):
         raise InputError(
             f"feature_select default drops the first token, but {type(vision).__name__} has no class token",
             mend="use feature_select: full",
         )
     layers = vision.config.num_hidden_layers
+    # One more hidden state than blocks: the first is the embeddings.
     if not -layers - 1 <= feature_layer <= layers:
         raise InputError(f"feature_layer {feature_layer} of a tower with {layers} blocks", mend="use -2")
 
@@ -138,6 +146,7 @@ def build_llava(
     _check_llm(llm)
     image_token_id = _add_image_token(llm, tokenizer, image_token)
     embed = llm.get_input_embeddings()
+    # By identity and not by the configuration, which says what was wished.
     tied = llm.get_output_embeddings().weight is embed.weight
     if tied and getattr(llm.base_model, "embed_tokens", None) is not embed:
         # transformers ties by the name embed_tokens; where the LLM calls it otherwise, the head becomes its own.
@@ -145,6 +154,7 @@ def build_llava(
         llm.config.tie_word_embeddings = tied = False
     config = LlavaConfig(
         vision_config=vision.config,
+        # The LLM's own object: its vocabulary size has just grown with the embeddings.
         text_config=llm.config,
         image_token_index=image_token_id,
         image_seq_length=_num_image_tokens(vision.config, feature_select),
@@ -159,8 +169,10 @@ def build_llava(
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = vision
     model.model.language_model = llm.base_model
+    # The layer itself: a tied weight stays one tensor with the embeddings.
     model.lm_head = llm.get_output_embeddings()
     _new_projector(model, seed)
+    # The language model's start and stop tokens are in there.
     model.generation_config = llm.generation_config
     assert not any(p.is_meta for p in (*model.parameters(), *model.buffers())), "a placeholder was left in"
     return model.eval()
@@ -169,6 +181,7 @@ def build_llava(
 def _new_projector(model: LlavaForConditionalGeneration, seed: int) -> None:
     """Projector weights on the language model's device, torch's initialisation as in the published code."""
     head = model.lm_head.weight
+    # The projector has no part that it could be taken from, so the placeholder is given memory here and weights below.
     made = model.model.multi_modal_projector.to_empty(device=head.device).to(head.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -206,6 +219,7 @@ def build_processor(
     Returns:
         A processor that expands each image token to as many as the projector gives features.
     """
+    # A plain resize to a square for every tower, CLIP's too: mmkit fits pictures itself, and this one has no centre crop.
     images = SiglipImageProcessor(
         do_resize=True,
         size={"height": image_size, "width": image_size},
@@ -224,6 +238,7 @@ def build_processor(
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy=feature_select,
+        # From this and the strategy the placeholders are counted; a wrong count shows only in the forward pass.
         num_additional_image_tokens=int(class_token),
         image_token=image_token,
         chat_template=chat_template(template),
@@ -250,6 +265,7 @@ def save_mllm(
     Raises:
         ValueError: When LoRA layers are still in place: other programs could not open the folder.
     """
+    # An error rather than a merge: merging changes the model that is perhaps still in training.
     if has_lora(model):
         raise ValueError("the model still has LoRA layers: call merge_lora(model) first")
     folder = Path(folder)
@@ -297,12 +313,15 @@ def llava_loss_sum(
     Raises:
         ValueError: When image tokens and image features do not match in number (from transformers).
     """
+    # A frozen tower may be bfloat16 under a float32 model.
     tower_dtype = model.model.vision_tower.dtype
     if pixel_values is None or len(pixel_values) == 0:
         size = model.config.vision_config.image_size
         blank = torch.zeros(1, 3, size, size, dtype=tower_dtype, device=input_ids.device)
+        # One blank picture, not one a row as LLaVA does: the gradient is zero either way, the tower's work is not.
         features = torch.cat(tuple(model.get_image_features(blank, return_dict=True).pooler_output))
         embeds = model.get_input_embeddings()(input_ids)
+        # Zero times and not detached: the graph must reach the projector. One number is enough for that.
         embeds = embeds + 0.0 * features.mean().to(embeds.dtype)
         out = model.model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
     else:
@@ -315,5 +334,7 @@ def llava_loss_sum(
     # Position t predicts token t + 1.
     targets = labels[:, 1:]
     chosen = targets != -100
+    # Most positions are image or question: full logits at 2048 x 32000 would take 655 MB a sequence (performance.md 6).
     logits = model.lm_head(out.last_hidden_state[:, :-1][chosen])
+    # A sum: of no tokens it is 0 with a gradient, where a mean would be NaN.
     return F.cross_entropy(logits.float(), targets[chosen], reduction="sum"), chosen.sum()

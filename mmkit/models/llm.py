@@ -33,10 +33,12 @@ _HUB_MEND = "give a local folder, or download it first (`hf download NAME`) and 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     """The torch dtype behind a recipe's word ("bfloat16", "bf16", ...)."""
+    # "no" is Accelerate's word for no mixed precision.
     short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "no": "float32"}
     if dtype is None:
         return torch.float32
     found = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    # getattr finds any name in torch ("nn", "load"), so the type is what tells.
     if not isinstance(found, torch.dtype):
         raise InputError(f"unknown dtype {dtype!r}", mend="use float32, bfloat16 or float16")
     return found
@@ -60,9 +62,11 @@ def llm_config(config: dict[str, Any], *, tokenizer: PreTrainedTokenizerBase | N
     if model_type is None:
         raise InputError("the LLM config has no model_type", mend="add model_type: llama (or gpt2, qwen2, ...)")
     try:
+        # With its defaults, only to learn which fields there are.
         default = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise InputError(f"transformers knows no model_type {model_type!r}", mend="use llama, gpt2, ...") from error
+    # attribute_map: other names of the same fields, such as GPT-2's hidden_size for n_embd.
     known = set(default.to_dict()) | set(default.attribute_map)
     for key in fields:
         if key not in known:
@@ -70,6 +74,7 @@ def llm_config(config: dict[str, Any], *, tokenizer: PreTrainedTokenizerBase | N
             hint = f"did you mean {near[0]!r}?" if near else f"see transformers' {type(default).__name__}"
             raise InputError(f"unknown field {key!r} of a {model_type} config", mend=hint)
     if tokenizer is not None:
+        # len counts added tokens too, tokenizer.vocab_size does not; an id beyond the embeddings is an index error.
         fields.setdefault("vocab_size", len(tokenizer))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             fields.setdefault(name, getattr(tokenizer, name))
@@ -101,15 +106,18 @@ def build_llm(
     Raises:
         InputError: Both or neither of ``name`` and ``config``, an unknown field, or a name that cannot be opened.
     """
+    # Neither wins over the other: a recipe that inherits a name and adds a config would train something unexpected.
     if (name is None) == (config is None):
         raise InputError("an LLM needs either a name or a config", mend="give exactly one of the two in the recipe")
     kind = _dtype(dtype)
     if name is not None:
         try:
             if pretrained:
+                # from_pretrained returns the model in eval mode.
                 return AutoModelForCausalLM.from_pretrained(name, dtype=kind)
             made = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
+            # The first line: the rest is advice about the hub that mend says better.
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot open this language model ({reason})", where=name, mend=_HUB_MEND) from error
     else:
@@ -117,6 +125,7 @@ def build_llm(
         made = llm_config(config, tokenizer=tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # eval by hand: from_config leaves training mode on, and dropout would make the model look random.
         return AutoModelForCausalLM.from_config(made, dtype=kind).eval()
 
 
@@ -131,6 +140,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot open this tokenizer ({reason})", where=name_or_path, mend=_HUB_MEND) from error
+    # Labels come from the Rust tokenizer's own settings (mmkit.data.conversations), which slow ones do not have.
     if not tokenizer.is_fast:
         raise InputError("only tokenizers with a tokenizer.json are supported", where=name_or_path)
     return tokenizer
@@ -156,20 +166,24 @@ def train_bpe_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size:
         The tokenizer; padding is with the end token, so masks must come from lengths, never from ids.
     """
     folder = Path(folder)
+    # 256 bytes and the end token.
     if vocab_size < 257:
         raise InputError(f"vocab_size {vocab_size} has no room for all bytes", where=folder, mend="use 257 or more")
     backend = Tokenizer(models.BPE())
+    # No space in front, as GPT-2: the first word of a caption is another token than the same word further on.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[AddedToken(GPT2_EOS, special=True)],
+        # All bytes from the start: otherwise only those in the texts get a token, and others would be dropped in silence.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(_clean_texts(texts, folder), trainer)
     special = {"bos_token": GPT2_EOS, "eos_token": GPT2_EOS, "unk_token": GPT2_EOS, "pad_token": GPT2_EOS}
+    # Clean-up would rewrite decoded text (" ." to "."), and the ids would no longer read back as it.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -186,6 +200,7 @@ def _train_sentencepiece(texts: list[str], vocab_size: int) -> bytes:
         byte_fallback=True,
         character_coverage=1.0,
         split_digits=True,
+        # Identity: ids must read back as the very text, spaces and full-width letters included.
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         unk_id=0,
@@ -206,14 +221,17 @@ def _merges(processor: sentencepiece.SentencePieceProcessor) -> list[tuple[str, 
     """
     learnt: dict[str, int] = {}
     for index in range(processor.get_piece_size()):
+        # Byte pieces are spelt <0x41>: no merge may build them out of these characters.
         if not (processor.is_control(index) or processor.is_byte(index) or processor.is_unknown(index)):
             learnt[processor.id_to_piece(index)] = index
     rules = [
         (rank, learnt[piece[:cut]], learnt[piece[cut:]], piece[:cut], piece[cut:])
         for piece, rank in learnt.items()
+        # Every split, not only the one that was learnt: SentencePiece merges by piece, whatever two parts it comes from.
         for cut in range(1, len(piece))
         if piece[:cut] in learnt and piece[cut:] in learnt
     ]
+    # By rank first, then by the ids of the parts: a fixed order where one piece has several splits.
     return [(left, right) for *_, left, right in sorted(rules)]
 
 
@@ -244,8 +262,10 @@ def train_sentencepiece_tokenizer(texts: Iterable[str], folder: str | Path, *, v
         model = _train_sentencepiece(unique, int(largest.group(1)))
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocab = {processor.id_to_piece(index): index for index in range(processor.get_piece_size())}
+    # Padding with unk, as LLaVA does: Llama has no padding token, and masks come from lengths.
     tokenizer = LlamaTokenizer(vocab=vocab, merges=_merges(processor), legacy=False, add_bos_token=True, pad_token="<unk>")
     folder.mkdir(parents=True, exist_ok=True)
+    # SentencePiece's own file, for programs that read no tokenizer.json.
     (folder / "tokenizer.model").write_bytes(model)
     tokenizer.save_pretrained(folder)
     return tokenizer

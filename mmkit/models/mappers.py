@@ -27,6 +27,7 @@ class FeatureNorm(nn.Module):
         super().__init__()
         self.kind = kind
         if kind == "standardize":
+            # Buffers: saved with the weights, moved with the model, left alone by the optimizer.
             self.register_buffer("feature_mean", torch.zeros(dim))
             self.register_buffer("feature_std", torch.ones(dim))
 
@@ -34,13 +35,16 @@ class FeatureNorm(nn.Module):
     def fit(self, features: Tensor) -> None:
         """Take mean and standard deviation from training features f[..., D]; a constant dimension keeps scale 1."""
         assert self.kind == "standardize", f"feature_norm {self.kind} has no statistics"
+        # float64: where a deviation is small beside its mean, float32 has too few digits for it.
         rows = features.reshape(-1, features.shape[-1]).double()
         std, mean = torch.std_mean(rows, dim=0, correction=0)
         self.feature_mean.copy_(mean)
+        # A dead unit of the encoder would otherwise be divided by zero.
         self.feature_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 
     def forward(self, features: Tensor) -> Tensor:
         """Scale features f[..., D] -> f[..., D]."""
+        # Length 1 for each vector by itself: needs no statistics, and what a feature's length says is lost.
         if self.kind == "l2":
             return F.normalize(features, dim=-1)
         if self.kind == "standardize":
@@ -55,6 +59,7 @@ class MLPMapper(nn.Module):
         """Set D = ``feature_dim``, H = ``width``, P = ``prefix_length``."""
         super().__init__()
         self.prefix_length = prefix_length
+        # As in train.py for any P; predict.py's single layer for P > 10 is a fault of its own (facts/clipcap.md 7).
         hidden = width * prefix_length // 2
         self.layers = nn.Sequential(nn.Linear(feature_dim, hidden), nn.Tanh(), nn.Linear(hidden, width * prefix_length))
 
@@ -70,6 +75,7 @@ class _Attention(nn.Module):
         """Make the projections."""
         super().__init__()
         self.heads = heads
+        # Keys and values in one layer, as in the published code.
         self.to_queries = nn.Linear(width, width, bias=False)
         self.to_keys_values = nn.Linear(width, 2 * width, bias=False)
         self.project = nn.Linear(width, width)
@@ -78,6 +84,7 @@ class _Attention(nn.Module):
         """Attend over all positions, f[B, L, H] -> f[B, L, H]."""
         q_BLH = self.to_queries(x_BLH)
         k_BLH, v_BLH = self.to_keys_values(x_BLH).chunk(2, dim=-1)
+        # f[B, heads, L, H / heads].
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q_BLH, k_BLH, v_BLH))
         return self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -119,6 +126,7 @@ class TransformerMapper(nn.Module):
         """Set D, H, P, C = ``clip_length`` and whether the features are patch ``tokens``."""
         super().__init__()
         self.tokens, self.clip_length = tokens, clip_length
+        # One layer for all C tokens: a pooled vector has no parts, so each token gets its own view of all of it.
         self.linear = nn.Linear(feature_dim, width if tokens else clip_length * width)
         # N(0, 1) as published; not torch's smaller default.
         self.prefix_const = nn.Parameter(torch.randn(prefix_length, width))
@@ -130,6 +138,7 @@ class TransformerMapper(nn.Module):
         if not self.tokens:
             x_BLH = x_BLH.unflatten(-1, (self.clip_length, -1))
         const = self.prefix_const.to(x_BLH.dtype).expand(len(x_BLH), -1, -1)
+        # Constants last: with no position embeddings the place in the sequence only decides which outputs are the prefix.
         x_BLH = torch.cat([x_BLH, const], dim=1)
         for block in self.layers:
             x_BLH = block(x_BLH)

@@ -9,8 +9,11 @@ import numpy as np
 
 from mmkit.data.world.scene import COLORS, SHAPES, Group, Scene
 
+# Words in captions, digits in answers, as people write both; VQA's normalisation makes digits of number words.
 NUMBERS = {1: "one", 2: "two", 3: "three"}
+# LLaVA-1.5's own response-format sentence, newline included.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+# The first one is also what the alignment stage and prediction without a prompt ask.
 CAPTION_REQUESTS = ("Describe the picture.", "Write a short caption.", "What does it show?")
 WORD_QUESTIONS = ("What word is written?", "What does the sign say?", "Which word can be read?")
 # Conversations without a picture keep the text-only path in use.
@@ -61,6 +64,7 @@ def at(place: str) -> str:
 def captions(scene: Scene) -> list[str]:
     """Five captions: the plain one, and four other ways to say the same."""
     placed = [f"{phrase(g)} {at(g.place)}" for g in scene.groups]
+    # The one that conversations end with; with the other four the scorers have five references, as on COCO.
     plain = " and ".join(placed) + (f" with the word {scene.word}" if scene.word else "")
     verb = "is" if scene.groups[0].count == 1 else "are"
     tail = f" and the word {scene.word}" if scene.word else ""
@@ -82,9 +86,12 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     as often with either answer, and counts, colours, shapes and places are uniform.
     """
     pick = [scene.groups[int(rng.integers(len(scene.groups)))] for _ in range(3)]
+    # The coin comes first and the question is made to fit it, so that yes and no are even whatever the picture holds.
     yes_no = [_presence(scene, pick[0], "yes" if rng.random() < 0.5 else "no", rng), *_structure(scene)]
+    # By shape and always plural: the wording must not give the number away, and the two groups differ in shape.
     count = Question(f"How many {plural(pick[1].shape, 2)} are there?", str(pick[1].count), "number", "how many")
     asked = [*(yes_no[i] for i in rng.permutation(3)[:2]), count, *_other_questions(pick[2], rng)]
+    # Shuffled, or the position in a conversation would tell the kind of answer.
     return [asked[i] for i in rng.permutation(len(asked))]
 
 
@@ -97,6 +104,7 @@ def word_question(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _presence(scene: Scene, group: Group, answer: str, rng: np.random.Generator) -> Question:
     """``Is there a circle?`` or ``Is there something red?``: about this group for yes, about what no group has for no."""
+    # One attribute at a time: questions that join colour and shape stayed at chance in a model of this size (LOG.md).
     if rng.random() < 0.5:
         shape = group.shape if answer == "yes" else _other(SHAPES, {g.shape for g in scene.groups}, rng)
         return Question(f"Is there a {shape}?", answer, "yes/no", "is there a")
@@ -109,6 +117,7 @@ def _structure(scene: Scene) -> list[Question]:
     word = "yes" if scene.word else "no"
     colors = "yes" if len(scene.groups) > 1 else "no"
     return [
+        # The first words of the question, as VQA v2 names its question types.
         Question("Is there a word?", word, "yes/no", "is there a"),
         Question("Is there more than one color?", colors, "yes/no", "is there"),
     ]
@@ -120,6 +129,7 @@ def _other_questions(group: Group, rng: np.random.Generator) -> list[Question]:
     found = [
         Question(f"What color {be} the {plural(group.shape, group.count)}?", group.color, "other", f"what color {be} the"),
         Question(f"What shape is {at(group.place)}?", group.shape, "other", "what"),
+        # By shape or place alone: the two groups of a picture differ in both, so each question has one answer.
         Question(f"Where {be} the {plural(group.shape, group.count)}?", group.place, "other", f"where {be} the"),
     ]
     return [found[i] for i in rng.permutation(3)[:2]]
@@ -134,6 +144,7 @@ def _other(values: tuple[str, ...], present: set[str], rng: np.random.Generator)
 def ten_answers(question: Question, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Ten human answers: unanimous in nine of ten questions, eight against two otherwise."""
     answers = [question.answer] * 10
+    # A tenth in doubt, so that the official accuracy with its agreement among ten has something to average over.
     if rng.random() < 0.1:
         doubt = {"yes": "no", "no": "yes", "1": "2", "2": "3", "3": "2"}.get(question.answer, "unknown")
         for i in rng.permutation(10)[:2]:
@@ -148,6 +159,7 @@ def conversation(scene: Scene, asked: list[Question], rng: np.random.Generator) 
     first short question carries the short-answer sentence, as in LLaVA's mix (llava.md 1.3).
     """
     turns = [(q.text, q.answer) for q in asked]
+    # The word's question was appended last; it must not always be asked last.
     turns = [turns[i] for i in rng.permutation(len(turns))]
     turns[0] = (turns[0][0] + SHORT_ANSWER, turns[0][1])
     request = CAPTION_REQUESTS[int(rng.integers(len(CAPTION_REQUESTS)))]

@@ -14,6 +14,7 @@ def make_tokenizers(world: Path) -> None:
     Args:
         world: A finished demo world.
     """
+    # Imported late: drawing a world needs no torch and no transformers.
     from mmkit.models.llm import train_bpe_tokenizer, train_sentencepiece_tokenizer
 
     captions = [row["caption"] for row in read_json(world / "captions_train.json")["annotations"]]
@@ -26,6 +27,7 @@ def make_tokenizers(world: Path) -> None:
     }
     for name, (train, texts, vocab_size) in makers.items():
         folder = world / "tokenizers" / name
+        # A tokenizer is there whole or not at all (new_folder), so an interrupted run makes only the missing one.
         if not folder.is_dir():
             with new_folder(folder) as new:
                 train(texts, new, vocab_size=vocab_size)

@@ -25,7 +25,9 @@ from mmkit.data.world.scene import Scene, sample_split
 from mmkit.errors import InputError
 from mmkit.files import new_folder, read_json, write_json, write_text
 
+# Part of the arguments: a world of an older layout is refused rather than taken for a new one.
 FORMAT = 1
+# Several shards even in the demo, so that reading across shard borders is exercised.
 SHARD_SIZE = 1000
 _INFO = {"description": "mmkit demo world", "version": "1.0", "year": 2026, "contributor": "mmkit"}
 _LICENSE = {"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}
@@ -77,10 +79,12 @@ def make_world(out: Path, *, train: int = 8000, heldout: int = 300, image_size: 
         InputError: The folder holds a world of other arguments, or something else.
     """
     arguments = {"format": FORMAT, "train": train, "heldout": heldout, "image_size": image_size, "seed": seed}
+    # An empty folder counts as none: the user may have made it in advance.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / "world.json").is_file():
             raise InputError("is not an empty folder and no demo world", where=out, mend="choose another --out")
         found = read_json(out / "world.json")
+        # Never overwritten: runs made from it would lose the data they were measured on.
         if found.get("arguments") != arguments:
             raise InputError(
                 f"holds a world made with {found.get('arguments')}", where=out, mend="choose another --out, or remove it"
@@ -89,6 +93,7 @@ def make_world(out: Path, *, train: int = 8000, heldout: int = 300, image_size: 
         return counts
     with new_folder(out) as folder:
         pictures: dict[str, list[_Picture]] = {"train": [], "heldout": []}
+        # All of it is held in memory: 8,000 JPEGs of 64 pixels are some tens of megabytes.
         for split, image_id, scene in sample_split(seed, train=train, heldout=heldout):
             pictures[split].append(_make_picture(image_id, scene, image_size, seed))
         counts = {}
@@ -97,6 +102,7 @@ def make_world(out: Path, *, train: int = 8000, heldout: int = 300, image_size: 
         counts["conversations"] = _write_conversations(folder, pictures["train"], seed)
         _write_pairs(folder, pictures["train"])
         write_text(folder / "README.md", _README)
+        # The one file that a later call looks for. The folder appears whole, so where it is, the rest is.
         write_json(folder / "world.json", {"arguments": arguments, "counts": counts})
     return counts
 
@@ -104,6 +110,7 @@ def make_world(out: Path, *, train: int = 8000, heldout: int = 300, image_size: 
 def _make_picture(image_id: int, scene: Scene, size: int, seed: int) -> _Picture:
     """Draw a scene and ask about it; every picture has its own random numbers, so sets of any size agree on it."""
     rng = np.random.default_rng([seed, image_id])
+    # One generator for picture, questions and answers, used in this order; another order makes another world.
     jpeg = encode_jpeg(draw_scene(scene, size, rng))
     asked = questions(scene, rng)
     about_word = word_question(scene, rng)
@@ -117,10 +124,12 @@ def _write_split(folder: Path, split: str, pictures: list[_Picture], size: int) 
     for picture in pictures:
         (folder / "images" / split / picture.name).write_bytes(picture.jpeg)
     images = [{"id": p.id, "file_name": p.name, "width": size, "height": size, "license": 1} for p in pictures]
+    # Ids from the picture's: unique over both splits and independent of the world's size.
     rows = [{"image_id": p.id, "id": p.id * 10 + i, "caption": caption} for p in pictures for i, caption in enumerate(p.captions)]
     _write_rows(folder / f"captions_{split}.json", {"info": _INFO, "licenses": [_LICENSE], "images": images}, "annotations", rows)
     asked = _write_vqa(folder, split, pictures)
     read = _write_textvqa(folder, split, pictures, size)
+    # With two groups a picture would have two right answers for each attribute.
     probes = [_probe_row(split, p) for p in pictures if len(p.scene.groups) == 1]
     write_text(folder / f"probe_{split}.jsonl", "".join(json.dumps(row) + "\n" for row in probes))
     return {f"{split}_pictures": len(pictures), f"{split}_questions": asked, f"{split}_text_questions": read}
@@ -131,6 +140,7 @@ def _write_vqa(folder: Path, split: str, pictures: list[_Picture]) -> int:
     head = {"info": _INFO, "license": _LICENSE, "data_type": "mmkit demo world", "data_subtype": split}
     asked, annotated = [], []
     for picture in pictures:
+        # Reading is TextVQA's part; VQA v2 knows three answer types and would file it under "other".
         for i, question in enumerate(q for q in picture.questions if q.kind != "text"):
             number = picture.id * 100 + i
             asked.append({"image_id": picture.id, "question": question.text, "question_id": number})
@@ -153,11 +163,13 @@ def _write_textvqa(folder: Path, split: str, pictures: list[_Picture], size: int
     """TextVQA 0.5.1 rows: questions about the rendered word."""
     rows = [
         {
+            # 50 keeps clear of the VQA questions, which count from 0 in the same hundred.
             "question_id": p.id * 100 + 50,
             "image_id": p.id,
             "question": q.text,
             "question_tokens": q.text.lower().rstrip("?").split(),
             "answers": [a["answer"] for a in ten_answers(q, p.rng)],
+            # TextVQA's official rows carry them; whether a prompt uses them is the evaluation's choice.
             "ocr_tokens": [p.scene.word],
             "image_classes": [],
             "image_width": size,
@@ -185,9 +197,11 @@ def _write_conversations(folder: Path, pictures: list[_Picture], seed: int) -> i
     align, tune = [], []
     for p in pictures:
         image = f"images/train/{p.name}"
+        # One of the five wordings each, in turn: captions that all begin alike would teach the projector a phrase.
         align.append(_llava_item(f"{p.id:012d}", image, [("Describe the picture.", p.captions[p.id % len(p.captions)])]))
         tune.append(_llava_item(f"{p.id:012d}", image, conversation(p.scene, p.questions, p.rng)))
     rng = np.random.default_rng([seed, 11])
+    # Two in a hundred, and one in the smallest world: a text-only batch takes a path of its own in the model.
     for i in range(max(1, len(pictures) // 50)):
         question, answer = TEXT_ONLY[int(rng.integers(len(TEXT_ONLY)))]
         tune.append(_llava_item(f"text-{i:05d}", None, [(question, answer)]))
@@ -200,6 +214,7 @@ def _llava_item(key: str, image: str | None, turns: list[tuple[str, str]]) -> di
     """One conversation in LLaVA's format."""
     messages = []
     for i, (question, answer) in enumerate(turns):
+        # One marker a conversation, in the first question, as in LLaVA's files.
         marked = f"<image>\n{question}" if image and i == 0 else question
         messages += [{"from": "human", "value": marked}, {"from": "gpt", "value": answer}]
     return {"id": key, **({"image": image} if image else {}), "conversations": messages}
@@ -211,6 +226,7 @@ def _write_pairs(folder: Path, pictures: list[_Picture]) -> None:
     write_text(folder / "pairs_train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     (folder / "shards").mkdir()
     for number, start in enumerate(range(0, len(pictures), SHARD_SIZE)):
+        # USTAR rather than Python's default pax: no extra headers, and every tar reader knows it.
         with tarfile.open(folder / "shards" / f"train-{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for picture in pictures[start : start + SHARD_SIZE]:
                 caption = picture.captions[picture.id % len(picture.captions)]
@@ -222,5 +238,6 @@ def _write_pairs(folder: Path, pictures: list[_Picture]) -> None:
 
 def _write_rows(path: Path, head: dict[str, Any], name: str, rows: list[Any]) -> None:
     """A JSON object whose long list has one row a line: readable, and quick to write."""
+    # The official files are single lines of many megabytes, which no diff or pager can show.
     lines = ",\n".join(json.dumps(row) for row in rows)
     write_text(path, f'{json.dumps(head)[:-1]}, "{name}": [\n{lines}\n]}}\n')

@@ -28,6 +28,7 @@ from mmkit.run import resolve_parent
 from mmkit.training.objective import Batch, Objective, Stage
 
 logger = logging.getLogger(__name__)
+# Pictures at a time; the result does not depend on it, and the features of all end up in memory anyway.
 EXTRACT_BATCH = 64
 
 
@@ -64,6 +65,7 @@ def collate_captions(samples: list[CaptionedFeatures]) -> Batch:
     The mask comes from the true length, so no token id (GPT-2's 0 is "!") is ever taken for padding.
     """
     longest = max(len(s.ids) for s in samples)
+    # To the longest of this batch only; any id will do as padding, the mask covers it.
     ids = torch.zeros(len(samples), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, sample in enumerate(samples):
@@ -93,11 +95,13 @@ class ClipcapObjective(Objective):
             attention_mask=batch["attention_mask"],
             labels=batch["labels"],
         )
+        # Not the mean: the engine divides by the tokens of the whole step, over all ranks and micro-batches.
         loss_sum: Tensor = output.loss_sum
         return loss_sum
 
     def count(self, batch: Batch) -> int:
         """Supervised tokens."""
+        # Position P - 1 + t predicts token t, so the first token counts too.
         return int((batch["labels"] != -100).sum())
 
 
@@ -114,8 +118,10 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         recipe.llm.name, config=recipe.llm.config, pretrained=recipe.llm.name is not None, seed=recipe.seed, tokenizer=tokenizer
     )
     parents = [encoder_parent] + ([resolve_parent("llm", recipe.llm.name)] if recipe.llm.name else [])
+    # Beside the runs: those that differ in mapper or learning rate share their features, and a restart keeps them.
     cache = FeatureCache(Path(recipe.run).parent / ".features")
 
+    # No augmentation, hence one feature a picture: the encoder runs once a picture, not once a caption and epoch.
     def samples_of(source: PairSource, limit: int | None) -> tuple[FeatureSamples, list[LeftOut]]:
         pairs = source.pairs[:limit]
         key = f"{encoder_parent.fingerprint} {source.fingerprint} {limit} {recipe.mapper.feature_kind} {recipe.data.max_pixels}"
@@ -123,19 +129,24 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         # The same index over other pictures, or over repaired ones, must not find the old features.
         key += "".join(f"\n{file} {file.stat().st_mtime_ns if file.exists() else 0}" for file in files)
         work = FeatureWork(encoder, pairs, kind=recipe.mapper.feature_kind, max_pixels=recipe.data.max_pixels)
+        # The other ranks wait, then read the cached file, instead of each running the encoder over everything.
         features = engine.main_first(lambda: cache.get(hash_text(key), lambda: work.extract(engine.device)))
         usable, left_out = work.usable(features)
+        # All at once: a fast tokenizer works on a list in parallel, and the ids are few beside the features.
         ids = [encode_caption(t, tokenizer.eos_token_id, recipe.max_length) for t in _token_ids(tokenizer, usable)]
         return FeatureSamples(usable, ids, features, work.row), left_out
 
     source = open_pairs(recipe.data.train, kind=recipe.data.type, image_root=recipe.data.image_root)
     samples, left_out = samples_of(source, recipe.data.limit)
     validation = None
+    # Validation has its own features and its own key; the limit is for training.
     if recipe.data.val:
         validation, _ = samples_of(open_pairs(recipe.data.val, image_root=recipe.data.val_image_root), None)
+    # After the features: standardising needs their statistics.
     model = _make_model(recipe, encoder, llm, samples.features)
 
     def save_product(folder: Path) -> None:
+        # A mapper fits the one encoder it was trained on; equal shapes do not prove it.
         meta = {"encoder": {"path": recipe.encoder, "fingerprint": encoder_parent.fingerprint}, "max_length": recipe.max_length}
         with new_folder(folder) as new:
             save_captioner(model, tokenizer, new, meta=meta)
@@ -168,20 +179,24 @@ def _make_model(recipe: ClipcapRecipe, encoder: VisionEncoder, llm: PreTrainedMo
         mapper_layers=mapper.num_layers,
         mapper_heads=mapper.num_heads,
         only_mapper=not recipe.tune_llm,
+        # Another draw than the language model's random weights, which take the seed itself.
         seed=recipe.seed + 1,
     )
     if mapper.feature_norm == "standardize":
+        # Training features only, and without the NaN rows, one of which would make every mean NaN.
         model.norm.fit(features[~features.flatten(1).isnan().any(1)])
     return model
 
 
 def encode_caption(ids: list[int], end: int, max_length: int) -> list[int]:
     """Caption ids cut to ``max_length``, the end token always last (so that the model learns to stop)."""
+    # The published code trains no end token and stops at "." (facts/clipcap.md 2, 5).
     return [*ids[: max_length - 1], end]
 
 
 def _token_ids(tokenizer: object, pairs: list[Pair]) -> list[list[int]]:
     """Token ids of all captions, without special tokens."""
+    # No start token: the prefix stands in its place.
     encoded = tokenizer([p.caption for p in pairs], add_special_tokens=False)  # type: ignore[operator]
     ids: list[list[int]] = encoded["input_ids"]
     return ids
@@ -192,6 +207,7 @@ class FeatureWork:
 
     def __init__(self, encoder: VisionEncoder, pairs: list[Pair], *, kind: str, max_pixels: int) -> None:
         self.encoder, self.pairs, self.kind, self.max_pixels = encoder, pairs, kind, max_pixels
+        # A row a picture, though COCO has five captions for each; dict.fromkeys keeps the order of the file.
         self.row = {ref: i for i, ref in enumerate(dict.fromkeys(p.image for p in pairs))}
 
     def extract(self, device: torch.device) -> Tensor:
@@ -200,6 +216,7 @@ class FeatureWork:
         bad: list[int] = []
         kind = "tokens" if self.kind == "tokens" else "pooled"
         features = extract_features(self.encoder, self._batches(bad), device=device, kind=kind)  # type: ignore[arg-type]
+        # NaN travels with the cached file, so that every rank and later run leaves out the same pairs.
         features[bad] = float("nan")
         return features
 
@@ -209,10 +226,12 @@ class FeatureWork:
         batch: list[Tensor] = []
         for i, ref in enumerate(self.row):
             try:
+                # The view that prediction uses too.
                 pixels = fit_square(decode_image(ref.read(), max_pixels=self.max_pixels), size, fit="squash")
                 batch.append(torch.from_numpy(pixels))
             except SampleError:
                 bad.append(i)
+                # A stand-in, so that rows and pictures stay aligned.
                 batch.append(torch.zeros(3, size, size, dtype=torch.uint8))
             if len(batch) == EXTRACT_BATCH:
                 yield torch.stack(batch)

@@ -53,8 +53,10 @@ class ConversationSamples:
         """Picture and token ids of one conversation."""
         item = self.items[index]
         try:
+            # Text first: a conversation that does not fit costs no decoding.
             encoded = self.encode(item)
         except ConversationError as error:
+            # What the loader replaces; the reason without the exception's chain, since it goes into a list.
             raise SampleError(error.reason) from None
         if item.image is None:
             return Turned(None, encoded, item.id)
@@ -70,6 +72,7 @@ def collate_conversations(samples: list[Turned], *, pad: int) -> Batch:
     """
     longest = max(len(s.encoded.input_ids) for s in samples)
     ids = torch.full((len(samples), longest), pad, dtype=torch.int64)
+    # Padding is never learnt, whichever id it has: with unk or the end token as padding the id cannot tell.
     labels = torch.full_like(ids, -100)
     mask = torch.zeros_like(ids)
     for i, sample in enumerate(samples):
@@ -77,6 +80,7 @@ def collate_conversations(samples: list[Turned], *, pad: int) -> Batch:
         ids[i, :length] = torch.tensor(sample.encoded.input_ids)
         labels[i, :length] = torch.tensor(sample.encoded.labels)
         mask[i, :length] = 1
+    # No black pictures for text-only rows, as LLaVA adds them: the tower would compute them for nothing.
     pictures = [torch.from_numpy(s.pixels) for s in samples if s.pixels is not None]
     return {
         "input_ids": ids,
@@ -93,6 +97,7 @@ class LlavaObjective(Objective):
     def __init__(self, model: LlavaForConditionalGeneration, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.model = model
+        # Not persistent: they are in the product's meta already, and a checkpoint holds what training changes.
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -113,6 +118,7 @@ class LlavaObjective(Objective):
 
     def count(self, batch: Batch) -> int:
         """Supervised tokens; the first position predicts nothing."""
+        # Must count exactly what llava_loss_sum sums over.
         return int((batch["labels"][:, 1:] != -100).sum())
 
 
@@ -123,9 +129,11 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         InputError: As the parts raise it, or too many conversations are unusable.
     """
     model, processor, meta, parents = _open_model(recipe)
+    # The projector's learning rate is the optimizer's business, not peft's.
     lora = recipe.lora.model_dump(exclude={"projector_lr"}) if recipe.tune == "lora" else None
     model = freeze_for(model, recipe.tune, lora=lora, seed=recipe.seed)
     if recipe.grad_checkpointing:
+        # The reentrant kind computes no gradients where a block's inputs have none, as above frozen embeddings.
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     tokenizer = processor.tokenizer
@@ -135,13 +143,16 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
             item.turns,
             tokenizer,
             recipe.template,
+            # Image tokens are part of the length: LLaVA cuts after expansion and so loses answers (facts/llava.md 1.5).
             num_image_tokens=meta["num_image_tokens"] if item.image else 0,
             image_token_id=model.config.image_token_id,
             max_length=recipe.max_length,
         )
 
     def samples_of(path: str, root: str | None, data: DataConfig, limit: int | None) -> tuple[ConversationSamples, list[LeftOut]]:
+        # Without a root, paths are relative to the file: a data folder that is moved as a whole stays usable.
         items, left_out = read_llava(Path(path), image_root=Path(root) if root else Path(path).parent)
+        # Before the model trains a step: a wrong image root leaves everything out.
         check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(path, left_out))
         fit, size = meta["image_fit"], meta["image_size"]
         samples = ConversationSamples(items[:limit], path, encode=encode, size=size, fit=fit, max_pixels=data.max_pixels)
@@ -154,8 +165,10 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
 
     def save_product(folder: Path) -> None:
         with new_folder(folder) as new:
+            # Merged: the product is a plain LLaVA folder, with no adapter that could part from its base.
             save_mllm(merge_lora(model), processor, new, meta=meta)
 
+    # LLaVA's LoRA recipe: 2e-4 for the adapters, 2e-5 for the projector (facts/llava.md 1.2).
     projector_lr = recipe.lora.projector_lr if recipe.tune == "lora" else None
     return Stage(
         objective=LlavaObjective(model, mean=meta["mean"], std=meta["std"]),
@@ -181,7 +194,9 @@ def _open_model(recipe: LlavaRecipe) -> tuple[Any, Any, dict[str, Any], list[Par
     if recipe.model is not None:
         parent = resolve_parent("model", recipe.model)
         model, processor, meta = load_mllm(parent.folder or Path(recipe.model))
+        # These two may change between the stages: LLaVA aligns with plain text and crops, and tunes with Vicuna's and padding.
         meta = {**meta, "template": recipe.template, "image_fit": recipe.image_fit}
+        # Made anew, since the chat template inside belongs to the conversation template.
         processor = build_processor(
             processor.tokenizer,
             image_size=meta["image_size"],
@@ -195,16 +210,19 @@ def _open_model(recipe: LlavaRecipe) -> tuple[Any, Any, dict[str, Any], list[Par
     parent = resolve_parent("encoder", recipe.encoder)
     encoder = load_encoder(parent.folder or recipe.encoder)
     patch = encoder.backbone.patch_embed.patch_size[0]
+    # The recipe's schema sees to it that one of the two is given.
     tokenizer = load_tokenizer(recipe.llm.tokenizer or recipe.llm.name or "")
     llm = build_llm(
         recipe.llm.name, config=recipe.llm.config, pretrained=recipe.llm.name is not None, seed=recipe.seed, tokenizer=tokenizer
     )
+    # to_siglip rewrites the encoder in SigLIP's layout, so that transformers opens the product without mmkit.
     model = build_llava(
         to_siglip(encoder), llm, tokenizer, feature_layer=recipe.feature_layer, projector=recipe.projector, seed=recipe.seed
     )
     processor = build_processor(
         tokenizer, image_size=encoder.image_size, patch_size=patch, mean=encoder.mean, std=encoder.std, template=recipe.template
     )
+    # What prediction and the next stage need, and no model format has a place for.
     meta = {
         "template": recipe.template,
         "image_fit": recipe.image_fit,
