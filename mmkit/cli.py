@@ -25,6 +25,7 @@ app = typer.Typer(
     help="From raw image-text pairs to a table fit for a paper.",
     no_args_is_help=True,
     add_completion=False,
+    # main() prints errors itself; Typer's framed tracebacks would bury the one line.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -38,13 +39,16 @@ Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the ru
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code: 0 done, 2 wrong input, 75 stopped by a signal, 1 a bug."""
+    # On the call, not on import: a notebook's logging is its own.
     _set_up_logging()
     try:
         words = sys.argv[1:] if arguments is None else arguments
         # DeepSpeed's launcher adds --local_rank; the environment says the same, and that is what is read.
         arguments = [w for w in words if not w.startswith("--local_rank=")]
         # Typer turns Ctrl-C into a return value of 130; commands themselves return nothing.
+        # Not standalone: Typer would print errors in its own form and choose its own exit codes.
         code = int(app(args=arguments, standalone_mode=False) or EXIT_DONE)
+        # Inside the try: a pipe that has been closed shows now, not while the interpreter ends.
         sys.stdout.flush()
         if code == EXIT_INTERRUPTED:
             _complain("interrupted")
@@ -64,6 +68,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         code = EXIT_INTERRUPTED
+    # Only those that come of a path the user chose; a full disk or a lost mount keeps its traceback.
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         _complain(f"{error.filename2 or error.filename}: {error.strerror}; choose another place, or mend its rights")
         code = EXIT_INPUT
@@ -71,8 +76,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # `mmkit ls | head`: the reader has enough. Typer makes an exit with 1 of it.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise
+        # Without this Python complains once more when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
+    # The one broad except: a traceback to report, and an exit code that tells a bug from wrong input.
     except Exception:
         traceback.print_exc()
         _complain("this is a bug in mmkit; please report it with the lines above")
@@ -83,16 +90,21 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _complain(text: str, *, hint: str = "") -> None:
     """One line on standard error, from the main process only."""
     if int(os.environ.get("RANK", "0")) == 0:
+        # Messages of libraries bring line breaks; whoever reads a log of many processes reads by line.
         line = " ".join(text.split())
         print(f"mmkit: {line}{f' (see {hint})' if hint else ''}", file=sys.stderr)
 
 
 def _set_up_logging() -> None:
     """Plain lines on standard error; other libraries only when something is wrong."""
+    # The same line from every rank would be noise; an error of one rank is not.
     level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR
+    # The root stays at WARNING, because other libraries' progress lines would bury the run's own.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("mmkit").setLevel(level)
+    # Through logging, so that they carry the time and go where the other lines go.
     logging.captureWarnings(True)
+    # The tokenizers library warns in each forked loader worker otherwise. setdefault: the user's own choice stays.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -129,6 +141,7 @@ def demo(
     restart: Restart = False,
 ) -> None:
     """The whole pipeline on the built-in demo world, on a CPU or GPU, to a report."""
+    # Imported here, as in the commands below: --help and `mmkit ls` must not wait for torch (a test holds them to it).
     from mmkit.demo import run_demo
 
     report = run_demo(out, clip=clip, restart=restart)
@@ -149,6 +162,7 @@ def probe(recipe: RecipeName, overrides: Overrides = None, restart: Restart = Fa
     from mmkit.commands import run_finetune
     from mmkit.encoders.probing import run_probe
 
+    # Fine-tuning trains, but what comes out is a score on labelled pictures, so it shares this verb.
     loaded = _load(recipe, overrides)
     if isinstance(loaded, FinetuneRecipe):
         _done(run_finetune(loaded, restart=restart), "scores.json")
@@ -166,6 +180,7 @@ def evaluate(recipe: RecipeName, overrides: Overrides = None, restart: Restart =
 
 def _expect(recipe: Recipe, kind: type[Any]) -> Any:
     """The recipe, if it is of the kind that the command takes."""
+    # `mmkit eval` with a training recipe would otherwise fail somewhere inside, on a key that is not there.
     if not isinstance(recipe, kind):
         raise InputError(f"this is a recipe of stage {recipe.stage}", where="stage", mend="use the command for that stage")
     return recipe
@@ -175,8 +190,10 @@ def _done(run: Run, product: str) -> None:
     """Say where the result lies, and the scores of an evaluation."""
     scores = run.path / "scores.json"
     if product == "scores.json" and scores.is_file():
+        # Read back from the file: a run that was done before prints the same as a fresh one.
         for name, found in json.loads(scores.read_text(encoding="utf-8"))["tasks"].items():
             for metric, value in found["metrics"].items():
+                # A metric that no resample could give has no interval.
                 low, high = found["ci95"].get(metric, (None, None))
                 interval = f"  [{low:.4f}, {high:.4f}]" if low is not None else ""
                 _say(f"{name:16} {metric:16} {value:.4f}{interval}")
@@ -197,11 +214,13 @@ def score(
     from mmkit.eval.score import score as run
     from mmkit.files import write_json
 
+    # Text becomes numbers here; the Python function takes them as they are and is as strict.
     chosen = parse_settings(_settings(settings))
     found = run(task, predictions, annotations, questions, **chosen)
     for metric, value in found["metrics"].items():
         low, high = found["ci95"].get(metric, (None, None))  # none with bootstrap=0, or where no resample gave a value
         _say(f"{metric:16} {value:.6f}" + (f"  [{low:.4f}, {high:.4f}]" if low is not None else ""))
+    # Conditions on the same screen as the numbers; lists and counters are in the file.
     _say(f"n {found['n']}  " + "  ".join(f"{k}={v}" for k, v in found["settings"].items() if not isinstance(v, dict | list)))
     if out is not None:
         write_json(out, found)
@@ -233,6 +252,7 @@ def predict(
     from mmkit.data.skipped import SampleError
     from mmkit.models.inference import load_model
 
+    # All pictures before the model, which can take minutes to load: a wrong path is told at once.
     pictures = []
     for path in images:
         try:
@@ -240,11 +260,13 @@ def predict(
         except SampleError as error:
             raise InputError(str(error), where=path, mend="give a picture file") from None
     opened = load_model(model)
+    # Refused, since they would have no effect on tags.
     if opened.kind == "encoder" and (prompt or num_beams > 1):
         raise InputError("an encoder takes neither prompt nor beams", where=model, mend="leave them out, or use an MLLM")
     prompts = None if prompt is None else [prompt] * len(pictures)
     texts = opened.predict(pictures, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams)
     for path, text in zip(images, texts, strict=True):
+        # A single text stands alone, fit for a shell variable.
         _say(f"{path}: {text}" if len(images) > 1 else text)
 
 
@@ -261,6 +283,7 @@ def synth(
     from mmkit.data.world.tokenizers import make_tokenizers
 
     counts = make_world(out, train=train, heldout=heldout, image_size=image_size, seed=seed)
+    # The demo recipes take their tokenizer from the world's folder.
     make_tokenizers(out)
     _say("  ".join(f"{k} {v}" for k, v in counts.items()))
     _say(f"done: {out}")
@@ -330,6 +353,7 @@ def _settings(items: list[str] | None) -> dict[str, str]:
     """``key=value`` words as a dictionary."""
     words = {}
     for item in items or []:
+        # At the first sign only: a value may hold more.
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise InputError(f"setting {item!r} is not of the form key=value", mend="write e.g. threads=1")
@@ -365,6 +389,7 @@ def validate(
     from mmkit.validate import check_parts
 
     checked = _load(recipe, overrides)
+    # What the schema cannot see: names and arguments of models, vocabularies.
     check_parts(checked)
     if show:
         _say(dump_recipe(checked))

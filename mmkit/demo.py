@@ -46,12 +46,14 @@ def run_demo(out: Path, *, clip: bool = False, restart: bool = False) -> Path:
     report = out / "report" / "report.html"
     systems = {**SYSTEMS, **RIVALS} if clip else SYSTEMS
     stamp = _stamp(systems)
+    # The stamp is written last: a report without it is half a demo, or an older version's.
     if report.is_file() and not restart and (out / "demo.txt").is_file() and (out / "demo.txt").read_text() == stamp:
         return report
     # The demo recipes take every path below this folder; the same recipes run from the shell.
     os.environ["MMKIT_DEMO"] = str(out)
     # Tiny models load in a blink; a bar for each would bury the demo's own lines.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # With its default sizes and seed: every demo, on every machine, sees the same pictures.
     counts = make_world(out / "world")
     logger.info("world: %s", "  ".join(f"{k} {v}" for k, v in counts.items()))
     make_tokenizers(out / "world")
@@ -78,14 +80,17 @@ def run_demo(out: Path, *, clip: bool = False, restart: bool = False) -> Path:
         measure("demo-probe", f"run={base}/probe", f"encoder={base}/encoder", named)
         stage("demo-clipcap", f"run={base}/clipcap", f"encoder={base}/encoder", named)
         stage("demo-llava-align", f"run={base}/llava-align", f"encoder={base}/encoder", named)
+        # From the aligned model, not from encoder and LLM: the second stage goes on with the first one's projector.
         stage("demo-llava-finetune", f"run={base}/llava-finetune", f"model={base}/llava-align", named)
         measure("demo-eval-captioner", f"run={base}/eval-captioner", f"model={base}/clipcap", named)
         measure("demo-eval-mllm", f"run={base}/eval-mllm", f"model={base}/llava-finetune", named)
+    # The blind rows are SuperClass's own models with other pictures: what is left is what language alone can do.
     seeing = out / SYSTEMS["SuperClass"]
     for recipe, name, model in (("captioner", "eval-captioner", "clipcap"), ("mllm", "eval-mllm", "llava-finetune")):
         run = f"run={out}/blind/{name}"
         measure(f"demo-eval-{recipe}", run, f"model={seeing}/{model}", f"system={BLIND}", "blind=true")
 
+    # Only now: the report's drawing and template libraries are no matter of the stages.
     from mmkit.eval.report import build_report
 
     path = build_report(runs, out / "report", title="mmkit demo")

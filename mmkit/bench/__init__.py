@@ -37,6 +37,7 @@ def run_bench(name: str, options: dict[str, str] | None = None) -> dict[str, Any
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name!r}", mend=f"known: {', '.join(BENCHMARKS)}")
     run = importlib.import_module(f"mmkit.bench.{BENCHMARKS[name]}").run
+    # The signature is the schema: names and the types of the defaults say what a setting may be.
     known = inspect.signature(run).parameters
     chosen: dict[str, Any] = {}
     for key, text in (options or {}).items():
@@ -44,6 +45,7 @@ def run_bench(name: str, options: dict[str, str] | None = None) -> dict[str, Any
             raise InputError(f"benchmark {name} has no setting {key!r}", mend=f"known: {', '.join(known)}")
         kind = type(known[key].default)
         try:
+            # bool("false") is True.
             chosen[key] = _SWITCH[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             mend = "give true or false" if kind is bool else "give a number"

@@ -41,12 +41,15 @@ def run(*, repeats: int = 5, captions: int = 20_000, batch: int = 1024, labels: 
     """
     from open_clip.tokenizer import SimpleTokenizer
 
+    # The peer is Python and cannot use more than one thread, so neither side may.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         peer, ours = SimpleTokenizer(), CaptionLabels()
         texts = make_captions(captions, ours)
+        # Also fills the peer's cache of words, which would otherwise be filled on the clock.
         tokens = [len(peer.encode(text)) for text in texts]
+        # Speed with other ids would be worth nothing.
         assert ours.encode(texts) == [sorted(set(peer.encode(text))) for text in texts], "labels differ from open_clip's"
         contenders: dict[str, Callable[[list[str]], object]] = {
             "mmkit to sets": ours.encode,
@@ -55,6 +58,7 @@ def run(*, repeats: int = 5, captions: int = 20_000, batch: int = 1024, labels: 
             "mmkit to tensors": lambda block: [torch.from_numpy(part) for part in ours.encode_packed(block)],
             "open_clip to tensors": peer,
         }
+        # In batches, as a loader collates them; the last one may be shorter.
         blocks = [texts[begin : begin + batch] for begin in range(0, captions, batch)]
         seconds = interleaved({name: partial(_each, work, blocks) for name, work in contenders.items()}, repeats=repeats)
         idf = _idf_milliseconds(batch, labels, repeats)
@@ -86,12 +90,14 @@ def make_captions(count: int, labels: CaptionLabels, seed: int = 0) -> list[str]
         Captions of about 11 to 31 tokens; every fourth is one of the demo world.
     """
     rng = np.random.default_rng(seed)
+    # The first 512 ids of CLIP's BPE are bytes, not words.
     spelled = [labels.token(label) for label in range(512, labels.vocab_size)]
     words = [word for token in spelled if (word := token.removesuffix("</w>")) != token and word.isascii() and word.isalpha()]
     # Zipf-Mandelbrot: about one word in a hundred is the first.
     share = 1 / np.arange(10, len(words) + 10)
     share /= share.sum()
     lengths = rng.integers(9, 28, size=count)
+    # All words in one draw: choice with probabilities adds them up anew at every call.
     drawn = iter(rng.choice(len(words), int(lengths.sum()), p=share).tolist())
     texts = []
     for index, length in enumerate(lengths.tolist()):
@@ -119,9 +125,11 @@ def _sentence(chosen: list[str], rng: np.random.Generator, words: list[str]) -> 
 def _idf_milliseconds(batch: int, labels: int, repeats: int) -> dict[str, float]:
     """Milliseconds for collating labels, counting documents, and weights of a batch, on the CPU."""
     rng = np.random.default_rng(1)
+    # Sorted and without repeats, as `CaptionLabels` gives them.
     rows = [np.unique(rng.integers(0, _VOCAB_SIZE, labels)).tolist() for _ in range(batch)]
     ids, offsets = pack_labels(rows)
     idf = OnlineIDF(_VOCAB_SIZE)
+    # Counts of one batch, so that the weights are not all zero.
     idf.update(ids, offsets)
     parts: dict[str, Callable[[], object]] = {
         "collate": lambda: pack_labels(rows),

@@ -29,11 +29,13 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, repeats: int,
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(warmup + repeats):
         for name, work in contenders.items():
+            # The garbage of one contender is not collected on the clock of the next.
             gc.collect()
             began = _now()
             work()
             if round_ >= warmup:
                 times[name].append(_now() - began)
+    # Not the mean: one interruption of a shared machine would move it.
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -50,6 +52,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         held = work()
         torch.cuda.synchronize()
+        # Measured while the result is held: what every contender has to return is no temporary.
         returned = torch.cuda.memory_allocated(device) - before
         del held
         return torch.cuda.max_memory_allocated(device) - before - returned
@@ -86,6 +89,7 @@ def _peak_of_temporaries(sizes: Sequence[int]) -> int:
 
 def _now() -> float:
     """Seconds, after the GPU has finished."""
+    # Kernels run behind the caller's back; without this only their launch would be timed.
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

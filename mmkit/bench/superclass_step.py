@@ -22,6 +22,7 @@ from mmkit.encoders.ragged import pack_labels
 from mmkit.encoders.vit import build_encoder
 from mmkit.training.stages.superclass import SuperclassObjective
 
+# CLIP's vocabulary and context; 24 labels a caption.
 _VOCABULARY, _LABELS, _CONTEXT = 49408, 24, 77
 Step = Callable[[], Tensor]
 
@@ -60,6 +61,7 @@ def run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = batch or (256 if device.type == "cuda" else 8)
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+    # uint8 as the loader delivers them: normalising them is a part of mmkit's step.
     pixels = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
     options: dict[str, Any] = {"patch_drop": patch_drop, "grad_checkpointing": grad_checkpointing, "compile_": compile}
     steps = {
@@ -67,8 +69,10 @@ def run(
         "clip": _step(*_clip(peer, pixels, **options), precision, device),
     }
     flops = {name: _flops(step) for name, step in steps.items()}  # the first step also makes the optimiser's state
+    # After a first step: the optimiser's state is there and does not count as temporary.
     memory = {name: peak_bytes(step, device) for name, step in steps.items()}
     seconds = interleaved(steps, repeats=repeats, warmup=3 if device.type == "cuda" else 1)
+    # Leaving out the text tower can gain no more than its operations, unless it runs at a lower rate than the images.
     bound, ratio = flops["clip"] / flops["superclass"], seconds["clip"] / seconds["superclass"]
     found: dict[str, Any] = {
         "conditions": f"{architecture} against open_clip {peer}, batch {batch}, patch_drop {patch_drop}, "
@@ -86,6 +90,7 @@ def run(
         "memory, superclass / clip": round(memory["superclass"] / memory["clip"], 3),
     }
     if device.type == "cuda":
+        # Measured, because matrix products stay below the rate of the data sheet.
         rate = _matmul_rate(device)
         found["matrix-product rate, TFLOP/s"] = round(rate / 1e12)
         found["superclass, share of it"] = round(flops["superclass"] / seconds["superclass"] / rate, 3)
@@ -107,6 +112,7 @@ def _superclass(
     if patch_drop:
         kept = max(1, round(encoder.num_tokens * (1 - patch_drop)))
         keep = [torch.randperm(encoder.num_tokens, generator=generator)[:kept].sort().values for _ in rows]
+        # As many for each picture, as in training: the rows of a batch must have one length.
         made["keep"] = torch.stack(keep).to(pixels.device)
     if compile_:
         objective.compile_parts()
@@ -114,8 +120,10 @@ def _superclass(
     def loss() -> Tensor:
         statistics = objective.statistics([made])
         assert statistics is not None
+        # In the loop's order: the batch is counted before it is weighed. One process has nothing to sum.
         objective.absorb(lambda: statistics)
         total: Tensor = objective(made)
+        # The objective gives a sum, which the loop divides by the global count.
         return total / len(pixels)
 
     return objective, loss
@@ -129,13 +137,17 @@ def _clip(peer: str, pixels: Tensor, *, patch_drop: float, grad_checkpointing: b
     model = open_clip.create_model(peer, **more).to(pixels.device).train()
     if grad_checkpointing:
         model.set_grad_checkpointing()
+    # Off the clock, in the peer's favour.
     floats = pixels.float() / 127.5 - 1
+    # Every place filled; CLIP computes all 77 whatever the caption's length.
     text = torch.randint(1, 49406, (len(pixels), _CONTEXT), generator=torch.Generator().manual_seed(2)).to(pixels.device)
+    # End of text, whose place open_clip finds by the highest id and pools.
     text[:, -1] = 49407
     criterion = open_clip.ClipLoss()
     called = torch.compile(model) if compile_ else model
 
     def loss() -> Tensor:
+        # Models with a logit bias return a fourth value.
         image, caption, scale = called(floats, text)[:3]
         total: Tensor = criterion(image, caption, scale)
         return total
@@ -145,9 +157,11 @@ def _clip(peer: str, pixels: Tensor, *, patch_drop: float, grad_checkpointing: b
 
 def _step(module: nn.Module, loss: Step, precision: str, device: torch.device) -> Callable[[], None]:
     """Forward, backward and update."""
+    # A rate at which the weights hardly move: every repeat computes on the same sizes of numbers.
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
+        # Forward and loss only, as in training; backward runs in the dtypes that forward chose.
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             value = loss()
         value.backward()

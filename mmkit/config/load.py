@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from mmkit.config.recipes import STAGES, Recipe
 from mmkit.errors import InputError
 
+# A union told apart by its stage: faults are those of that stage's schema, not of all eight.
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Annotated[Recipe, Field(discriminator="stage")])
 
 
@@ -47,10 +48,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             key, equals, value = item.partition("=")
             if not equals or not key:
                 raise InputError(f"override {item!r} is not of the form key=value", mend="write e.g. train.lr=1e-3")
+            # force_add: a key that the file leaves at its default may be given too; unknown ones are refused by pydantic below.
             OmegaConf.update(tree, key, _parse_value(value), force_add=True)
+        # Resolved after the overrides, so that a reference to an overridden key sees its new value.
         plain = OmegaConf.to_container(tree, resolve=True)
     # OmegaConf reports a malformed key (`[`, a word as list position) with plain Python errors.
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, IndexError, ValueError) as error:
+        # InputError is a ValueError, and says it better already.
         if isinstance(error, InputError):
             raise
         raise InputError(_one_line(error), where=path, mend="check the override or the interpolation") from None
@@ -65,6 +69,7 @@ def check_recipe(plain: dict[str, Any], *, where: object) -> Recipe:
     Raises:
         InputError: One line for all faults; unknown keys come with the nearest and all known keys.
     """
+    # By hand: pydantic's words for a wrong discriminator do not name the nearest one.
     stage = plain.get("stage")
     if not isinstance(stage, str) or stage not in STAGES:
         near = difflib.get_close_matches(str(stage), STAGES, 1)
@@ -74,6 +79,7 @@ def check_recipe(plain: dict[str, Any], *, where: object) -> Recipe:
         return _ADAPTER.validate_python(plain)
     except ValidationError as error:
         faults = [_describe(dict(e), STAGES[stage]) for e in error.errors()]
+        # All at once: mending a recipe fault by fault costs a start each.
         raise InputError("; ".join(faults), where=where, mend="see the recipe's head or `mmkit copy` a shipped one") from None
 
 
@@ -89,7 +95,9 @@ def _parse_value(text: str) -> Any:
     """The value of an override, by the same YAML rules as the recipe's own (1e-3 is a number, a date is text)."""
     from omegaconf import OmegaConf
 
+    # Not resolved: an override may refer to keys of a recipe that is not at hand here.
     tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    # Nothing behind the sign empties the key: `train.steps=` makes room for train.epochs.
     return typing.cast(dict[str, Any], tree)["value"] if text else None
 
 
@@ -99,6 +107,7 @@ def _describe(error: dict[str, Any], schema: type[BaseModel]) -> str:
     key = ".".join(map(str, location)) or "recipe"
     if error["type"] == "extra_forbidden":
         known = sorted(_keys(schema))
+        # Keys of the same section, since that is where the slip happened; the whole schema would fill the screen.
         siblings = [k for k in known if k.rpartition(".")[0] == _plain(location[:-1])]
         name = str(location[-1])
         near = difflib.get_close_matches(name, [k.rpartition(".")[2] for k in siblings], 1, 0.5)
@@ -111,6 +120,7 @@ def _describe(error: dict[str, Any], schema: type[BaseModel]) -> str:
         return f"unknown key {key!r}; {hint}known keys here: {', '.join(k.rpartition('.')[2] for k in siblings)}"
     if error["type"] == "missing":
         return f"key {key!r} is missing"
+    # pydantic's own words in front of a validator's message.
     what = error["msg"].removeprefix("Value error, ")
     if isinstance(error.get("input"), dict):  # a rule between keys: the whole section would drown the message
         return f"{key}: {what}" if location else what
@@ -132,6 +142,7 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The sections that an annotation may hold (through unions and tuples)."""
+    # On Python 3.10 tuple[float, float] passes for a type, and issubclass stops at it.
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):

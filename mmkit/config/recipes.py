@@ -39,6 +39,7 @@ class PretrainRecipe(RunRecipe):
 
     encoder: EncoderConfig
     data: PairDataConfig
+    # Sections are frozen, so one default object can serve every recipe.
     loss: LossConfig = LossConfig()
     text: TextConfig = TextConfig()
     monitor: MonitorConfig = MonitorConfig()
@@ -59,6 +60,7 @@ class SuperclassRecipe(PretrainRecipe):
 
     @model_validator(mode="after")
     def _loss_fits(self) -> SuperclassRecipe:
+        # One loss key serves both families, so that stage=clip turns one recipe into the other; null takes the stage's own.
         if self.loss.kind in CONTRASTIVE_LOSSES:
             raise ValueError(f"loss.kind {self.loss.kind} needs a text tower: use stage=clip, or {', '.join(LABEL_LOSSES)}")
         return self
@@ -71,6 +73,7 @@ class ContrastiveRecipe(PretrainRecipe):
     def _loss_fits(self) -> ContrastiveRecipe:
         if self.loss.kind in LABEL_LOSSES:
             raise ValueError(f"loss.kind {self.loss.kind} needs labels: use stage=superclass, or {', '.join(CONTRASTIVE_LOSSES)}")
+        # Refused, not ignored: whoever lists pictures expects to see something.
         if self.monitor.images:
             raise ValueError("monitor.images shows tags of a label head, which this stage has not")
         if self.encoder.init_head:
@@ -91,6 +94,7 @@ class LitRecipe(ContrastiveRecipe):
 
     @model_validator(mode="after")
     def _has_tower(self) -> LitRecipe:
+        # A frozen tower of random weights would train without complaint, and score at chance.
         if self.encoder.init is None and not self.encoder.pretrained:
             raise ValueError("lit trains a text tower for a finished encoder: give encoder.init")
         return self
@@ -104,6 +108,7 @@ class ClipcapRecipe(RunRecipe):
     llm: LlmConfig
     mapper: MapperConfig = MapperConfig()
     tune_llm: bool = False
+    # ClipCap's longest caption in generation (rmokady/CLIP_prefix_caption, entry_length).
     max_length: int = Field(67, ge=2, description="caption tokens kept")
     data: DataConfig
     track: TrackConfig = TrackConfig()
@@ -119,10 +124,13 @@ class LlavaRecipe(RunRecipe):
     model: str | None = Field(None, description="run or directory of an MLLM to go on from")
     tune: Literal["projector", "full", "lora"]
     lora: LoraSettings = LoraSettings()
+    # LLaVA's: the last block but one, before the final norm.
     feature_layer: int = -2
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     template: Literal["plain", "vicuna_v1", "chatml", "demo"]
+    # The encoder was validated on squashed squares; pad is LLaVA-1.5's way in the second stage.
     image_fit: Literal["squash", "crop", "pad"] = "squash"
+    # LLaVA's limit; it too counts after expansion.
     max_length: int = Field(2048, ge=8, description="tokens after image expansion")
     grad_checkpointing: bool = False
     data: DataConfig
@@ -132,6 +140,7 @@ class LlavaRecipe(RunRecipe):
     @model_validator(mode="after")
     def _one_origin(self) -> LlavaRecipe:
         assembled = self.encoder is not None and self.llm is not None
+        # Both together would leave it open which encoder counts.
         if assembled == (self.model is not None) or (self.model is not None and (self.encoder or self.llm)):
             raise ValueError("give either `model` (to go on from) or both `encoder` and `llm` (to assemble)")
         return self
@@ -144,6 +153,7 @@ class ProbeRecipe(RunRecipe):
     encoder: str
     data: LabelledDataConfig
     probes: tuple[Literal["linear", "kshot", "knn", "zeroshot", "tags"], ...] = Field(("linear", "knn"), min_length=1)
+    # MAE's linear probe takes 90 epochs; k and temperature below are DINO's, ten shots in three draws the paper's.
     epochs: int = Field(90, ge=1)
     batch_size: int = Field(256, ge=2)
     lrs: tuple[float, ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0), min_length=1)
@@ -156,6 +166,7 @@ class ProbeRecipe(RunRecipe):
 
     @model_validator(mode="after")
     def _fits(self) -> ProbeRecipe:
+        # Zero-shot and tags go by class names, and need no training pictures.
         trained = sorted({"linear", "kshot", "knn"} & set(self.probes))
         if trained and self.data.train is None:
             raise ValueError(f"{', '.join(trained)} learn from labelled pictures: give data.train")
@@ -169,6 +180,7 @@ class FinetuneRecipe(RunRecipe):
     encoder: str
     image_size: int | None = Field(None, ge=8, description="null: the encoder's; another one interpolates its positions")
     data: LabelledDataConfig
+    # Inception's range. Pretraining stays at 0.9 to 1 by default, as the reference does.
     crop_scale: tuple[float, float] = (0.08, 1.0)
     flip: bool = True
     rand_augment: str | None = Field(None, description="timm's name, such as rand-m9-mstd0.5-inc1")
@@ -177,6 +189,7 @@ class FinetuneRecipe(RunRecipe):
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate for each block below the top")
+    # Strict, unlike pairs: labelled sets are for comparing systems, which must have seen the same pictures.
     max_skipped: float = Field(0.0, ge=0, le=1)
     track: TrackConfig = TrackConfig()
     train: TrainConfig
@@ -199,8 +212,10 @@ class EvalRecipe(RunRecipe):
     max_pixels: int = Field(100_000_000, ge=1)
 
 
+# What the training loop takes; a probe and an evaluation train nothing that is kept.
 TrainRecipe = Union[SuperclassRecipe, ClipRecipe, LitRecipe, FinetuneRecipe, ClipcapRecipe, LlavaRecipe]
 Recipe = Union[SuperclassRecipe, ClipRecipe, LitRecipe, FinetuneRecipe, ClipcapRecipe, LlavaRecipe, ProbeRecipe, EvalRecipe]
+# By name, for messages and hints that come before pydantic has chosen a class.
 STAGES: dict[str, type[RunRecipe]] = {
     "superclass": SuperclassRecipe,
     "clip": ClipRecipe,

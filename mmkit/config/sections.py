@@ -14,6 +14,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class Section(BaseModel):
     """A group of keys; an unknown key is an error, never ignored."""
 
+    # protected_namespaces: pydantic warns of keys such as model_args otherwise. allow_inf_nan: YAML has .inf and .nan.
+    # frozen: the recipe in memory stays the one that was written to recipe.yaml.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
@@ -23,6 +25,7 @@ class EncoderConfig(Section):
     architecture: str
     image_size: int = Field(224, ge=8)
     patch_size: int | None = None
+    # superclass is SigLIP's layout, which LLaVA in transformers and vLLM open without a plug-in.
     layout: Literal["superclass", "native"] = "superclass"
     pretrained: bool = False
     init: str | None = Field(
@@ -55,6 +58,7 @@ class DataConfig(Section):
     workers: int = Field(4, ge=0)
     limit: int | None = Field(None, ge=1, description="use the first N samples only")
     max_skipped: float = Field(0.01, ge=0, le=1, description="share of samples that may be unreadable before the run stops")
+    # From the header: by the time the pixels are there, the memory is spent.
     max_pixels: int = Field(100_000_000, ge=1, description="a picture with more is left out from its header alone")
 
 
@@ -62,10 +66,12 @@ class PairDataConfig(DataConfig):
     """Image-text pairs for pretraining. ``clip`` and ``lit`` read the same samples and need no labels, so no IDF either."""
 
     labels: str = Field("clip", description="clip, a tokenizer folder, file or hub name, a SentencePiece .model, a words file")
+    # The loss needs no fixed context, and cutting throws labels away; the reference cuts at 77.
     context_length: int | None = Field(None, ge=3, description="cut captions like CLIP's 77-token context; null: no limit")
     stop_words: str | None = Field(None, description="labels that are none: english, or a file with a word a line")
     idf: Literal["online", "file", "none"] = "online"
     idf_file: str | None = Field(None, description="table that `mmkit data inspect --idf` wrote, for idf=file")
+    # The reference's, but for its 12.8 B recipe: 0.4 to 1, with jitter at 0.8.
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="area range of RandomResizedCrop")
     color_jitter: tuple[float, float, float, float] | None = Field(
         None, description="largest change of brightness, contrast, saturation, hue; null: none"
@@ -80,6 +86,7 @@ class PairDataConfig(DataConfig):
             raise ValueError(f"crop_scale {list(self.crop_scale)} is no range of area shares: give 0 < low <= high <= 1")
         if (self.idf == "file") != (self.idf_file is not None):
             raise ValueError("idf=file and idf_file=PATH go together")
+        # More than half the colour circle is less of it the other way round.
         if self.color_jitter is not None and not (min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5):
             raise ValueError(f"color_jitter {list(self.color_jitter)}: none may be negative, and hue is at most 0.5")
         return self
@@ -94,6 +101,7 @@ class TrainConfig(Section):
     epochs: float | None = Field(None, gt=0)
     samples: int | None = Field(None, ge=1)
     lr: float = Field(gt=0)
+    # torch's defaults; recipes state the published ones (SuperClass: 0.98 or 0.95, eps 1e-6).
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = Field(0.0, ge=0)
@@ -101,6 +109,7 @@ class TrainConfig(Section):
     warmup: float = Field(0.0, ge=0, description="steps when >= 1, a share of all steps when < 1")
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     clip_grad_norm: float | None = Field(None, gt=0)
+    # No fp16: it needs loss scaling, which the loop does not have.
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
     deepspeed: str | None = Field(None, description="zero0 ... zero3, or a DeepSpeed JSON file")
@@ -113,8 +122,10 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         given = [k for k in ("steps", "epochs", "samples") if getattr(self, k) is not None]
+        # Two lengths that disagree would need a rule of precedence.
         if len(given) != 1:
             raise ValueError(f"give exactly one of steps, epochs, samples (given: {', '.join(given) or 'none'})")
+        # Accumulation has to come out even: global batch = micro-batch x accumulation x world size.
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
         return self
@@ -144,7 +155,9 @@ class LossConfig(Section):
     kind: Literal["softmax", "bce", "soft_margin", "asl", "two_way", "infonce", "sigmoid"] | None = Field(
         None, description="null: softmax for superclass, infonce for clip and lit"
     )
+    # 256 rows of 49,408 logits are 25 MB in bf16; far smaller chunks read the head's weight again and again.
     chunk_rows: int = Field(256, ge=1, description="rows of logits that exist at one time")
+    # None instead of the default's number, so that a key given for another kind can be told and refused.
     gamma_positive: float | None = Field(None, ge=0, description="asl: focusing of positives; null: 1")
     gamma_negative: float | None = Field(None, ge=0, description="asl: focusing of negatives; null: 4")
     clip: float | None = Field(None, ge=0, lt=1, description="asl: probability margin of negatives; null: 0.05")
@@ -190,6 +203,7 @@ class MonitorConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> MonitorConfig:
+        # Half a monitor looks at nothing, and this would be noticed only when the curve is missing.
         if (self.knn_train is None) != (self.knn_test is None):
             raise ValueError("knn_train and knn_test go together")
         if self.every is not None and self.knn_train is None and not self.images:
@@ -222,6 +236,7 @@ class MapperConfig(Section):
 class LoraSettings(Section):
     """LoRA on the LLM's linear layers (never the ViT, never lm_head)."""
 
+    # LLaVA-1.5's finetune_lora.sh; the defaults in its code are 64 and 16.
     r: int = Field(128, ge=1)
     alpha: int = Field(256, ge=1)
     dropout: float = Field(0.05, ge=0, lt=1)
@@ -242,6 +257,7 @@ class LabelledDataConfig(Section):
     image_root: str | None = None
     classes: str | None = Field(None, description="class names for zero-shot: imagenet, JSON list or object, or a name a line")
     workers: int = Field(4, ge=0)
+    # Drawn, unlike the limit on pairs: image folders come sorted by class, so the first N could be one class.
     limit: int | None = Field(None, ge=1, description="pictures of each set, drawn once")
     max_pixels: int = Field(100_000_000, ge=1)
 
@@ -250,6 +266,7 @@ class GenerationConfig(Section):
     """Decoding settings, printed beside every score."""
 
     max_new_tokens: int = Field(32, ge=1)
+    # Greedy, as in LLaVA's evaluation.
     num_beams: int = Field(1, ge=1)
     batch_size: int = Field(32, ge=1)
 
@@ -263,6 +280,7 @@ class TaskConfig(Section):
     image_root: str
     image_name: str | None = Field(None, description="file name from the image id where the files do not say, e.g. {:012d}.jpg")
     prompt: str = "{question}"
+    # Off, as in lmms-eval. LLaVA's published 58.2 has the data set's OCR tokens in the prompt: another task.
     ocr: Literal["none", "reference"] = "none"
     limit: int | None = Field(None, ge=1)
     generation: GenerationConfig = GenerationConfig()
@@ -272,6 +290,7 @@ class TaskConfig(Section):
     def _fits(self) -> TaskConfig:
         if self.task == "vqav2" and self.questions is None:
             raise ValueError("vqav2 needs `questions`")
+        # Beside another score it would claim a condition that never held.
         if self.ocr != "none" and self.task != "textvqa":
             raise ValueError(f"ocr is a setting of textvqa, not of {self.task}")
         return self

@@ -32,16 +32,20 @@ class ColorJitter:
 
     def __call__(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
         """Change a picture, uint8 ``[3, H, W]`` to the same."""
+        # Imported here: most recipes have no jitter, and torchvision is slow to import.
         from torchvision.transforms import functional
 
         if rng.random() >= self.probability:
             return pixels
         image = Image.fromarray(pixels.transpose(1, 2, 0))
         ranges = (self.brightness, self.contrast, self.saturation)
+        # All are drawn whether used or not: switching one off leaves the others' draws as they were. max, as torchvision
+        # has it: a strength above 1 must give no negative factor.
         factors = [rng.uniform(max(0.0, 1 - r), 1 + r) for r in ranges]
         shift = rng.uniform(-self.hue, self.hue)
         adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
         strengths = (*ranges, self.hue)
+        # In random order, for the operations do not commute.
         for which in rng.permutation(4):
             if not strengths[which]:
                 continue  # a shift of hue by 0 goes by way of HSV, and rounds
@@ -51,5 +55,6 @@ class ColorJitter:
 
 def gray_scale(pixels: Pixels) -> Pixels:
     """The picture without colour, uint8 ``[3, H, W]`` to the same (ITU-R 601 luma, as torchvision's Grayscale)."""
+    # Three equal channels again: the tower takes RGB.
     gray = Image.fromarray(pixels.transpose(1, 2, 0)).convert("L")
     return to_chw(Image.merge("RGB", (gray, gray, gray)))

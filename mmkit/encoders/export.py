@@ -64,6 +64,7 @@ def _write_timm(encoder: VisionEncoder, folder: Path) -> None:
     save_encoder(encoder, folder)
     # As a stranger opens it, without mmkit.
     reopened = timm.create_model(f"local-dir:{folder}", pretrained=True).to(_dtype(encoder)).eval()
+    # Exactly: the same library with the same weights can only differ by a lost argument.
     _compare(lambda x: reopened(x), encoder.backbone, encoder, exact=True)
 
 
@@ -71,6 +72,7 @@ def _write_siglip(encoder: VisionEncoder, folder: Path) -> None:
     """A folder that ``SiglipVisionModel.from_pretrained`` and ``AutoImageProcessor.from_pretrained`` open."""
     from transformers import SiglipImageProcessor, SiglipVisionModel
 
+    # Raises before anything is written if the tower has another layout.
     to_siglip(encoder).save_pretrained(folder)
     size = {"height": encoder.image_size, "width": encoder.image_size}
     # 3 is bicubic, as in training; the whole picture is squeezed to the square, as in mmkit's validation.
@@ -92,6 +94,7 @@ def _text_tower(source: str) -> TextTower:
         return load_text(encoder_folder(source))
     except InputError as error:
         what = f"open_clip wants a text tower too: {error.what}"
+        # open_clip has no model with an image tower alone.
         raise InputError(what, where=source, mend="train one with stage=lit, or use --format timm") from error
 
 
@@ -128,7 +131,9 @@ def registry_name(encoder: VisionEncoder) -> str | None:
 
     Towers in the superclass layout are timm's ``vit_*_siglip_gap_*``, as far as it has the size.
     """
+    # A name survives a move of the folder, a path does not; so the registry is searched first.
     wanted = _signature(encoder.backbone)
+    # The tower's own name first: where it is right, one model is built instead of many.
     for name in (encoder.architecture, *timm.list_models("vit_*_siglip_gap_*")):
         cfg = timm.get_pretrained_cfg(name)
         # Convolutions take pictures of any size; all others are built for the size in their name.
@@ -137,6 +142,7 @@ def registry_name(encoder: VisionEncoder) -> str | None:
         # Shapes are enough, and the largest candidate has a billion weights.
         with torch.device("meta"):
             model = timm.create_model(name)
+        # Names come with a classifier of 1,000 classes, which an exported tower has not.
         model.reset_classifier(0)
         if _signature(model) == wanted:
             return str(name)
@@ -157,6 +163,7 @@ def _signature(model: Any) -> tuple[Any, ...]:
         )
         for name, part in model.named_modules()
         if not any(part.children()) or hasattr(part, "num_heads")
+        # The place where mmkit puts its own module without weights.
         if name != "patch_drop"
     )
     return type(model).__name__, shapes, settings, inside
@@ -180,6 +187,7 @@ def open_clip_config(encoder: VisionEncoder, text: TextTower, timm_name: str) ->
         "vision_cfg": {
             "image_size": encoder.image_size,
             "timm_model_name": timm_name,
+            # The weights come from the folder; True would download others first.
             "timm_model_pretrained": False,
             # Empty leaves the timm model's own pooling.
             "timm_pool": "",
@@ -206,6 +214,7 @@ def open_clip_config(encoder: VisionEncoder, text: TextTower, timm_name: str) ->
 def _write_open_clip_weights(encoder: VisionEncoder, text: TextTower, file: Path) -> None:
     """Both towers under open_clip's names."""
     state = {f"visual.trunk.{name}": value for name, value in encoder.backbone.state_dict().items()}
+    # open_clip's timm tower puts the projection into its head; timm_proj "linear" in the config has no bias.
     state["visual.head.proj.weight"] = text.image_projection.weight
     state |= {f"text.{name}": value for name, value in text.text.state_dict().items()}
     # open_clip keeps these as scalars.
@@ -217,9 +226,11 @@ def _check_open_clip(encoder: VisionEncoder, text: TextTower, folder: Path) -> N
     """Open the folder as a user of open_clip would, and compare pictures, tokens and texts."""
     import open_clip
 
+    # The random weights are thrown away; they must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = open_clip.create_model(f"local-dir:{folder}").eval()
     _compare(lambda x: model.encode_image(x, normalize=True), lambda x: text.encode_image(encoder(x)), encoder)
+    # Equal towers with another tokenizer would still give other text embeddings.
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(_CAPTIONS)
     assert torch.equal(tokens, text.tokenize(_CAPTIONS)), "open_clip's tokenizer reads captions otherwise"
     with torch.inference_mode():

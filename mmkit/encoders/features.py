@@ -71,13 +71,16 @@ def pixel_batches(
         InputError: A picture cannot be used; a score over the others would be another score.
     """
     indices = range(len(source)) if indices is None else indices
+    # DataLoader returns batches in the sampler's order, whichever worker is first.
     loader: DataLoader[Pixels | str] = DataLoader(
         _Squares(source, size=size, fit=fit, max_pixels=max_pixels),
         batch_size=batch_size,
         sampler=indices,
         num_workers=workers,
         collate_fn=_stack,
+        # Else the non_blocking copies below would block.
         pin_memory=torch.cuda.is_available(),
+        # Workers only: in the main process it would slow the encoder down and deafen it to Ctrl-C.
         worker_init_fn=_one_thread if workers else None,
     )
     for number, batch in enumerate(loader):
@@ -85,6 +88,7 @@ def pixel_batches(
             yield batch
             continue
         place, reason = batch
+        # Batches come in order, so number and place give the picture back.
         key = source.keys[indices[number * batch_size + place]]
         raise InputError(reason, where=key, mend="repair the picture or remove it from the set")
 
@@ -123,13 +127,17 @@ def extract_features(
     """
     device = torch.device(device)
     was_training = encoder.training
+    # Dropout, patch dropping and batch norms of the training mode would make features depend on the batch.
     encoder.to(device).eval()
+    # A half-precision result is not worth computing in float32.
     half = autocast or (dtype if dtype in (torch.bfloat16, torch.float16) else None)
     parts = []
     with torch.inference_mode(), torch.autocast(device.type, dtype=half, enabled=half is not None):
         for pixels in pixel_batches:
+            # uint8 until here: a quarter of the bytes of floats to move.
             pixels = pixels.to(device, non_blocking=True)
             features = encoder(pixels) if kind == "pooled" else encoder.tokens(pixels, layer)
+            # To the host batch by batch: patch tokens of a whole set would not fit on the device.
             parts.append(features.to(dtype).cpu())
     encoder.train(was_training)
     # Inference tensors cannot enter autograd later; the copy made here, outside the mode, can.
@@ -171,12 +179,14 @@ class FeatureCache:
         file = self.path(key)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         save_file({"features": features.detach().cpu().contiguous()}, temporary, metadata={"key": key})
+        # Atomic within one folder: a reader in another process opens the old file, the new one, or none.
         temporary.replace(file)
         return file
 
     def get(self, key: str, make: Callable[[], Tensor]) -> Tensor:
         """The tensor under a key, made and saved first if it is not there."""
         features = self.load(key)
+        # A cache and no product: a missing or damaged entry costs time, never the run.
         if features is None:
             features = make()
             self.save(key, features)

@@ -21,6 +21,7 @@ from mmkit.files import read_json
 log = logging.getLogger(__name__)
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Pixels in -1 to 1, as SigLIP and Google's ViT take them.
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _CLIP = (CLIP_MEAN, CLIP_STD)
 
@@ -42,6 +43,8 @@ class _Family(NamedTuple):
 _TOKEN = {"class_token": True, "global_pool": "token"}
 _MAP = {"class_token": False, "global_pool": "map", "fc_norm": False}
 _FAMILIES = {
+    # What these configs leave unsaid. init_values only makes the layer-scale weights exist; their values come with the
+    # state.
     "clip_vision_model": _Family("clip_", {**_TOKEN, "pre_norm": True}, _CLIP),
     "siglip_vision_model": _Family("siglip_", _MAP, _HALF),
     "dinov2": _Family("dinov2", {**_TOKEN, "init_values": 1e-5}, _IMAGENET),
@@ -101,10 +104,13 @@ def load_huggingface(name: str) -> VisionEncoder:
     where = f"hf:{name}"
     try:
         kind = AutoConfig.from_pretrained(name).model_type
+        # A whole CLIP or SigLIP will do as well: its tower is taken out below.
         if kind.removesuffix("_vision_model") not in ("clip", "siglip", *_FAMILIES):
             raise InputError(f"no tower that mmkit can read: {kind}", where=where, mend="give CLIP, SigLIP, DINOv2 or ViT")
+        # auto: weights saved in half precision stay so.
         model = AutoModel.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
+        # InputError is a ValueError, and names the reason already.
         if isinstance(error, InputError):
             raise
         raise InputError(f"cannot be opened: {_first_line(error)}", where=where, mend="check name and network") from error
@@ -128,6 +134,7 @@ def timm_arguments(config: Any) -> tuple[str, dict[str, Any]]:
     family = _FAMILIES[config.model_type]
     size, patch, width = _side(config.image_size, where), _side(config.patch_size, where), config.hidden_size
     gated = getattr(config, "use_swiglu_ffn", False)
+    # DINOv2 states the ratio, the others the size.
     hidden = getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio)
     if gated:
         # Gate and value are one matrix in timm, each two thirds of the usual size (arXiv 2002.05202), rounded up to 8.
@@ -143,8 +150,10 @@ def timm_arguments(config: Any) -> tuple[str, dict[str, Any]]:
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
         "mlp_ratio": _ratio(hidden, width),
+        # CLIP and SigLIP have no such key, and always biases.
         "qkv_bias": getattr(config, "qkv_bias", True),
     }
+    # SigLIP without its pooling head, as mmkit exports it, has the mean of its tokens as feature.
     if not getattr(config, "vision_use_head", True):
         args["global_pool"] = "avg"
     if config.model_type == "dinov2_with_registers":
@@ -164,6 +173,7 @@ def _architecture(config: Any, family: _Family, args: dict[str, Any]) -> str:
     tail = family.tag if "dinov2" in family.tag else f"{family.tag}{quick}{size}"
     name = f"vit_{_WIDTHS.get(args['embed_dim'])}_patch{args['patch_size']}_{tail}"
     clip = family.tag == "clip_"
+    # In timm the CLIP models have epsilon 1e-5 built in and all the others 1e-6; an argument for it JSON cannot hold.
     if timm.is_model(name) and (eps == 1e-5) == clip:
         return name
     if eps == 1e-5:
@@ -224,6 +234,7 @@ def load_open_clip(name: str) -> VisionEncoder:
     import open_clip
 
     where = f"open_clip:{name}"
+    # These carry weights and settings in one place, so there is no tag behind a colon.
     whole = name.startswith(("local-dir:", "hf-hub:"))
     model_name, _, pretrained = (name, "", "") if whole else name.partition(":")
     if not whole and not pretrained:
@@ -258,6 +269,7 @@ def _timm_trunk(tower: Any, vision: dict[str, Any], where: str) -> tuple[str, di
         name, args = config["architecture"], config.get("model_args", {})
     # open_clip chooses the pooling after the model is built; here it is one of the arguments.
     pool = {"global_pool": vision["timm_pool"]} if vision.get("timm_pool", "avg") else {}
+    # num_classes=0 below builds no classifier, and the state has to fit strictly.
     state = {key: value for key, value in tower.trunk.state_dict().items() if not _is_classifier(tower.trunk, key)}
     return name.partition(".")[0], {**args, **pool, "num_classes": 0}, state
 
@@ -271,6 +283,7 @@ def _is_classifier(trunk: Any, key: str) -> bool:
 def _own_tower(tower: Any, where: str) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Name, arguments and weights of timm's form of open_clip's ``VisionTransformer``."""
     block = tower.transformer.resblocks[0]
+    # Refused, not approximated: features that are almost the model's would pass for its own.
     if tower.attn_pool is not None or tower.pool_type not in ("tok", "avg") or type(block).__name__ != "ResidualAttentionBlock":
         raise InputError("its blocks or its pooling have no like in timm", where=where, mend="choose a plain ViT of open_clip")
     plain = type(tower.ln_pre).__name__ == "Identity"
@@ -288,6 +301,7 @@ def _own_tower(tower: Any, where: str) -> tuple[str, dict[str, Any], dict[str, T
         "global_pool": {"tok": "token", "avg": "avg"}[tower.pool_type],
         "fc_norm": bool(tower.final_ln_after_pool),
         "act_layer": "quick_gelu" if quick else "gelu",
+        # Makes the layer-scale weights exist; their values come with the state.
         "init_values": 1e-5 if hasattr(block.ls_1, "gamma") else None,
     }
     architecture = f"vit_{_WIDTHS.get(width)}_patch{args['patch_size']}_clip_{'quickgelu_' if quick else ''}224"
@@ -314,6 +328,7 @@ def _build(
     with torch.random.fork_rng(devices=[]):
         backbone = create_backbone(architecture, args)
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+    # In the dtype of the weights: a cast would double the memory and gain no precision.
     backbone.to(dtype).load_state_dict(state)
     return VisionEncoder(backbone, architecture=architecture, model_args=args, image_size=image_size, mean=mean, std=std)
 
@@ -322,6 +337,7 @@ def _statistics(name: str, family: _Family, where: str) -> tuple[Any, Any]:
     """Channel means and deviations from the model's preprocessor, or those of its family."""
     from transformers.utils import cached_file
 
+    # Many folders hold weights without a preprocessor; that is no error, but is told below.
     file = cached_file(
         name,
         "preprocessor_config.json",

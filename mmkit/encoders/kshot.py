@@ -15,6 +15,7 @@ from mmkit.errors import InputError
 
 # big_vision's fixed strength (configs/common_fewshot.py) is the middle of the sweep.
 USUAL_L2 = 2.0**10
+# Steps of 4 over twelve powers of ten: inputs are standardised, so one range serves every encoder.
 L2_SWEEP = tuple(2.0**power for power in range(-10, 31, 2))
 # The constant feature is so large that the bias is hardly held back (big_vision fewshot_lsr.py).
 _BIAS = 100.0
@@ -59,9 +60,11 @@ def kshot(
         InputError: A class has fewer training pictures than shots.
     """
     check_shots(train_y, names or [str(c) for c in range(num_classes)], shots)
+    # The usual one first: argmax takes the first of equals.
     strengths = torch.tensor(sorted(l2, key=lambda value: abs(np.log2(value / USUAL_L2))), dtype=torch.float64)
     hits, chosen = [], []
     for draw in range(draws):
+        # A list of seeds, since seed + draw would make draw 1 of seed 0 the same as draw 0 of seed 1.
         kept = draw_shots(train_y.cpu().numpy(), num_classes, shots, seed=[seed, draw]).to(train_x.device)
         found = _fit(train_x[kept], train_y[kept], num_classes, strengths.to(train_x.device))
         hits.append(torch.cat([found.predict(part) for part in test_x.split(4096)]) == test_y)
@@ -102,6 +105,7 @@ def check_shots(train_y: Tensor, names: Sequence[str], shots: int) -> None:
 
 def draw_shots(train_y: np.ndarray[Any, Any], num_classes: int, shots: int, *, seed: Sequence[int]) -> Tensor:
     """Numbers of ``shots`` random samples of each class, i64[C * shots], class by class."""
+    # NumPy on the host: the same shots on every device.
     rng = np.random.default_rng(list(seed))
     return torch.from_numpy(
         np.concatenate([rng.permutation(np.flatnonzero(train_y == c))[:shots] for c in range(num_classes)]).astype(np.int64)
@@ -123,6 +127,7 @@ class _Ridge(NamedTuple):
 
 def _inputs(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Standardised features with the bias feature, float64[M, D + 1]."""
+    # float64, because strengths reach from far below to far above the squared singular values.
     return F.pad((x.double() - mean) / std, (0, 1), value=_BIAS)
 
 
@@ -133,9 +138,13 @@ def _fit(x: Tensor, y: Tensor, num_classes: int, strengths: Tensor) -> _Ridge:
     ``(f - h y) / (1 - h)`` with the fit f = X W and its leverage h = sum_k U_k^2 S_k^2 / (S_k^2 + l) (Hastie et al., The
     Elements of Statistical Learning, equation 7.64).
     """
+    # By the shots alone: the statistics of the whole set would be more pictures than the probe allows. The epsilon is for
+    # features that are constant over the shots.
     mean, std = x.double().mean(dim=0), x.double().std(dim=0, correction=0) + 1e-5
     inputs = _inputs(x, mean, std)
+    # -1 and 1, as in big_vision's fewshot_lsr.py.
     targets = 2.0 * F.one_hot(y, num_classes).double() - 1.0
+    # Once for all strengths, which differ only in how much of each direction they keep.
     left, scale, right = torch.linalg.svd(inputs, full_matrices=False)
     projected = left.T @ targets
     scores = []

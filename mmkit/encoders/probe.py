@@ -79,13 +79,16 @@ def linear_probe(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train_x), generator=generator).to(train_x.device)
     held, fit = order[: len(order) // 10], order[len(order) // 10 :]
+    # A batch larger than the set is cut to it, and the choice of optimiser looks at what is left.
     batch_size = min(batch_size, len(fit))
+    # The linear scaling rule, by which MAE states its base rate too.
     scaled = torch.tensor(lrs, device=train_x.device) * batch_size / 256
     lars = batch_size >= LARS_FROM if optimizer == "auto" else optimizer == "lars"
     norm, heads = _train_bank(train_x[fit], train_y[fit], num_classes, scaled, epochs, batch_size, generator, lars=lars)
     scores = (_bank_predict(train_x[held], norm, heads) == train_y[held]).float().mean(dim=1)
     # The first of equals, which is the smallest learning rate if they are given in order.
     best = int(scores.argmax())
+    # The test set is looked at once, by the chosen head.
     correct = _bank_predict(test_x, norm, heads[best : best + 1])[0] == test_y
     return _result(
         correct,
@@ -130,6 +133,7 @@ def knn(
     predictions = []
     for part in test_x.split(1024):
         similarity, nearest = (F.normalize(part.float(), dim=1) @ bank.T).topk(k, dim=1)
+        # Votes only where a neighbour is; a class without one stays at 0, below every exp.
         votes = torch.zeros(len(part), classes, device=part.device)
         votes.scatter_add_(1, train_y[nearest], (similarity / temperature).exp())
         predictions.append(votes.argmax(dim=1))
@@ -148,15 +152,20 @@ def _train_bank(
     lars: bool = False,
 ) -> tuple[torch.nn.BatchNorm1d, Tensor]:
     """Train R heads side by side; returns the norm and weights float[R, D + 1, C], the last row being the bias."""
+    # MAE's: no affine part, and its epsilon.
     norm = torch.nn.BatchNorm1d(x.shape[1], affine=False, eps=1e-6).to(x.device)
+    # The loss is convex, so a start at 0 is as good as any, and needs no seed.
     heads = torch.zeros(len(lrs), x.shape[1] + 1, num_classes, device=x.device)
     if lars:
         # LARS scales a step by the size of the weights, so they cannot start at 0; MAE's 0.01, the same for every head.
         heads[:, :-1] = 0.01 * torch.randn(heads.shape[1] - 1, num_classes, generator=generator).to(x.device)
+    # Written out instead of torch.optim: a rate for each head, and one matrix product for all (a test holds them to
+    # torch's SGD).
     momentum = torch.zeros_like(heads)
     steps_per_epoch = len(x) // batch_size
     total = epochs * steps_per_epoch
     for step in range(total):
+        # A new order each epoch, the same for every rate: they are compared on the same batches.
         if step % steps_per_epoch == 0:
             order = torch.randperm(len(x), generator=generator).to(x.device)
         # The incomplete last batch is left out: BatchNorm on one or two samples would spoil its running means.
@@ -199,6 +208,7 @@ def _schedule(step: int, total: int) -> float:
 
 def _bank_predict(x: Tensor, norm: torch.nn.BatchNorm1d, heads: Tensor) -> Tensor:
     """Predicted classes i64[R, M] of R heads for float[M, D], in pieces that keep memory small."""
+    # R x 4,096 x C scores exist at a time.
     parts = [(_with_one(norm(part.float())) @ heads).argmax(dim=2) for part in x.split(4096)]
     return torch.cat(parts, dim=1)
 

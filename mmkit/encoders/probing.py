@@ -55,16 +55,20 @@ def run_probe(recipe: ProbeRecipe, *, restart: bool = False) -> Run:
     state = run.state(recipe, [parent], restart=restart)
     if state == "done":
         return run
+    # What the recipe names is opened before the run directory is touched and before features are made.
     sets = _open_sets(recipe)
     heads = _open_heads(recipe, parent)
     templates = open_templates(recipe.templates) if "zeroshot" in recipe.probes else ()
     encoder = load_encoder(parent.folder or recipe.encoder)
+    # Names, sizes and labels of both sets: a change of either makes it another probe.
     data = hash_text(*(part.fingerprint for part in (sets.train, sets.test) if part is not None))
+    # Nothing to go on from: features lie outside the run, and the probes on them take little time.
     run.start(recipe, [parent], state="new" if state == "continue" else state, data_fingerprint=data, kind="probe")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     test_x = _features(recipe, sets.test, encoder, parent, device)
     train_x = _features(recipe, sets.train, encoder, parent, device) if sets.train is not None else None
     results = {}
+    # A probe that is named twice runs once.
     for probe in dict.fromkeys(recipe.probes):
         if probe in ("zeroshot", "tags"):
             results[TASKS[probe]] = _by_name(probe, heads, sets, test_x, templates)
@@ -83,8 +87,10 @@ def _open_sets(recipe: ProbeRecipe) -> _Sets:
     learns = bool({"linear", "kshot", "knn"} & set(recipe.probes))
     train = open_labelled(data.train, data) if learns and data.train is not None else None
     test = open_labelled(data.test, data)
+    # Training says which classes there are and in which order; without it the test set does.
     classes = test.classes if train is None else train.classes
     test.targets(classes)  # refuses a class that training has not
+    # k-shot checks this too, but only after features that may have taken long to make.
     if train is not None and "kshot" in recipe.probes:
         check_shots(torch.tensor(train.targets(classes)), classes, recipe.shots)
     by_name = {"zeroshot", "tags"} & set(recipe.probes)
@@ -104,6 +110,7 @@ def _open_heads(recipe: ProbeRecipe, parent: Parent) -> _Heads:
     from mmkit.encoders.text import CONFIG, load_text
 
     tower = tagger = None
+    # A hub name has no folder, so neither head nor text tower can lie beside it.
     folder = encoder_folder(parent.folder) if parent.folder is not None else None
     if "zeroshot" in recipe.probes:
         if folder is None or not (folder / CONFIG).is_file():
@@ -123,16 +130,20 @@ def _features(
     recipe: ProbeRecipe, source: LabelledSource, encoder: VisionEncoder, parent: Parent, device: torch.device
 ) -> Tensor:
     """Pooled features float[N, D] on the device, from the cache if some probe has made them before."""
+    # Beside the run, not inside: starting anew empties the run, and other probes of the same encoder find it here.
     cache = FeatureCache(Path(recipe.run).parent / ".features")
+    # What changes a feature; batch size and number of workers do not.
     settings = f"pooled {encoder.image_size} crop {recipe.precision} {recipe.data.max_pixels}"
 
     def make() -> Tensor:
         batches = pixel_batches(
             source, size=encoder.image_size, workers=recipe.data.workers, max_pixels=recipe.data.max_pixels, batch_size=_BATCH
         )
+        # Autocast rather than bf16 weights: the saved features are float32 either way.
         autocast = torch.bfloat16 if recipe.precision == "bf16" else None
         return extract_features(encoder, batches, device=device, autocast=autocast)
 
+    # Pictures without their classes are in the key: another label of the same pictures needs no new features.
     return cache.get(hash_text(parent.fingerprint, source.pictures_fingerprint, settings), make).to(device)
 
 
@@ -140,6 +151,7 @@ def _by_pictures(probe: str, recipe: ProbeRecipe, sets: _Sets, train_x: Tensor, 
     """A probe that learns from labelled pictures."""
     assert sets.train is not None
     device = train_x.device
+    # Numbers of both sets by one list of classes, or equal classes would get different numbers.
     train_y, test_y = (torch.tensor(part.targets(sets.classes), device=device) for part in (sets.train, sets.test))
     known = (train_x, train_y, test_x, test_y)
     if probe == "linear":
@@ -176,6 +188,7 @@ def _score(
 ) -> dict[str, Any]:
     """A probe's result in the layout of every other score."""
     values = {"accuracy": result.correct} if result.top5 is None else {"accuracy": result.correct, "top5": result.top5}
+    # What the probe chose, and what the features came from: enough to make the number again.
     settings = {
         **result.settings,
         "label": recipe.data.label,
@@ -185,6 +198,7 @@ def _score(
         "precision": recipe.precision,
         "limit": recipe.data.limit,
     }
+    # Only where they had a say: a setting without effect must not look like a condition.
     if name == "zeroshot":
         settings["templates"] = recipe.templates
     if name in ("zeroshot", "tags"):
@@ -207,6 +221,7 @@ def score_layout(
     return {
         "task": name,
         "metrics": {metric: sum(each) / len(each) for metric, each in values.items()},
+        # No clusters: each picture is in the set once.
         "ci95": {metric: list(mean_ci(each, seed=seed)) for metric, each in values.items()},
         "n": len(test),
         "settings": settings,

@@ -50,7 +50,9 @@ def to_siglip(encoder: VisionEncoder) -> SiglipVisionModel:
     model = SiglipVisionModel(config)
     # Releases of transformers differ in whether the tower sits under this prefix.
     prefix = "vision_model." if any(k.startswith("vision_model.") for k in model.state_dict()) else ""
+    # Strict by default: a weight without a place would leave a random one behind, unnoticed.
     model.load_state_dict({prefix + name: value for name, value in _siglip_state(tower).items()})
+    # transformers builds in float32 on the CPU.
     parameter = next(tower.parameters())
     return model.to(device=parameter.device, dtype=parameter.dtype).eval()
 
@@ -58,6 +60,7 @@ def to_siglip(encoder: VisionEncoder) -> SiglipVisionModel:
 def layout_difference(encoder: VisionEncoder) -> str | None:
     """Say what keeps a tower from being a SigLIP tower, or None if nothing does."""
     tower = encoder.backbone
+    # By name: subclasses and timm's other families share attributes and compute otherwise.
     if type(tower).__name__ != "VisionTransformer" or not hasattr(tower, "pos_embed"):
         return f"it is a {type(tower).__name__}, not a plain ViT"
     block = tower.blocks[0]
@@ -81,6 +84,7 @@ def layout_difference(encoder: VisionEncoder) -> str | None:
 
 def activation_name(act: nn.Module, library: Literal["transformers", "timm"] = "transformers") -> str | None:
     """A library's name of a timm activation, or None; exact GELU and its tanh form differ by up to 5e-4."""
+    # By class, because timm's GELUTanh and QuickGELU are modules of its own.
     name = type(act).__name__
     if isinstance(act, nn.GELU):
         name = "GELU" if act.approximate == "none" else "GELUTanh"
@@ -93,11 +97,14 @@ def activation_name(act: nn.Module, library: Literal["transformers", "timm"] = "
 
 def _siglip_state(tower: Any) -> dict[str, Tensor]:
     """The tower's weights under transformers' names; qkv float[3D, D] is split into three."""
+    # timm's table is [1, N, D], transformers' an embedding of [N, D].
     state: dict[str, Tensor] = {"embeddings.position_embedding.weight": tower.pos_embed[0]}
     _put(state, "embeddings.patch_embedding", tower.patch_embed.proj.weight, tower.patch_embed.proj.bias)
     for index, block in enumerate(tower.blocks):
         name = f"encoder.layers.{index}"
+        # timm stacks q, k and v in this order along the rows.
         weights = block.attn.qkv.weight.chunk(3)
+        # Towers may be trained without these biases (qkv_bias in model_args); _put decides what stands in.
         biases = block.attn.qkv.bias.chunk(3) if block.attn.qkv.bias is not None else (None, None, None)
         for part, weight, bias in zip("qkv", weights, biases, strict=True):
             _put(state, f"{name}.self_attn.{part}_proj", weight, bias)

@@ -58,6 +58,7 @@ def class_names(classes: Sequence[str], names: str | None) -> list[str]:
         InputError: The file does not fit the classes.
     """
     if names is None:
+        # Folder names often have underscores where a prompt has spaces.
         return [name.replace("_", " ") for name in classes]
     if names == "imagenet":
         from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
@@ -79,15 +80,18 @@ _MEND = "give data.classes a JSON list, a JSON object from class to name, or a f
 
 def _by_place(classes: Sequence[str], content: list[str], file: str) -> list[str]:
     """Names by number, by being the classes themselves, or one for each class in order."""
+    # By number, so a subset of ImageNet's classes still finds its names; the file may hold more than the data use.
     if all(map(is_number, classes)):
         if beyond := [name for name in classes if int(name) >= len(content)]:
             what = f"{len(content)} names (numbers 0 to {len(content) - 1}), but there is a class {beyond[0]}"
             raise InputError(what, where=file, mend=_MEND)
         return [content[int(name)] for name in classes]
+    # The classes are among the names: pairing by order would call some of them by another's name.
     if set(classes) <= set(content):
         return list(classes)
     if len(content) != len(classes):
         raise InputError(f"{len(content)} names for {len(classes)} classes", where=file, mend=_MEND)
+    # Sorted, whatever order the data have: ImageNet's names come by sorted WordNet id.
     place = {name: i for i, name in enumerate(sorted(classes))}
     return [content[place[name]] for name in classes]
 
@@ -97,9 +101,11 @@ def _lines(file: str, mend: str) -> list[tuple[int, str]]:
     if not Path(file).is_file():
         raise InputError("no such file", where=file, mend=mend)
     try:
+        # Editors on Windows put a byte order mark in front, which would become part of the first name.
         text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 at byte {error.start}", where=file, mend=mend) from None
+    # Not splitlines: it takes a form feed or U+2028 for a line end, and numbers would not be those of an editor.
     found = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not found:
         raise InputError("the file is empty", where=file, mend=mend)

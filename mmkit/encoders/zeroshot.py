@@ -29,12 +29,16 @@ def class_embeddings(tower: TextTower, names: Sequence[str], templates: Sequence
     Returns:
         float32[C, E] on the tower's device, rows of length 1.
     """
+    # By class, then template: the view below rests on this order.
     prompts = [prompt for name in names for prompt in fill(templates, name)]
+    # A module has no device; the tower's weights are all in one place.
     device = tower.logit_scale.device
     parts = []
     for start in range(0, len(prompts), batch_size):
         tokens = tower.tokenize(prompts[start : start + batch_size]).to(device)
+        # Normalised already, so a long and a short embedding weigh alike in the mean.
         parts.append(tower.encode_text(tokens).float())
+    # Once more: the mean of unit vectors is shorter the less the prompts agree.
     return F.normalize(torch.cat(parts).view(len(names), len(templates), -1).mean(dim=1), dim=1)
 
 
@@ -56,6 +60,7 @@ def zero_shot(
         Top-1, and top-5 where there are more than five classes.
     """
     classes = class_embeddings(tower, names, templates, batch_size=batch_size)
+    # Cosines: both sides have length 1, and the learnt temperature changes no order.
     top = [
         (tower.encode_image(part.to(classes.device)) @ classes.T).topk(min(5, len(names))).indices for part in test_x.split(1024)
     ]
@@ -99,6 +104,7 @@ def tag_classes(
 
 def _token_shares(labels: CaptionLabels, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """float[L, C], 1/n where one of the n labels of a class name is row l, and the ids i64[L] of the rows."""
+    # Token sets, as in training: a token that a name has twice counts once.
     rows = [labels.encode_one(name) for name in names]
     if without := [name for name, row in zip(names, rows, strict=True) if not row]:
         what = f"no label of the vocabulary is in the class name {', '.join(map(repr, without[:5]))}"
@@ -107,5 +113,6 @@ def _token_shares(labels: CaptionLabels, names: Sequence[str]) -> tuple[Tensor, 
     place = {label: i for i, label in enumerate(ids)}
     matrix = torch.zeros(len(ids), len(names))
     for column, row in enumerate(rows):
+        # Shares that sum to 1, so that long names and short ones are on one scale.
         matrix[[place[label] for label in row], column] = 1 / len(row)
     return matrix, torch.tensor(ids)

@@ -30,8 +30,10 @@ def run_eval(recipe: EvalRecipe, *, restart: bool = False) -> Run:
     """
     run = Run(Path(recipe.run))
     parent = resolve_parent("model", recipe.model)
+    # Under a launcher every process would generate the same answers and write the same files.
     one_process("eval")
     state = run.state(recipe, [parent], restart=restart)
+    # Before files and model are opened, so that a finished pipeline can be run again in seconds.
     if state == "done":
         return run
     # Everything that can be wrong with the files is found before the model is loaded.
@@ -40,6 +42,7 @@ def run_eval(recipe: EvalRecipe, *, restart: bool = False) -> Run:
     for task in recipe.tasks:
         if model.kind == "encoder" or (model.kind == "captioner" and task.task != "coco-caption"):
             raise InputError(f"a model of kind {model.kind} cannot do {task.task}", where=recipe.model, mend="use an MLLM")
+    # For the manifest alone: a run that starts anew has nothing to compare it with.
     fingerprint = hash_text(*(hash_file(Path(p)) for t in recipe.tasks for p in (t.annotations, t.questions) if p))
     # An evaluation is minutes, not days: an interrupted one starts anew.
     run.start(recipe, [parent], state="new" if state == "continue" else state, data_fingerprint=fingerprint, kind="eval")
@@ -59,6 +62,7 @@ def _name(task: TaskConfig, tasks: tuple[TaskConfig, ...]) -> str:
         return task.task
     names = [f"{t.task}+ocr" if t.ocr == "reference" else t.task for t in same]
     if len(set(names)) < len(names):
+        # Scores are kept by name: the second result would replace the first.
         raise InputError(f"task {task.task} is listed twice with the same OCR mode", where="tasks", mend="use two eval runs")
     return f"{task.task}+ocr" if task.ocr == "reference" else task.task
 
@@ -67,16 +71,20 @@ def _run_task(
     name: str, task: TaskConfig, examples: list[Example], model: Predictor, recipe: EvalRecipe, run: Run, parent: Parent
 ) -> dict[str, Any]:
     """Generate and score one task; returns its score object."""
+    # Only what the model sees changes: ids, questions and references stay those of the true picture.
     shown = shuffle_pictures(examples, recipe.seed) if recipe.blind else examples
     began = time.monotonic()
     predictions = generate(shown, model, task, max_pixels=recipe.max_pixels, run=run, max_skipped=recipe.max_skipped)
     seconds = time.monotonic() - began
     results = run.path / "results" / f"{name}.json"
+    # Scored from the written file, not from memory: the score is that of what can be handed to an evaluation server.
     write_json(results, result_rows(task.task, predictions))
+    # With a limit most ids lack a result on purpose; without one a missing id stays an error.
     subset = task.limit is not None
     found = score(task.task, results, Path(task.annotations), task.questions, allow_missing=subset, **task.settings)
     generation = task.generation
     found["settings"] |= {
+        # One prompt for all captions is shown as it was asked; questions differ, so theirs is shown as a template.
         "prompt": "" if model.kind == "captioner" else examples[0].prompt if task.task == "coco-caption" else task.prompt,
         "decoding": "greedy" if generation.num_beams == 1 else f"beam {generation.num_beams}",
         "max_new_tokens": generation.max_new_tokens,
@@ -88,12 +96,14 @@ def _run_task(
     }
     if task.task == "textvqa":
         found["settings"]["ocr"] = task.ocr
+    # Metrics are the floats of a row; the id is a whole number.
     by_id = {row["id"]: {k: v for k, v in row.items() if isinstance(v, float)} for row in found["per_sample"]}
     rows = [
         {
             "task": name,
             "id": truth.id,
             "image": str(truth.image),
+            # Differs from "image" in a blind run; the report shows both.
             "image_shown": str(seen.image),
             "prompt": seen.prompt if model.kind == "mllm" else "",
             "question": truth.question,
@@ -120,6 +130,7 @@ def generate(
     Raises:
         InputError: More pictures are unreadable than allowed.
     """
+    # Length in characters stands for that in tokens; the id makes the batches the same in every run.
     order = sorted(examples, key=lambda e: (len(e.prompt), e.id))
     size = task.generation.batch_size
     predictions: dict[int, str] = {}
@@ -134,17 +145,21 @@ def generate(
                 run.skip([LeftOut(str(example.image), str(example.id), str(error))])
                 predictions[example.id] = ""
                 lost += 1
+        # After every batch: a wrong image_root ends the run at once, not after the last picture.
         if lost > max_skipped * len(examples):
             raise InputError(
                 f"{lost} of {len(examples)} pictures cannot be used, over the limit of {max_skipped:.2%}",
                 where=run.path / "skipped.jsonl",
                 mend="check image_root and image_name, or raise max_skipped",
             )
+        # All pictures of a batch may have been unreadable, and no model takes an empty batch.
         if batch:
+            # A captioner refuses prompts, and caption examples carry one whoever is asked.
             prompts = [e.prompt for e in batch] if any(e.prompt for e in batch) and model.kind == "mllm" else None
             decoding = task.generation
             texts = model.predict(images, prompts, max_new_tokens=decoding.max_new_tokens, num_beams=decoding.num_beams)
             predictions |= {e.id: text for e, text in zip(batch, texts, strict=True)}
+    # Back from order of length to that of the data set, in which the result file is written.
     return {e.id: predictions[e.id] for e in examples}
 
 

@@ -83,7 +83,9 @@ def _result(
 ) -> Score:
     """Lay the score out as the design's JSON object."""
     for note in notes:
+        # In the log for whoever runs it, and in the settings below: a number that travels takes its caveat along.
         logger.warning("%s: %s", task, note)
+    # Without a bootstrap there are no rows at all, hence strict=False below.
     rows = [] if intervals is None else intervals.tolist()
     # NaN is no JSON: a metric that no resample could give has no interval.
     ci95 = {name: row for name, row in zip(metrics, rows, strict=False) if not np.isnan(row).any()}
@@ -99,6 +101,7 @@ def _result(
 
 def _caption_statistics(sums: Floats) -> Floats:
     """Metrics of resampled sums: [B, 10 BLEU counters + ROUGE_L + CIDEr + 1] -> [B, 6]."""
+    # ROUGE-L and CIDEr are means over images, and the last column counts those; BLEU is a ratio of its counters.
     means = sums[:, bleu.COLUMNS : -1] / sums[:, -1:]
     return np.concatenate([bleu.bleu_from_statistics(sums[:, : bleu.COLUMNS]), means], axis=1)
 
@@ -131,18 +134,24 @@ def score_captions(task: str, predictions: Source, annotations: Source, question
     flat = iter(tokenise([caption for key in ids for caption in references[key]]))
     grouped = [[next(flat) for _ in references[key]] for key in ids]
 
+    # A row of additive numbers for each image: corpus score, single images and resamples then share one formula.
     counters = np.stack([bleu.bleu_statistics(h, r) for h, r in zip(hypotheses, grouped, strict=True)])
     rouge = [rouge_l(h, r) for h, r in zip(hypotheses, grouped, strict=True)]
+    # CIDEr enters as each image's finished score: new document frequencies for every resample would be a whole
+    # evaluation each.
     columns = np.column_stack([counters, rouge, cider_d(hypotheses, grouped), np.ones(len(ids))])
     metrics = dict(zip(CAPTION_METRICS, _caption_statistics(columns.sum(axis=0, keepdims=True))[0].tolist(), strict=True))
     # An image's BLEU is the corpus formula on one image, so the same function serves.
     rows = _caption_statistics(columns).tolist()
     per_sample = [{"id": key, **dict(zip(CAPTION_METRICS, row, strict=True))} for key, row in zip(ids, rows, strict=True)]
+    # No clusters: each image has one caption, so images are what is drawn.
     intervals = bootstrap_ci(columns, _caption_statistics, resamples=s.bootstrap, seed=s.seed) if s.bootstrap else None
     settings = {
         "tokenizer": tokenizer,
+        # Frequencies counted on all of val2014, as some captioning code has them, give other numbers.
         "cider": "CIDEr-D, document frequencies of this set",
         "references": sum(len(group) for group in grouped),
+        # What the official notebook prints: whole numbers show where a difference in the last digits begins.
         "bleu_counters": bleu.bleu_counters(counters.sum(axis=0)),
         "bootstrap": s.bootstrap,
         "seed": s.seed,
@@ -180,6 +189,7 @@ def score_vqav2(task: str, predictions: Source, annotations: Source, questions: 
         InputError: See `mmkit.eval.scorers.formats`.
     """
     _refuse(s.tokenizer, "tokenizer", task)
+    # The official repository's HEAD is the default; which version the evaluation server runs is not public.
     name = _choice(s.rule, RULES, "official", "rule")
     known = formats.read_vqa(annotations, questions)
     rule = RULES[name]
@@ -203,6 +213,7 @@ def score_textvqa(task: str, predictions: Source, annotations: Source, questions
         InputError: See `mmkit.eval.scorers.formats`.
     """
     _refuse(s.tokenizer, "tokenizer", task)
+    # mmf, LLaVA and lmms-eval share one TextVQA evaluator, so there is no rule to choose.
     _refuse(s.rule, "rule", task)
     _refuse(questions, "questions", task)
     # Ids and answers are checked by the readers; from here on nothing can be malformed.
@@ -227,8 +238,10 @@ def _score_answers(
     types = np.array([known[key].answer_type for key in ids])
     # One mask a metric: all questions, then those of each type that occurs.
     masks = {"accuracy": np.ones(len(ids), dtype=bool)}
+    # TextVQA has no answer types; its empty one gives no metric of its own.
     masks.update({f"accuracy_{kind}": types == kind for kind in sorted(set(types.tolist()) - {""})})
     counts = np.stack(list(masks.values()), axis=1).astype(np.float64)
+    # Totals and counts are both summed, since a resample changes how many answers of a type there are.
     columns = np.concatenate([values[:, None] * counts, counts], axis=1)
     metrics = dict(zip(masks, ratio_of_sums(columns.sum(axis=0, keepdims=True))[0].tolist(), strict=True))
     # Questions on one picture are answered well or badly together, so pictures are what is drawn.
@@ -237,6 +250,7 @@ def _score_answers(
     settings = {
         "rule": rule,
         "evaluator": RULE_SOURCES[rule],
+        # The size that the interval depends on: questions of one picture count as one draw.
         "images": len(set(clusters)),
         "bootstrap": s.bootstrap,
         "seed": s.seed,
@@ -284,6 +298,7 @@ def parse_settings(pairs: Mapping[str, str]) -> dict[str, Any]:
                 raise InputError(f"allow_missing is true or false, not {text!r}", where=key, mend="allow_missing=true")
             out[key] = text.lower() == "true"
         elif key in {"bootstrap", "seed"}:
+            # isdigit alone accepts superscripts, which int refuses.
             if not (text.isascii() and text.isdigit()):
                 raise InputError(f"{key} is a whole number from 0, not {text!r}", where=key, mend=f"{key}=1000")
             out[key] = int(text)
@@ -326,10 +341,12 @@ def score(
     # Settings are checked before any file is read.
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}", where="task", mend=_nearest(task, TASKS))
+    # The text "false" would be true.
     if not isinstance(allow_missing, bool):
         what = f"allow_missing is true or false, not {allow_missing!r}"
         raise InputError(what, where="allow_missing", mend="allow_missing=true")
     for name, value in (("bootstrap", bootstrap), ("seed", seed)):
+        # True is an int to Python: bootstrap=True would mean a single resample.
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InputError(f"{name} is a whole number from 0, not {value!r}", where=name, mend=f"{name}=1000")
     # A recipe or a shell may well read rule=2017 as a number.

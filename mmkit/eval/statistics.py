@@ -41,6 +41,7 @@ def cluster_sums(values: ArrayLike, clusters: Sequence[Hashable] | None) -> Floa
         return rows
     if len(clusters) != len(rows):
         raise ValueError(f"{len(clusters)} cluster labels for {len(rows)} rows")
+    # Numbered as they appear, not sorted: labels may be numbers and texts, which do not compare.
     index: dict[Hashable, int] = {}
     labels = np.array([index.setdefault(label, len(index)) for label in clusters], dtype=np.int64)
     sums = np.zeros((len(index), rows.shape[1]))
@@ -80,6 +81,7 @@ def ratio_of_sums(sums: Floats) -> Floats:
         f64[B, K]; NaN where a draw holds no sample of that kind.
     """
     half = sums.shape[1] // 2
+    # A resample without any sample of a rare type divides 0 by 0; the NaN is wanted.
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums[:, :half] / sums[:, half:]
 
@@ -104,12 +106,14 @@ def bootstrap_ci(
     Returns:
         f64[M, 2]: low and high; NaN where no draw gave a value.
     """
+    # The statistic is applied to sums, not averaged over samples: corpus BLEU is no mean of sentence scores.
     drawn = statistic(resampled_sums(cluster_sums(values, clusters), resamples=resamples, seed=seed))
     interval = np.full((drawn.shape[1], 2), np.nan)
     for row, column in zip(interval, drawn.T, strict=True):
         # A rare answer type may be absent from some draws, and from all of them when there are few.
         present = column[~np.isnan(column)]
         if len(present):
+            # Percentiles rather than a multiple of the standard error: draws of a corpus score need not be symmetric.
             row[:] = np.percentile(present, [2.5, 97.5])
     return interval
 
@@ -128,6 +132,7 @@ def mean_ci(
     Returns:
         Low and high.
     """
+    # As total and count: clusters of unequal size change the denominator of a resample, too.
     columns = np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], axis=1)
     low, high = bootstrap_ci(columns, clusters=clusters, resamples=resamples, seed=seed)[0]
     return float(low), float(high)
@@ -156,7 +161,9 @@ def paired_bootstrap(
     Raises:
         InputError: The two systems were not scored on the same ids, or on none.
     """
+    # No silent intersection: a difference over fewer samples than either score would look like one over all.
     if a.keys() != b.keys() or not a:
+        # By their text, since ids of the two files may be numbers here and words there.
         odd = sorted(a.keys() ^ b.keys(), key=str)
         named = ", ".join(str(key) for key in odd[:5]) or "none at all"
         raise InputError(
@@ -165,7 +172,9 @@ def paired_bootstrap(
         )
     # One order for both, whatever order the dictionaries have.
     keys = list(a)
+    # Differences first, resampling second: what makes a picture hard for both systems cancels.
     differences = [a[key] - b[key] for key in keys]
+    # By the same keys in the same order as the differences.
     labels = None if clusters is None else [clusters[key] for key in keys]
     low, high = mean_ci(differences, clusters=labels, resamples=resamples, seed=seed)
     return PairedDifference(float(np.mean(differences)), low, high, len(keys))

@@ -14,6 +14,7 @@ from mmkit.errors import InputError
 from mmkit.eval.scorers.formats import read_captions, read_textvqa, read_vqa
 from mmkit.files import read_json
 
+# What an MLLM that gets no prompt is asked, too (`mmkit.models.inference.Mllm`).
 DESCRIBE = "Describe the picture."
 
 
@@ -48,6 +49,7 @@ def load_task(config: TaskConfig) -> list[Example]:
 
 def result_rows(task: str, predictions: dict[int, str]) -> list[dict[str, Any]]:
     """Rows of the official result file: what the evaluation servers take."""
+    # TextVQA has VQA's row: question_id and answer.
     key, value = ("image_id", "caption") if task == "coco-caption" else ("question_id", "answer")
     return [{key: i, value: text} for i, text in predictions.items()]
 
@@ -58,6 +60,7 @@ def shuffle_pictures(examples: list[Example], seed: int) -> list[Example]:
     Raises:
         InputError: Fewer than two pictures.
     """
+    # Pictures are shuffled, not questions: another question about the same picture could take its place.
     pictures = list(dict.fromkeys(e.image for e in examples))
     if len(pictures) < 2:
         raise InputError("blind needs at least two pictures", where="blind", mend="use a larger limit")
@@ -71,10 +74,12 @@ def shuffle_pictures(examples: list[Example], seed: int) -> list[Example]:
 def _captions(config: TaskConfig) -> list[Example]:
     """COCO captions: an example for each picture."""
     references = read_captions(config.annotations)
+    # read_captions checks what scoring needs; file names are needed here alone.
     names = {image["id"]: image.get("file_name") for image in read_json(Path(config.annotations))["images"]}
     # A captioner ignores it; an MLLM is asked this, and the score's conditions say so.
     prompt = DESCRIBE if config.prompt == "{question}" else config.prompt
     return [
+        # COCO 2017's file names; others are given by image_name.
         Example(i, _image(config, i, names.get(i), "{:012d}.jpg"), prompt, None, captions)
         for i, captions in references.items()
         if captions
@@ -84,6 +89,7 @@ def _captions(config: TaskConfig) -> list[Example]:
 def _vqa(config: TaskConfig) -> list[Example]:
     """VQA v2: an example for each question."""
     known = read_vqa(config.annotations, config.questions)
+    # VQA v2 keeps the question texts out of the annotation file.
     texts = {row["question_id"]: row["question"] for row in read_json(Path(str(config.questions)))["questions"]}
     examples = []
     for i, question in known.items():
@@ -100,10 +106,12 @@ def _textvqa(config: TaskConfig) -> list[Example]:
     for i in read_textvqa(config.annotations):
         row = rows[i]
         if config.ocr == "reference" and "ocr_tokens" not in row:
+            # Refused, not left out: the score's conditions would claim OCR tokens that the model never saw.
             raise InputError(
                 f"question {i} has no ocr_tokens", where=config.annotations, mend="use ocr=none, or the 0.5.1 files with OCR"
             )
         ocr = row["ocr_tokens"] if config.ocr == "reference" else []
+        # Open Images ids are text, which a number pattern would refuse.
         image = _image(config, row["image_id"], None, "{}.jpg")
         examples.append(Example(i, image, _prompt(config, row["question"], ocr), row["question"], list(row["answers"])))
     return examples
@@ -112,6 +120,7 @@ def _textvqa(config: TaskConfig) -> list[Example]:
 def _prompt(config: TaskConfig, question: str, ocr: list[str]) -> str:
     """The prompt; OCR tokens go on a line after the question, as in LLaVA's file (evaluation.md section 4)."""
     text = f"{question}\nReference OCR token: {', '.join(ocr)}" if config.ocr == "reference" else question
+    # Not str.format: braces in a question are text.
     return config.prompt.replace("{question}", text)
 
 

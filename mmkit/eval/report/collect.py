@@ -81,6 +81,7 @@ class Collection:
     def lineage(self, run: Run) -> set[Path]:
         """Paths of all ancestors of `run`, `run` itself left out."""
         by_path = {r.path: r for r in self.everything()}
+        # Also ends a circle of parents, which an edited manifest can hold.
         seen: set[Path] = set()
         queue = list(run.parents)
         while queue:
@@ -88,6 +89,7 @@ class Collection:
             if path not in seen and path in by_path:
                 seen.add(path)
                 queue.extend(by_path[path].parents)
+        # A circle leads back to the run itself.
         return seen - {run.path}
 
 
@@ -103,13 +105,16 @@ def collect(paths: Sequence[Path]) -> Collection:
     Raises:
         InputError: No run is given, one is no run directory, is unfinished, or holds a damaged file.
     """
+    # Resolved first: a link and its target are one run.
     wanted = list(dict.fromkeys(Path(path).resolve() for path in paths))
     if not wanted:
         raise InputError("no run directory given", where="report", mend="name at least one finished run, e.g. runs/eval")
     runs = {path: read_run(path, need_done=True) for path in wanted}
+    # Filled parents first, and that is the order in which the report lists them.
     ancestors: dict[Path, Run] = {}
     for run in list(runs.values()):
         _add_ancestors(run, runs, ancestors)
+    # Named last, because whether a folder's name is enough depends on the ancestors too.
     names = _distinct_names([*runs, *ancestors])
     return Collection(
         [replace(run, name=names[run.path]) for run in runs.values()],
@@ -143,11 +148,13 @@ def read_run(path: Path, *, need_done: bool) -> Run:
         stage=manifest.get("stage"),
         system=manifest.get("system"),
         manifest=manifest,
+        # Shown, never parsed: a bad byte in a comment is no reason to refuse a report.
         recipe=recipe.read_text("utf-8", errors="replace") if recipe.is_file() else "",
         metrics=list(_rows(path / "metrics.jsonl", notes)) if kind == "train" else [],
         skipped=list(_rows(path / "skipped.jsonl", notes)),
         scores=_scores(path / "scores.json") if scored else {},
         predictions=_predictions(path / "predictions.jsonl") if scored else [],
+        # A parent from the hub or a plain folder is no run; the manifest shown in the lineage still names it.
         parents=[p for entry in manifest.get("parents") or [] if (p := find_parent(entry.get("path"), path))],
         notes=notes,
     )
@@ -163,6 +170,7 @@ def find_parent(named: object, child: Path) -> Path | None:
     Returns:
         The resolved run directory.
     """
+    # A null, a number and an empty name all mean the same: no run to follow.
     if not isinstance(named, str) or not named:
         return None
     given = Path(named)
@@ -170,10 +178,12 @@ def find_parent(named: object, child: Path) -> Path | None:
     bases = [given] if given.is_absolute() else [given, *(folder / given for folder in (child, *child.parents))]
     for base in bases:
         folder = base
+        # A recipe may name the run, its product or a checkpoint; all three lead to the run.
         if base.name == "model":
             folder = base.parent
         elif base.parent.name == "checkpoints":
             folder = base.parent.parent
+        # Tried from the child upwards, a relative name can hit the child itself.
         if (folder / "manifest.json").is_file() and folder.resolve() != child:
             return folder.resolve()
     return None
@@ -188,6 +198,7 @@ def _add_ancestors(run: Run, runs: dict[Path, Run], ancestors: dict[Path, Run]) 
         path = next(parents, None)
         if path is None:
             stack.pop()
+            # A run that was asked for is walked through like any other, but the report has it already.
             if current.path not in runs:
                 ancestors.setdefault(current.path, current)
         elif path not in seen and path not in ancestors:
@@ -198,6 +209,7 @@ def _add_ancestors(run: Run, runs: dict[Path, Run], ancestors: dict[Path, Run]) 
 
 def _distinct_names(paths: Sequence[Path]) -> dict[Path, str]:
     """Folder names, with as many parent folders in front as it takes to tell them apart."""
+    # Pipelines name folders by stage, so the last part alone (probe, eval-mllm) is often the same for every system.
     names: dict[Path, str] = {}
     for path in paths:
         for depth in range(1, len(path.parts) + 1):
@@ -215,10 +227,12 @@ def _manifest(path: Path, *, need_done: bool) -> dict[str, Any]:
         found = "no such directory" if not path.is_dir() else "not a run directory (it has no manifest.json)"
         raise InputError(found, where=path, mend="give the directory of a finished mmkit train, probe or eval run")
     manifest = read_json(file, mend="run the stage again with --restart")
+    # Other programs write a manifest.json too.
     if not isinstance(manifest, dict) or manifest.get("kind") not in KINDS:
         kind = manifest.get("kind") if isinstance(manifest, dict) else None
         raise InputError(f"kind is {kind!r}, not one of {', '.join(KINDS)}", where=file, mend="run the stage again")
     status = manifest.get("status")
+    # The figures of a running run could change after the report was made.
     if need_done and status != "done":
         mend = "start the same command again to finish it, or leave it out of the report"
         raise InputError(f"the run is not done (status {status!r})", where=path, mend=mend)
@@ -237,6 +251,7 @@ def _rows(file: Path, notes: list[str] | None = None) -> Iterator[dict[str, Any]
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 where = f"{file}:{number}"
+                # Only a killed writer leaves a line without its end; anything else is damage.
                 if notes is not None and not line.endswith("\n"):
                     notes.append(f"{file.name}:{number}: last line cut in the middle, left out")
                     log.warning("%s: last line cut in the middle, left out", where)
@@ -263,6 +278,7 @@ def _score(name: str, entry: dict[str, Any], file: Path) -> Score:
     try:
         return Score(
             task=str(entry.get("task", name)),
+            # A null or absent figure is left out and shows as a dash, never as 0.
             metrics={k: float(v) for k, v in entry["metrics"].items() if v is not None},
             ci95={k: (float(v[0]), float(v[1])) for k, v in (entry.get("ci95") or {}).items() if v is not None},
             n=int(entry.get("n", 0)),
@@ -277,6 +293,7 @@ def _score(name: str, entry: dict[str, Any], file: Path) -> Score:
 def _predictions(file: Path) -> list[Prediction]:
     """All rows of a ``predictions.jsonl`` (probe runs have none)."""
     found = []
+    # No notes here: a cut predictions file of a finished run is damage, while logs are appended to until a kill.
     for number, row in enumerate(_rows(file), 1):
         try:
             found.append(_prediction(row))
@@ -291,6 +308,7 @@ def _prediction(row: dict[str, Any]) -> Prediction:
     image = str(row.get("image") or "")
     return Prediction(
         task=str(row["task"]),
+        # As text, because per_sample's ids are compared with it, and COCO's are numbers while file names are not.
         id=str(row["id"]),
         image=image,
         image_shown=str(row.get("image_shown") or image),

@@ -50,12 +50,15 @@ def settings_of(score: Score, task: str, run: Run) -> dict[str, str]:
     left = dict(score.settings)
     found: dict[str, str] = {}
     for name, keys in KNOWN.items():
+        # Taken out as they are printed: whatever is left at the end is printed too, so no condition is lost.
         given = [left.pop(key) for key in keys if key in left]
         if given:
             found[name] = flat(given[0]) or "none"
+        # A score that does not say its prompt (another program's, say) still has it in its predictions.
         elif name == "Prompt" and (prompt := prompt_of(run, task)):
             found[name] = prompt
     found["n"] = str(score.n)
+    # Taken out even where the manifest names the model, which would stand there twice otherwise.
     named = [flat(left.pop(key)) for key in FINGERPRINT_KEYS if key in left]
     found["Model"] = model_of(run) or ", ".join(map(short, named)) or "not recorded"
     found.update({key: flat(value) or "none" for key, value in sorted(left.items())})
@@ -65,6 +68,7 @@ def settings_of(score: Score, task: str, run: Run) -> dict[str, str]:
 def prompt_of(run: Run, task: str) -> str:
     """The prompt template that all predictions of a task share, the question put back as a placeholder."""
     prompts = {p.prompt.replace(p.question, "{question}") if p.question else p.prompt for p in run.predictions if p.task == task}
+    # The least of a set, not the first: the same report every time.
     if len(prompts) > 1:
         return f"differs by sample, e.g. {min(prompts)}"
     return next(iter(prompts), "")
@@ -85,8 +89,10 @@ def flat(value: Any) -> str:
     """A setting on one line: ``a=1, b=true`` for objects, items joined by commas for lists."""
     if value is None:
         return ""
+    # As YAML spells it; str would give Python's capital.
     if isinstance(value, bool):
         return "true" if value else "false"
+    # Brackets and quotes of Python would be noise in a table's cell.
     if isinstance(value, dict):
         return ", ".join(f"{key}={flat(item) or 'none'}" for key, item in value.items())
     if isinstance(value, (list, tuple)):

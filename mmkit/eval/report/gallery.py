@@ -99,11 +99,14 @@ def build_gallery(rows: Sequence[Row], *, count: int, seed: int) -> Gallery:
         The gallery; the pool is the pictures that every system was asked about, or all if there is no such picture.
     """
     rows = [row for row in rows if row.predictions]
+    # Pictures are what is compared: systems without predictions (probes) would empty the common pool.
     asked = [_by_picture(row) for row in rows]
     common = set.intersection(*(set(a) for a in asked)) if asked else set()
+    # Without a common picture (a captioner and an MLLM on different sets) any is better than none.
     pool = common or {name for a in asked for name in a}
     # File names decide the order, not folders: the same data elsewhere gives the same gallery.
     names = sorted(pool, key=lambda name: (Path(name).name, name))
+    # No score enters the draw, so nobody can be shown only the pictures on which a system shines.
     rng = random.Random(seed)
     drawn = rng.sample(names, min(count, len(names)))
     cache: dict[tuple[str, int], Picture] = {}
@@ -134,7 +137,9 @@ def read_picture(name: str, run: Run, *, side: int) -> Picture:
         return Picture(label, missing=str(error))
     longest = max(image.size)
     if longest <= SMALL:
+        # A whole factor, so that every pixel of a small drawing becomes a square of one size.
         factor = max(1, side // longest) if side >= longest else side / longest
+        # PNG, since JPEG would smear the very pixels that are shown enlarged.
         uri = _encode(image, "PNG") if side >= longest else _encode(_scaled(image, 2 * side), "JPEG")
         width, height = round(image.width * factor), round(image.height * factor)
         return Picture(label, uri, width, height, pixelated=side >= longest)
@@ -146,7 +151,9 @@ def read_picture(name: str, run: Run, *, side: int) -> Picture:
 
 def truth_of(references: Sequence[str]) -> str:
     """The answers people gave, most frequent first, with counts where they disagree."""
+    # Three of the up to ten answers say where people agreed; the rest would fill the column.
     counts = Counter(references).most_common(3)
+    # Counts matter only where people disagree.
     if len(counts) <= 1:
         return counts[0][0] if counts else ""
     return ", ".join(f"{text} ({n})" for text, n in counts)
@@ -154,6 +161,7 @@ def truth_of(references: Sequence[str]) -> str:
 
 def mark_of(prediction: Prediction) -> tuple[str, str]:
     """Right, partly or wrong for answers; captions have a figure only."""
+    # A caption is neither right nor wrong, and CIDEr has no threshold that would make it so.
     if "CIDEr" in prediction.score:
         return "", f"CIDEr {prediction.score['CIDEr'] * 100:.0f}"
     accuracy = prediction.score.get("accuracy")
@@ -169,6 +177,7 @@ def _by_picture(row: Row) -> dict[str, dict[tuple[str, str], tuple[Prediction, R
     found: dict[str, dict[tuple[str, str], tuple[Prediction, Run]]] = {}
     for run in row.runs:
         for p in run.predictions:
+            # Systems may spell one path differently, and pictures are joined by it.
             found.setdefault(os.path.normpath(p.image), {})[p.task, p.id] = (p, run)
     return found
 
@@ -185,14 +194,17 @@ def _entry(
     keys = list(dict.fromkeys(key for answers in here for key in answers))
     first = {key: next(answers[key] for answers in here if key in answers) for key in keys}
     captions = [key for key in keys if not first[key][0].question]
+    # Sorted before the draw: the order in which a system answered must not choose the questions.
     questions = sorted(key for key in keys if first[key][0].question)
     drawn = set(rng.sample(questions, min(QUESTIONS, len(questions))))
+    # Those drawn go back into the order of the data set.
     chosen = captions + [key for key in keys if key in drawn]
     picture = _cached(name, first[keys[0]][1], SHOWN, cache)
     items: list[Item] = []
     for key in chosen:
         above = items[-1].answers if items else [None] * len(rows)
         items.append(_item(key, first[key][0], [answers.get(key) for answers in here], above, cache))
+    # The rest is counted and told, so that four questions do not pass for all.
     return Entry(picture, items, len(keys) - len(chosen))
 
 
@@ -214,6 +226,7 @@ def _item(
 
 def _answer(prediction: Prediction, run: Run, above: Answer | None, cache: dict[tuple[str, int], Picture]) -> Answer:
     """With the picture really shown, where that was another one."""
+    # Told by the pictures, not by a flag of the run: what counts is what this system saw.
     blind = os.path.normpath(prediction.image_shown) != os.path.normpath(prediction.image)
     shown = _cached(prediction.image_shown, run, THUMB, cache) if blind else None
     return Answer(prediction.text, *mark_of(prediction), shown, above is not None and above.shown == shown)
@@ -221,6 +234,7 @@ def _answer(prediction: Prediction, run: Run, above: Answer | None, cache: dict[
 
 def _cached(name: str, run: Run, side: int, cache: dict[tuple[str, int], Picture]) -> Picture:
     """A blind system is often shown the same picture for several questions: read it once."""
+    # The size belongs to the key: a picture may be an entry here and a blind system's stand-in there.
     if (name, side) not in cache:
         cache[name, side] = read_picture(name, run, side=side)
     return cache[name, side]
@@ -228,6 +242,7 @@ def _cached(name: str, run: Run, side: int, cache: dict[tuple[str, int], Picture
 
 def _scaled(image: Image.Image, side: int) -> Image.Image:
     """Down to `side` px, never up."""
+    # thumbnail works in place.
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image

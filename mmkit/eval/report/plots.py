@@ -68,6 +68,7 @@ def curves_svg(curves: Sequence[Curve], *, name: str, size: tuple[float, float] 
         "axes.linewidth": 0.6,
     }
     with matplotlib.rc_context(style):
+        # No pyplot: it keeps global state and may ask for a display.
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         for curve in curves:
@@ -78,6 +79,7 @@ def curves_svg(curves: Sequence[Curve], *, name: str, size: tuple[float, float] 
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axes.grid(axis="y", linewidth=0.4, alpha=0.25, color=_INK)
         axes.spines[["top", "right"]].set_visible(False)
+        # Without date and version the same runs give the same bytes.
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(drawn.getvalue())
@@ -96,6 +98,7 @@ def thin(steps: Sequence[float], values: Sequence[float], most: int = MAX_POINTS
     """
     points = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(s) and math.isfinite(v)]
     width = max(1, math.ceil(len(points) / most))
+    # Means instead of every n-th value: single steps are noise, which picking would keep.
     groups = [points[i : i + width] for i in range(0, len(points), width)]
     return [g[-1][0] for g in groups], [math.fsum(v for _, v in g) / len(g) for g in groups]
 
@@ -104,6 +107,7 @@ def _draw(axes: matplotlib.axes.Axes, curve: Curve) -> None:
     """Training loss as a line; validation loss with markers, hollow so that both show where they meet."""
     dashes = (0, [float(d) for d in curve.dashes.split()]) if curve.dashes else "-"
     steps, loss = thin(curve.steps, curve.loss)
+    # A single point draws no line, so it gets a mark.
     if steps:
         axes.plot(steps, loss, color=curve.colour, linewidth=1.3, linestyle=dashes, marker="." if len(steps) == 1 else "")
     steps, loss = thin(curve.val_steps, curve.val_loss)
@@ -116,7 +120,10 @@ def _inline(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    # The size goes and the view box stays: the page decides how large a panel is.
     box = re.search(r'viewBox="[^"]+"', svg)
     assert box is not None, "matplotlib wrote an SVG without viewBox"
+    # Hidden from screen readers, since title and legend are text of the page.
     svg = re.sub(r"<svg[^>]*>", f'<svg {box.group()} aria-hidden="true" focusable="false">', svg, count=1)
+    # HTML knows no namespaces, and the ink takes the page's colour, light or dark.
     return svg.replace("xlink:href", "href").replace(_INK, "currentColor").strip()

@@ -49,6 +49,8 @@ def build_report(runs: Sequence[Path], out: Path, *, title: str = "mmkit report"
     if out.exists() and not out.is_dir():
         raise InputError("is a file, not a folder", where=out, mend="name a folder for the report")
     report = assemble(collect(runs), title=title, gallery=gallery, seed=seed)
+    # All made before the first is written: a fault leaves no mixture of old and new. The HTML is written last, so
+    # that its presence says that the others are there.
     pages = {"report.md": to_markdown(report), "report.json": to_json(report), "report.html": to_html(report)}
     for name, text in pages.items():
         # Captions may hold lone surrogates (legal in JSON), which no file can hold as UTF-8.
@@ -58,12 +60,15 @@ def build_report(runs: Sequence[Path], out: Path, *, title: str = "mmkit report"
 
 def to_html(report: Report) -> str:
     """The page; everything from data is escaped, the drawings of `plots` alone are markup."""
+    # Escaped by default: captions and answers come from models and data sets, and a browser opens the page.
     return _render(jinja2.Environment(loader=_loader(), autoescape=True, **_BLOCKS), "report.html.j2", report)
 
 
 def to_markdown(report: Report) -> str:
     """The same without pictures; every value is escaped, so no pipe or newline of the data can break a table."""
+    # finalize sees every printed value; autoescape knows HTML alone.
     environment = jinja2.Environment(loader=_loader(), finalize=escape_markdown, **_BLOCKS)
+    # Sections without content leave runs of empty lines behind.
     return re.sub(r"\n{3,}", "\n\n", _render(environment, "report.md.j2", report)).strip() + "\n"
 
 
@@ -93,6 +98,7 @@ def to_json(report: Report) -> str:
         "conditions": {task: [vars(c) for c in lines] for task, lines in report.conditions.items()},
         "probes": [_row(row) for row in report.probe_rows],
         "curves": [{"stage": p.title, "curves": [_curve(c) for c in p.curves]} for p in report.panels],
+        # Names and answers; the pixels would make the JSON as large as the page.
         "gallery": [_entry(entry, report.gallery.systems) for entry in report.gallery.entries],
         "missing_pictures": [{"name": p.name, "reason": p.missing} for p in report.gallery.missing()],
         "skipped": [{"run": s.run, "total": s.total, "reasons": dict(s.reasons)} for s in report.skipped],
@@ -101,6 +107,7 @@ def to_json(report: Report) -> str:
             {"name": run.name, "path": str(run.path), "manifest": run.manifest, "recipe": run.recipe} for run in report.runs
         ],
     }
+    # allow_nan=False: Python would write NaN, which is no JSON, and other parsers stop there.
     return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
 
 
@@ -115,7 +122,9 @@ def escape_markdown(value: Any) -> Any:
     """
     if isinstance(value, (Markup, jinja2.Undefined)):
         return value
+    # A line break inside a value would end the row of its table.
     text = " ".join(str(value).split())
+    # The ampersand first, or it would escape the entities that follow.
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKDOWN.sub(r"\\\1", text)
 
@@ -137,6 +146,7 @@ def _row(row: Row) -> dict[str, Any]:
     """A system without its per-sample scores, which its runs hold."""
     return {
         "system": row.label,
+        # Recipes and manifests whole: what is left to repeat a run when its directory is gone.
         "runs": [run.name for run in row.runs],
         "tasks": {
             name: {"task": s.task, "metrics": s.metrics, "ci95": s.ci95, "n": s.n, "settings": s.settings}

@@ -72,6 +72,7 @@ class Column:
         """A figure as printed: one decimal after scaling, three for metrics without a known scale."""
         if value is None or not math.isfinite(value):
             return MISSING
+        # One decimal of a percentage, as papers print; an unknown metric may live between 0 and 1.
         return f"{value * self.scale:.{1 if self.metric in METRICS else 3}f}"
 
 
@@ -107,11 +108,13 @@ class Difference:
     @property
     def verdict(self) -> str:
         """Which side of zero the whole interval lies on."""
+        # Zero inside the interval is no verdict, however large the difference.
         return "higher" if self.low > 0 else "lower" if self.high < 0 else "unclear"
 
     def show(self, value: float) -> str:
         """A signed figure with a real minus sign."""
         text = self.column.show(abs(value))
+        # A figure that prints as 0.0 gets no sign: which side it is on cannot be seen.
         return text if float(text) == 0 else ("+" if value > 0 else "−") + text
 
 
@@ -138,10 +141,12 @@ def system_rows(runs: Sequence[Run]) -> list[Row]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
+        # A run without a label speaks for itself alone.
         groups.setdefault(run.system or run.name, []).append(run)
     rows = []
     for label, members in groups.items():
         tasks = [task for run in members for task in run.scores]
+        # Two scores of one task in one row would hide one of them.
         if len(tasks) == len(set(tasks)):
             rows.append(Row(label, members))
         else:
@@ -151,10 +156,12 @@ def system_rows(runs: Sequence[Run]) -> list[Row]:
 
 def headline_metrics(score: Score) -> list[str]:
     """The metrics of a task that belong in the main table, most important first."""
+    # BLEU-1 to 3 stay in the JSON: papers print BLEU-4 alone.
     if "CIDEr" in score.metrics:
         return [m for m in ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE") if m in score.metrics]
     if "accuracy" in score.metrics:
         return [m for m in ("accuracy", "f1") if m in score.metrics]
+    # Of an unknown task the first two, so that a long list of figures does not fill a table.
     return list(score.metrics)[:2]
 
 
@@ -164,6 +171,7 @@ def task_columns(rows: Sequence[Row]) -> list[tuple[str, list[Column]]]:
     for row in rows:
         for task, score in row.scores.items():
             for metric in headline_metrics(score):
+                # A metric that only a later system has still gets its column, behind the first one's.
                 tasks.setdefault(task, {}).setdefault(metric, Column(task, metric))
     return [(task, list(columns.values())) for task, columns in tasks.items()]
 
@@ -172,6 +180,7 @@ def score_tables(rows: Sequence[Row]) -> list[Table]:
     """The table of scores, cut between tasks into as many tables as keep it narrow."""
     parts: list[list[tuple[str, list[Column]]]] = [[]]
     for task, columns in task_columns(rows):
+        # Never inside a task: its metrics are read side by side.
         if parts[-1] and sum(len(c) for _, c in parts[-1]) + len(columns) > COLUMNS_PER_TABLE:
             parts.append([])
         parts[-1].append((task, columns))
@@ -190,19 +199,25 @@ def differences(rows: Sequence[Row], *, seed: int) -> tuple[list[Difference], li
     """
     found: list[Difference] = []
     without: list[str] = []
+    # Tasks of the first system only: what it was not scored on cannot be compared with it.
     for task, columns in task_columns(rows[:1]):
+        # The headline metric alone. Its corpus score is the mean over samples, which BLEU's is not, so the paired
+        # bootstrap of means is right for it.
         column = columns[0]
         first = per_sample(rows[0], column)
         for row in rows[1:]:
             if task not in row.scores:
                 continue
             other = per_sample(row, column)
+            # Paired on what both have; a smaller set than either's is told below instead of passed over.
             shared = [key for key in first if key in other]
+            # One sample has no spread, so its interval would be a point.
             if len(shared) < 2:
                 without.append(f"{row.label}, {task}: fewer than two samples in common with {rows[0].label}")
                 continue
             mine: dict[Hashable, float] = {k: other[k] for k in shared}
             base: dict[Hashable, float] = {k: first[k] for k in shared}
+            # By the picture asked about: a blind system was shown another one.
             pictures = {p.id: p.image for p in row.run_of(task).predictions if p.task == task}
             # Questions on one picture are not independent: they are drawn together.
             clusters: dict[Hashable, Hashable] = {k: pictures.get(k, k) for k in shared}
@@ -233,6 +248,7 @@ def per_sample(row: Row, column: Column) -> dict[str, float]:
     score = row.scores[column.task]
     metric = column.metric
     values = {str(s["id"]): float(s[metric]) for s in score.per_sample if "id" in s and s.get(metric) is not None}
+    # Another program's scores may lack single samples; the predictions beside them need not.
     if not values:
         run = row.run_of(column.task)
         values = {p.id: p.score[metric] for p in run.predictions if p.task == column.task and metric in p.score}
@@ -245,11 +261,13 @@ def _table(tasks: list[tuple[str, list[Column]]], rows: Sequence[Row]) -> Table:
     best: dict[Column, str] = {}
     for column in columns:
         values = [v for row in rows if (v := _value(row, column)) is not None and math.isfinite(v)]
+        # The best of one is no distinction.
         if len(values) > 1:
             best[column] = column.show(max(values))
     lines = []
     for row in rows:
         cells = [(column, _cell(row, column, best.get(column))) for column in columns]
+        # A system that was not scored on any of these tasks would be a row of dashes.
         if any(cell.text != MISSING for _, cell in cells):
             lines.append((row.label, cells))
     return Table(tasks, lines)

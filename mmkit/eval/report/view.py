@@ -75,6 +75,7 @@ def assemble(collection: Collection, *, title: str, gallery: int, seed: int) -> 
     Returns:
         The report.
     """
+    # Apart from the probes: those score an encoder, evaluations a whole model, and one table would mix the two.
     rows = system_rows([run for run in collection.runs if run.kind == "eval"])
     probes = system_rows([run for run in collection.runs if run.kind == "probe"])
     found, without = differences(rows, seed=seed) if rows else ([], [])
@@ -94,6 +95,7 @@ def assemble(collection: Collection, *, title: str, gallery: int, seed: int) -> 
         probe_conditions=conditions(probes),
         panels=panels_of(collection, rows),
         gallery=build_gallery(rows, count=gallery, seed=seed),
+        # Of all runs: what an encoder's training left out is a condition of every score built on it.
         skipped=[skipped_of(run) for run in everything],
         notes=[f"{run.name}: {note}" for run in everything for note in run.notes],
         runs=everything,
@@ -106,6 +108,7 @@ def summary_of(rows: Sequence[Row], probes: Sequence[Row], runs: Sequence[Run]) 
     tasks = list(dict.fromkeys(task for row in [*rows, *probes] for task in row.scores))
     kinds = Counter(run.kind for run in runs)
     names = {"eval": "evaluation", "probe": "probe", "train": "training"}
+    # Ancestors count too: the page shows their curves and their left-out samples.
     counts = [f"{kinds[k]} {word} run{'s' if kinds[k] > 1 else ''}" for k, word in names.items() if kinds[k]]
     if not systems:
         return f"Training curves of {_listed(counts)}."
@@ -118,7 +121,9 @@ def facts_of(collection: Collection) -> list[tuple[str, list[str]]]:
     runs = collection.everything()
     started = sorted(str(r.manifest["started"]) for r in runs if r.manifest.get("started"))
     seconds = math.fsum(float(r.manifest.get("seconds") or 0) for r in runs)
+    # A span, since the runs of one report may lie days apart.
     when = [] if not started else started[:1] if len(set(started)) == 1 else [f"{started[0]} to {started[-1]}"]
+    # Absent packages are in the manifests; here they would bury the versions that count.
     packages = [{k: v for k, v in (r.manifest.get("packages") or {}).items() if v != "absent"} for r in runs]
     return [
         ("Runs started", when or ["not recorded"]),
@@ -138,6 +143,7 @@ def hardware_of(hardware: object) -> str:
     cpu, cores, gpus = left.pop("cpu", None), left.pop("cores", None), left.pop("gpus", None)
     parts = [f"{cpu}, {cores} cores" if cores else str(cpu)] if cpu else []
     if isinstance(gpus, list):
+        # An empty list was looked at and found empty, which is not the same as not recorded.
         parts += [f"{n} × {name}" for name, n in Counter(map(str, gpus)).items()] or ["no GPU"]
     elif gpus is not None:
         parts.append(flat(gpus))
@@ -149,6 +155,7 @@ def panels_of(collection: Collection, rows: Sequence[Row]) -> list[Panel]:
 
     Two runs of one stage in a chain (align, then fine-tune) are two panels: ``llava``, ``llava, step 2``.
     """
+    # Backwards, so that of two rows of one system the first gives the colour.
     styles = {row.runs[0].system or row.runs[0].name: i for i, row in reversed(list(enumerate(rows)))}
     by_path = {run.path: run for run in collection.everything()}
     stages: dict[tuple[int, str], list[Curve]] = {}
@@ -157,8 +164,11 @@ def panels_of(collection: Collection, rows: Sequence[Row]) -> list[Panel]:
             lineage = [by_path[path] for path in collection.lineage(run)]
             step = 1 + sum(other.stage == run.stage for other in lineage)
             title = (run.stage or "training") + (f", step {step}" if step > 1 else "")
+            # Counted along the lineage, not by start time: a later run of an early stage still belongs in front.
             depth = sum(other.kind == "train" for other in lineage)
+            # An MLLM on a downloaded encoder has an ancestor fewer than one on an encoder that was pretrained here.
             stages.setdefault((depth, title), []).append(_curve(run, collection, styles))
+    # The same stage at two depths is one panel, at the place of the first.
     merged: dict[str, list[Curve]] = {}
     for (_, title), curves in sorted(stages.items(), key=lambda item: item[0][0]):
         merged.setdefault(title, []).extend(curves)
@@ -168,6 +178,7 @@ def panels_of(collection: Collection, rows: Sequence[Row]) -> list[Panel]:
 def skipped_of(run: Run) -> Skipped:
     """Count a run's left-out samples by reason."""
     reasons = Counter(str(row.get("reason", "no reason given")) for row in run.skipped)
+    # The manifest's count holds even where a kill cut the list short.
     return Skipped(run.name, int(run.manifest.get("skipped") or len(run.skipped)), reasons.most_common())
 
 
@@ -182,7 +193,9 @@ def _curve(run: Run, collection: Collection, styles: dict[str, int]) -> Curve:
     """A run's losses, labelled and coloured by the system it made; several systems may share an encoder."""
     made = list(dict.fromkeys(c.system or c.name for c in collection.descendants(run) if c.kind != "train"))
     label = run.system or ", ".join(made) or run.name
+    # A run that no system of the table came from gets a colour of its own.
     style = next((styles[s] for s in [label, *made] if s in styles), len(styles))
+    # Rows of metrics.jsonl hold a training loss, a validation loss, or both.
     train = [row for row in run.metrics if _number(row.get("loss"))]
     held_out = [row for row in run.metrics if _number(row.get("val_loss"))]
     return Curve(
@@ -197,6 +210,7 @@ def _curve(run: Run, collection: Collection, styles: dict[str, int]) -> Curve:
 
 
 def _number(value: Any) -> bool:
+    # JSON from Python may hold NaN and inf, which no axis can show.
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 

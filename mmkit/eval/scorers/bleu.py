@@ -44,7 +44,9 @@ def bleu_statistics(hypothesis: str, references: Sequence[str]) -> NDArray[np.in
     Returns:
         i64[10]: hypothesis length, closest reference length (the shorter on a tie), guess_1..4, correct_1..4.
     """
+    # Any white space, so the no-break space inside "22 3/4" separates words here; for ROUGE-L it does not.
     words = hypothesis.split()
+    # All four lengths in one Counter: the n-gram's own length tells which column it belongs to.
     counts = ngram_counts(words)
     ceiling: Counter[Ngram] = Counter()
     lengths = []
@@ -55,7 +57,9 @@ def bleu_statistics(hypothesis: str, references: Sequence[str]) -> NDArray[np.in
     closest = min(lengths, key=lambda length: (abs(length - len(words)), length))
     correct = [0] * MAX_N
     for ngram, count in counts.items():
+        # Clipped: a repeated word counts as often as one reference has it, not as often as it is said.
         correct[len(ngram) - 1] += min(count, ceiling[ngram])
+    # Without the floor a caption shorter than n words would take guesses away from the other images.
     guess = [max(0, len(words) - n) for n in range(MAX_N)]
     return np.array([len(words), closest, *guess, *correct], dtype=np.int64)
 
@@ -77,6 +81,7 @@ def bleu_from_statistics(statistics: NDArray[np.integer] | NDArray[np.floating])
     # TINY keeps a corpus without one match above 0; SMALL keeps a guess of 0 from dividing by zero.
     precision = (correct + TINY) / (guess + SMALL)
     bleu = np.cumprod(precision, axis=-1) ** (1.0 / np.arange(1, MAX_N + 1))
+    # TINY above and SMALL below, as upstream: at equal lengths the ratio is a hair below 1, and so is the penalty.
     ratio = (values[..., 0] + TINY) / (values[..., 1] + SMALL)
     # minimum(): the branch that is not taken must not overflow.
     brevity = np.where(ratio < 1, np.exp(np.minimum(0.0, 1 - 1 / ratio)), 1.0)

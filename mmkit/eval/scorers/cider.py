@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from mmkit.eval.scorers.bleu import MAX_N, Ngram, ngram_counts
 
+# Of the Gaussian on the length difference, in bigrams as `length` is.
 SIGMA = 6.0
 
 
@@ -46,7 +47,9 @@ def _vector(caption: str, frequencies: Mapping[Ngram, int], log_images: float) -
     words = caption.split()
     weights: list[dict[Ngram, float]] = [{} for _ in range(MAX_N)]
     for ngram, count in ngram_counts(words).items():
+        # An n-gram that no reference has weighs as much as one in a single image, not infinitely much.
         idf = log_images - math.log(max(1, frequencies.get(ngram, 0)))
+        # Raw counts, not shares of the caption: the cosine takes the length out again.
         weights[len(ngram) - 1][ngram] = count * idf
     norms = [math.sqrt(sum(weight * weight for weight in table.values())) for table in weights]
     # The official code takes the number of bigrams, not of words, for the length.
@@ -59,6 +62,7 @@ def _similarity(hypothesis: _Vector, reference: _Vector) -> float:
     for mine, theirs, my_norm, their_norm in zip(
         hypothesis.weights, reference.weights, hypothesis.norms, reference.norms, strict=True
     ):
+        # Clipping is the D of CIDEr-D: saying a rare word twice gains nothing.
         product = sum(min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in mine.items() if ngram in theirs)
         # The official code leaves a product undivided when a norm is 0; it is 0 then anyway.
         total += product / (my_norm * their_norm) if my_norm and their_norm else product
@@ -78,10 +82,12 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> l
         n-gram then tells images apart.
     """
     frequencies = document_frequencies(references)
+    # max: an empty set has no images to take the logarithm of.
     log_images = math.log(max(1, len(references)))
     scores = []
     for hypothesis, captions in zip(hypotheses, references, strict=True):
         mine = _vector(hypothesis, frequencies, log_images)
         total = sum(_similarity(mine, _vector(caption, frequencies, log_images)) for caption in captions)
+        # 10 is the scale of the paper's formula; result tables print another 100 times this.
         scores.append(10.0 * total / MAX_N / len(captions))
     return scores

@@ -14,7 +14,9 @@ from typing import Any
 from mmkit.errors import InputError
 
 Source = str | Path | list[Any] | dict[str, Any]
+# People asked about every question of VQA v2 and TextVQA; the M4C evaluator asserts it, and the scores rest on it.
 ANSWERS = 10
+# A broken file can have a fault in each of 200,000 rows, and the message is one line.
 _SHOWN = 5
 
 
@@ -63,6 +65,7 @@ def load_json(source: Source, label: str) -> tuple[Any, str]:
         return json.loads(text), name
     except json.JSONDecodeError as error:
         raise _json_error(text, error, name) from None
+    # A file of brackets alone reaches the parser's recursion limit; that is the file's fault, not a bug.
     except RecursionError:
         raise InputError("nested too deeply for an annotation file", where=name, mend="check the file") from None
 
@@ -102,6 +105,7 @@ def _check_rows(rows: Sequence[Any], fields: Mapping[str, type], *, kind: str, k
         if not isinstance(row, dict):
             faults.append(f"{kind} number {index + 1} is {type(row).__name__}, not an object")
             continue
+        # Cut at 40 characters, because a value of the wrong type can be of any size.
         who = f"{kind} {row[key]!r:.40}" if key in row else f"{kind} number {index + 1}"
         faults += [f"{who} {fault}" for field, of in fields.items() if (fault := _field_fault(row, field, of))]
     if faults:
@@ -147,13 +151,16 @@ def read_captions(source: Source) -> dict[int, list[str]]:
     _check_rows(images, {"id": int}, kind="image", key="id", name=name)
     _check_rows(annotations, {"image_id": int, "caption": str}, kind="annotation", key="id", name=name)
     _refuse_repeated([image["id"] for image in images], kind="image", name=name)
+    # Ascending, so that per-sample rows and bootstrap draws do not depend on the order of the file.
     references: dict[int, list[str]] = {image: [] for image in sorted(image["id"] for image in images)}
+    # dict.fromkeys keeps the file's order, in which a reader will look for them; a set has none.
     unknown = dict.fromkeys(row["image_id"] for row in annotations if row["image_id"] not in references)
     if unknown:
         what = f'annotations refer to images that "images" does not list: {listed(unknown)}'
         raise InputError(what, where=name, mend="list those images or drop their annotations")
     for row in annotations:
         references[row["image_id"]].append(row["caption"])
+    # No metric is defined without a reference.
     bare = [image for image, captions in references.items() if not captions]
     if bare:
         what = f"images without a caption: {listed(bare)}"
@@ -177,6 +184,7 @@ def read_results(source: Source, *, key: str, text: str) -> tuple[dict[int, str]
     """
     data, name = load_json(source, "predictions")
     shape = f'[{{"{key}": 1, "{text}": "..."}}]'
+    # Annotation files are objects: the message asks whether the two were swapped.
     if not isinstance(data, list):
         what = f"results are a JSON list, this is {type(data).__name__}"
         raise InputError(what, where=name, mend=f"write {shape}; are predictions and annotations the wrong way round?")
@@ -209,6 +217,7 @@ def match_results(results: Mapping[int, str], known: Collection[int], *, kind: s
         InputError: A result for an unknown id; or an id without a result, unless allowed. Both are named at once.
     """
     unknown = [key for key in results if key not in known]
+    # In the annotations' order: the same results in another order give the same rows and draws.
     scored = [key for key in known if key in results]
     missing = [key for key in known if key not in results]
     # Both faults together: who mends one and runs again should not meet the next.
@@ -216,6 +225,7 @@ def match_results(results: Mapping[int, str], known: Collection[int], *, kind: s
     if unknown:
         faults.append(f"results for {len(unknown)} unknown {kind}s: {listed(unknown)}")
         cures.append("drop them or give the annotations they belong to")
+    # Not one known id: that file belongs to other data, whatever is allowed.
     if missing and not (allow_missing and scored):
         faults.append(f"{len(missing)} of {len(known)} {kind}s have no result: {listed(missing)}")
         cures.append("add them, or set allow_missing=true to score the rest")
@@ -240,6 +250,7 @@ def read_vqa(annotations: Source, questions: Source | None = None) -> dict[int, 
     """
     data, name = load_json(annotations, "annotations")
     rows = _section(data, "annotations", name, "VQA annotation")
+    # question_type and multiple_choice_answer are not asked for: no rule uses them.
     fields = {"question_id": int, "image_id": int, "answer_type": str}
     _check_rows(rows, fields, kind="annotation", key="question_id", name=name)
     _refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
@@ -260,6 +271,7 @@ def _check_questions(annotated: Mapping[int, int], questions: Source, annotation
     _check_rows(rows, fields, kind="question", key="question_id", name=name)
     _refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
     asked = {row["question_id"]: row["image_id"] for row in rows}
+    # One comparison finds questions that either file lacks and those about another image.
     odd = [key for key in {**asked, **annotated} if asked.get(key) != annotated.get(key)]
     if odd:
         what = f"questions and annotations ({annotations_name}) differ on question {listed(odd)}"
@@ -274,6 +286,7 @@ def _check_answers(rows: Sequence[Mapping[str, Any]], name: str, kind: type) -> 
         if not isinstance(answers, list) or len(answers) != ANSWERS:
             count = f"{len(answers)} answers" if isinstance(answers, list) else "no list of answers"
             faults.append(f"question {row['question_id']} has {count}")
+        # Only the shape: what an answer says, even nothing, is the rules' business.
         elif not all(isinstance(_text_of(answer, kind), str) for answer in answers):
             shape = '{"answer": text, "answer_id": number}' if kind is dict else "a text"
             faults.append(f"question {row['question_id']} has an answer that is not {shape}")

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import re
 
+# Apostrophe, colon and $ % & * # ~ ^ | are not on upstream's list, and stay.
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+# Upstream reads "none" as 0, and knows no number word beyond ten.
 NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(_NUMBER_WORDS)}}
 
+# ASCII digits: upstream is Python 2 code, where \d knows no others.
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d", re.ASCII)
 # Upstream means "no digit on either side", but the look-behind is mistyped and only the right side counts.
 _PERIOD = re.compile(r"\.(?!\d)", re.ASCII)
 # Upstream passes re.UNICODE (32) where ``re.sub`` takes its count: at most 32 periods go.
 _MAX_PERIODS = int(re.UNICODE)
 
+# Stems of the contraction table. Entries that upstream lacks are not added, however regular they would be.
 _NOT = "ai are ca could did does do had has have is might must need ought sha should was were wo would"
 _NOT_HAVE = "could had might should would"
 _HAVE = "could I might must not should they we what where who would you"
@@ -36,6 +40,7 @@ _SINGLE = {
     "ow's'at": "'ow's'at",
     "'ows'at": "'ow's'at",
     "'ow'sat": "'ow's'at",
+    # Never met, since texts are lower-cased first; kept because upstream's table has it ("Ive" likewise).
     "Im": "I'm",
     "maam": "ma'am",
     "oclock": "o'clock",
@@ -43,6 +48,7 @@ _SINGLE = {
     "yall": "y'all",
     "let's": "let's",
     "she's": "she's",
+    # Upstream's slip: here the apostrophe is lost instead of restored.
     "somebody'd": "somebodyd",
 }
 
@@ -92,7 +98,9 @@ def process_punctuation(text: str) -> str:
     result = text
     for mark in PUNCTUATION:
         if mark in text:
+            # Tested on the original text, whatever earlier marks have become in the result.
             beside_space = f"{mark} " in text or f" {mark}" in text
+            # One number with a comma anywhere deletes every mark of the answer: "1,000 m/s" becomes "1000 ms".
             result = result.replace(mark, "" if beside_space or has_comma_number else " ")
     return _PERIOD.sub("", result, count=_MAX_PERIODS)
 
@@ -106,6 +114,7 @@ def process_digits_and_articles(text: str) -> str:
     Returns:
         The words that stay, joined by single spaces.
     """
+    # Lower-casing comes only here, after the punctuation, which does not depend on case.
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -124,5 +133,6 @@ def normalise_m4c(text: str) -> str:
     Returns:
         The processed answer; LLaVA writes answers in this form into its VQAv2 submissions, too.
     """
+    # Commas go before VQA's digit-comma-digit test, which then never fires: "1,000 m/s" becomes "1000 m s".
     lowered = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return normalise_vqa(lowered)

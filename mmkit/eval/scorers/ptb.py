@@ -22,6 +22,7 @@ _REMOVED = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"
 REMOVED = frozenset(_REMOVED.split())
 # A line end inside a caption would become a line of its own in the Java tokeniser's output, and shift all that follow.
 _LINE_ENDS = re.compile("[\r\n\x0b\x0c\x85\u2028\u2029]")
+# All of COCO's validation captions take about a second; a virtual machine that hangs must not hold an evaluation.
 _JAVA_SECONDS = 600
 
 # Separators that are no white space to Python, and marks that vanish without splitting the word around them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# Above 1: recall weighs more than precision.
 BETA = 1.2
 
 
@@ -45,6 +46,7 @@ def rouge_l(hypothesis: str, references: Sequence[str]) -> float:
     Returns:
         A fraction in [0, 1].
     """
+    # Not split(): a no-break space stays inside its word, as upstream; BLEU and CIDEr split there.
     words = hypothesis.split(" ")
     # The two maxima may come from different references; that is the official code's way.
     precision = recall = 0.0
@@ -53,6 +55,7 @@ def rouge_l(hypothesis: str, references: Sequence[str]) -> float:
         common = lcs_length(words, reference_words)
         precision = max(precision, common / len(words))
         recall = max(recall, common / len(reference_words))
+    # Upstream's rule, and F would be 0 / 0.
     if precision == 0 or recall == 0:
         return 0.0
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)

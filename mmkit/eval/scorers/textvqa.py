@@ -17,4 +17,5 @@ def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     Returns:
         0, 0.3, 0.6, 0.9 or 1.
     """
+    # By position, not by equality as VQA's code has it: TextVQA's answers are bare texts, and equal ones keep their votes.
     return leave_one_out(*rule_m4c(prediction, answers))

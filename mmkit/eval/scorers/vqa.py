@@ -26,6 +26,7 @@ def rule_2021(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]]:
     Returns:
         Prediction and answers as they are compared.
     """
+    # Stripped before the test below: ten answers that differ in a final space do agree.
     prediction, cleaned = clean(prediction), [clean(answer) for answer in answers]
     # Meant to spare answers read off signs; "Yes" against ten "yes" scores 0 because of it.
     if len(set(cleaned)) == 1:
@@ -58,6 +59,7 @@ def rule_always(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]
     Returns:
         Prediction and answers as they are compared.
     """
+    # Older versions give other numbers: until 2025-07 they processed the prediction twice.
     return normalise_vqa(prediction), [normalise_vqa(answer) for answer in answers]
 
 
@@ -75,6 +77,7 @@ def rule_m4c(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]]:
 
 
 RULES: dict[str, Rule] = {"official": rule_2021, "2017": rule_2017, "always": rule_always}
+# Goes into every score: on the same 60 cases the rules give between 79.7 and 97.7.
 RULE_SOURCES = {
     "official": "GT-Vision-Lab/VQA a013f00 (2021-03-11)",
     "2017": "GT-Vision-Lab/VQA a4f1afd (before 2021-03-11)",
@@ -93,6 +96,7 @@ def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
     Returns:
         0, 0.3, 0.6, 0.9 or 1 with ten answers.
     """
+    # Upstream's double loop over the answers in closed form; a test holds it against the loop.
     matches = sum(answer == prediction for answer in answers)
     others = len(answers) - matches
     # An answer that matches is not among its own others, hence matches - 1 for those.
@@ -103,6 +107,7 @@ def _leave_equal_out(prediction: str, answers: Sequence[str], entries: Sequence[
     """The official code's literal test: "other" entries are those that differ as dictionaries."""
     # Upstream writes the processed answer back into the entry before it compares entries.
     processed = [{**entry, "answer": answer} for entry, answer in zip(entries, answers, strict=True)]
+    # Copies above: upstream changes its annotations, so that a second evaluation there starts from processed answers.
     total = 0.0
     for entry in processed:
         matches = sum(other["answer"] == prediction for other in processed if other != entry)
@@ -122,6 +127,7 @@ def vqa_accuracy(prediction: str, entries: Sequence[Mapping[str, Any]], rule: Ru
         A fraction in [0, 1].
     """
     processed, answers = rule(prediction, [entry["answer"] for entry in entries])
+    # Distinct ids make all entries differ, so leaving out by position and by equality are the same.
     ids = {entry.get("answer_id") for entry in entries}
     if len(ids) == len(entries):
         return leave_one_out(processed, answers)
