@@ -139,7 +139,8 @@ def read_run(path: Path, *, need_done: bool) -> Run:
     notes: list[str] = []
     kind = manifest["kind"]
     # Only runs that were asked for show scores and predictions; an eval run as an ancestor would be read for nothing.
-    scored = need_done and kind in ("eval", "probe")
+    # A fine-tuned encoder is the one training run that has a score of its own.
+    scored = need_done and (kind in ("eval", "probe") or (path / "scores.json").is_file())
     recipe = path / "recipe.yaml"
     return Run(
         path=path,
@@ -153,7 +154,7 @@ def read_run(path: Path, *, need_done: bool) -> Run:
         metrics=list(_rows(path / "metrics.jsonl", notes)) if kind == "train" else [],
         skipped=list(_rows(path / "skipped.jsonl", notes)),
         scores=_scores(path / "scores.json") if scored else {},
-        predictions=_predictions(path / "predictions.jsonl") if scored else [],
+        predictions=_predictions(path / "predictions.jsonl") if scored and kind != "train" else [],
         # A parent from the hub or a plain folder is no run; the manifest shown in the lineage still names it.
         parents=[p for entry in manifest.get("parents") or [] if (p := find_parent(entry.get("path"), path))],
         notes=notes,

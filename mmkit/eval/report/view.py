@@ -77,7 +77,7 @@ def assemble(collection: Collection, *, title: str, gallery: int, seed: int) -> 
     """
     # Apart from the probes: those score an encoder, evaluations a whole model, and one table would mix the two.
     rows = system_rows([run for run in collection.runs if run.kind == "eval"])
-    probes = system_rows([run for run in collection.runs if run.kind == "probe"])
+    probes = system_rows([run for run in collection.runs if run.kind == "probe" or (run.kind == "train" and run.scores)])
     found, without = differences(rows, seed=seed) if rows else ([], [])
     everything = collection.everything()
     return Report(

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from report_runs import score
 
 from mmkit.errors import InputError
+from mmkit.eval.report import build_report
 from mmkit.eval.report.collect import collect, find_parent, read_run
 
 
@@ -116,3 +118,15 @@ def test_a_cut_last_line_is_noted_a_broken_one_refused(runs) -> None:
     (path / "metrics.jsonl").write_text("[1]\n")
     with pytest.raises(InputError, match=r"metrics.jsonl:1: not a JSON object"):
         read_run(path, need_done=True)
+
+
+def test_a_fine_tuned_encoder_stands_among_the_probes(runs, tmp_path: Path) -> None:
+    frozen = runs.probe("frozen", "SuperClass", 0.5)
+    tuned = runs.train("tuned", "finetune", system="SuperClass fine-tuned")
+    (tuned / "scores.json").write_text(json.dumps({"tasks": {"finetune": score("finetune", {"accuracy": 0.75})}}))
+    assert collect([frozen, tuned]).runs[1].scores["finetune"].metrics == {"accuracy": 0.75}
+    build_report([frozen, tuned], tmp_path / "report", title="t")
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "finetune" in text and "75.0" in text and "50.0" in text
+    # As an ancestor of another run it is only where that came from.
+    assert not collect([runs.train("cap", "clipcap", parents=[tuned])]).ancestors[0].scores
