@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -79,7 +80,8 @@ def train(
     objective.train()
     checkpoint_every = config.checkpoint_every or max(1, total)
 
-    with Preemption() as preemption:
+    # Closed however the run ends: a tracker that is not keeps its last rows to itself.
+    with Preemption() as preemption, contextlib.closing(log):
         for step in range(start, total):
             # Dropout and the like: the same numbers at this step whatever happened before it.
             torch.manual_seed((settings.seed * 1_000_003 + step) * 4096 + engine.rank)
@@ -121,9 +123,7 @@ def train(
             if done < total and (stopping or ends):
                 save_checkpoint(engine, run.checkpoints, done, keep=config.keep_checkpoints)
             if stopping and done < total:
-                log.close()
                 raise StoppedError(f"stopped by a signal after step {done} of {total}; run the same command to go on")
-    log.close()
 
 
 def _look_every(stage: Stage, config: TrainConfig) -> list[int]:

@@ -51,7 +51,9 @@ class KnnMonitor:
     def look(self, engine: Engine) -> Finding:
         """``knn_accuracy`` of the weights as they are."""
         (train_x, test_x), (train_y, test_y) = ([self._features(part, engine) for part in self.sets], self.targets)
-        found = knn(train_x, train_y.to(train_x.device), test_x, test_y.to(test_x.device), k=self.k)
+        # Under the loop's autocast the cosines would be bf16, whose steps near 1 are as large as the differences that count.
+        with torch.autocast(train_x.device.type, enabled=False):
+            found = knn(train_x, train_y.to(train_x.device), test_x, test_y.to(test_x.device), k=self.k)
         return Finding(numbers={"knn_accuracy": found.accuracy})
 
     def _features(self, source: LabelledSource, engine: Engine) -> Tensor:
