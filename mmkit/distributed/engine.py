@@ -51,8 +51,10 @@ class Engine:
         from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        # null in a recipe: a process's share in one piece, whatever the number of processes.
         self.micro_batch_size = micro_batch_size or max(1, batch_size // world_size)
         self.accumulation, rest = divmod(batch_size, self.micro_batch_size * world_size)
+        # Never rounded: another batch is another experiment.
         if rest or not self.accumulation:
             raise InputError(
                 f"global batch {batch_size} is no multiple of micro-batch {self.micro_batch_size} x world size {world_size}",
@@ -141,6 +143,7 @@ class Engine:
         if self.uses_deepspeed:
             return None
         parameters = [p for p in self.module.parameters() if p.requires_grad and p.grad is not None]
+        # Norm and clipping apart: without clipping the gradients are read once and not multiplied by 1.
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
@@ -166,6 +169,7 @@ class Engine:
         # The fused AdamW's own switch, made for loss scaling: the decision stays on the device.
         getattr(self.optimizer, "optimizer", self.optimizer).found_inf = self._broken
         self.optimizer.step()
+        # None and not zeros: a pass over all gradients less, and unused ones stay recognisable.
         self.optimizer.zero_grad(set_to_none=True)
         return torch.zeros((), device=self.device)
 
@@ -187,6 +191,7 @@ class Engine:
         """
         if self.world_size == 1:
             return lambda: tensor
+        # Straight to torch: Accelerate has no reduction that can be waited for later.
         work = torch.distributed.all_reduce(tensor, async_op=True)
 
         def finish() -> Tensor:
@@ -197,6 +202,7 @@ class Engine:
 
     def numbers(self, *values: float) -> Tensor:
         """Numbers of the host as float64 on the device, without waiting for it."""
+        # Pinned on a GPU: from pageable memory even a copy that need not block does.
         found = torch.tensor(values, dtype=torch.float64)
         return found.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else found.to(self.device)
 
@@ -247,6 +253,7 @@ class Engine:
         Returns:
             float[world * B, E], and the row at which this process's own begin.
         """
+        # Without a copy, so that one process pays nothing for what several need.
         if self.world_size == 1:
             return features, 0
         gathered: Tensor = AllGather.apply(features)
@@ -269,6 +276,7 @@ class Engine:
         Raises:
             InputError: The checkpoint was written in another mode, or by another number of ZeRO processes.
         """
+        # The two formats share no file, so the folder itself says which it is.
         written = "deepspeed" if (folder / "zero").is_dir() else "plain"
         if written != ("deepspeed" if self.uses_deepspeed else "plain"):
             raise InputError(f"checkpoint was written in {written} mode", where=folder, mend="keep train.deepspeed, or --restart")
@@ -285,6 +293,7 @@ class Engine:
 
         state = load_file(folder / "model.safetensors", device=str(self.device))
         expected = _changing_state(self.unwrapped())
+        # Strict about what changes in training; frozen weights come from the parent again.
         if state.keys() != expected.keys():
             raise InputError("checkpoint holds other parameters than the model", where=folder, mend="--restart")
         self.unwrapped().load_state_dict(state, strict=False)

@@ -82,6 +82,7 @@ class OnlineIDF(nn.Module):
         """
         assert not self.frozen, "a frozen IDF takes no counts"
         assert counts.shape == (self.vocab_size + 1,), f"counts {tuple(counts.shape)} for {self.vocab_size} labels"
+        # Made on the device of the batch, which need not be that of the module.
         counts = counts.to(self.df.device)
         self.df += counts[:-1]
         self.n += counts[-1:]
@@ -145,6 +146,7 @@ def save_table(
     assert not df.dtype.is_floating_point, "counts are whole numbers"
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, for a rename that is atomic; the pid keeps two writers apart.
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     tensors = {"df": df.to("cpu", torch.int64).contiguous(), "n": torch.tensor([n], dtype=torch.int64)}
     try:
@@ -191,16 +193,20 @@ def load_table(
     if metadata.get("kind") != _TABLE or set(tensors) != {"df", "n"}:
         raise InputError("safetensors, but no IDF table", where=file, mend=_MEND)
     df, n = tensors["df"], int(tensors["n"])
+    # By the hash and not by the size alone: 49,408 labels may be those of another vocabulary.
     if metadata.get("sha256") != sha256 or df.shape != (vocab_size,):
         theirs = f"{metadata.get('vocabulary') or 'unnamed'} ({df.numel()} labels, sha256 {str(metadata.get('sha256'))[:12]})"
         what = f"counts the vocabulary {theirs}, not the one in use ({vocab_size} labels, sha256 {sha256[:12]})"
         raise InputError(what, where=file, mend=_MEND)
+    # A table edited by hand or cut by another tool would give weights below zero or infinite ones.
     if df.dtype != torch.int64 or not 0 <= int(df.min()) <= int(df.max()) <= n:
         raise InputError(f"counts must be whole numbers from 0 to the {n} captions", where=file, mend=_MEND)
+    # Another list of stop words that is longer than the table's does no harm: what is counted and not used is ignored.
     if missing := set(json.loads(metadata.get("dropped", "[]"))) - set(dropped):
         what = f"was counted without {len(missing)} labels (stop words) that are in use here"
         raise InputError(what, where=file, mend=f"use the same data.stop_words, or {_MEND}")
     limit = json.loads(metadata.get("context_length", "null"))
+    # The other way round is harmless: counts of whole captions weigh cut ones a little lower, none is unknown.
     if limit is not None and (context_length is None or context_length > limit):
         what = f"was counted on captions cut at {limit} tokens, here they are cut at {context_length or 'no length'}"
         raise InputError(what, where=file, mend=f"use data.context_length={limit}, or {_MEND}")

@@ -61,6 +61,7 @@ class CaptionLabels:
         vocabulary = self._vocabulary = open_vocabulary(self.name)
         self.vocab_size = vocabulary.size
         self.file = vocabulary.path
+        # Kept as words too: a model that is opened elsewhere must not need the file.
         self.stop_word_list = words = () if stop_words is None else read_stop_words(stop_words)
         # A file of the user's may be gone when the model is opened again: its words are what is kept.
         self.stop_words = stop_words if stop_words in (None, "english") else words
@@ -85,6 +86,7 @@ class CaptionLabels:
             B lists of ids, each sorted and without repeats.
         """
         assert not isinstance(captions, str), "encode takes a list of captions"
+        # For a few captions the arrays cost more than they save.
         if self._table is None or len(captions) < _FEW:
             return [self.encode_one(caption) for caption in captions]
         rows: list[list[int]] = []
@@ -106,6 +108,7 @@ class CaptionLabels:
         assert not isinstance(captions, str), "encode_packed takes a list of captions"
         blocks = [self._encode_block(captions[begin : begin + self._block]) for begin in range(0, len(captions), self._block)]
         lengths = [np.diff(offsets) for _, offsets in blocks]
+        # Blocks have offsets of their own; their lengths joined give those of the whole.
         offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
         return np.concatenate([np.zeros(0, dtype=np.int64), *(ids for ids, _ in blocks)]), offsets
 
@@ -119,6 +122,7 @@ class CaptionLabels:
 
     def encode_one(self, caption: str) -> list[int]:
         """Label one caption: ids, sorted and without repeats."""
+        # Cut before the set is made: the limit is one of tokens in order, as in the reference.
         ids = self._vocabulary.encode(caption)[: self._keep]
         return sorted(set(ids) - self.dropped) if self.dropped else sorted(set(ids))
 

@@ -99,10 +99,12 @@ class BinaryCrossEntropy:
 
     def chunk(self, z: Tensor, labels: ChunkLabels, seen: Any) -> Tensor:
         """Gradients: ``sigmoid(z)`` of negatives, ``-u sigmoid(-z)`` of positives."""
+        # Folded into the weights: dividing at the end would be another pass over the logits.
         scale = 1.0 / z.shape[1] if self.mean else 1.0
         positive, strength = z[labels.row, labels.ids], labels.weights * labels.counts * scale
         exclude_labels(z, labels)
         row_scale = labels.row_weight * scale
+        # The labels are -inf by now, where softplus and its slope are 0: no mask is needed.
         total = (F.softplus(z).sum(dim=1) * row_scale).sum() + (F.softplus(-positive) * strength).sum()
         z.sigmoid_().mul_(row_scale[:, None])
         z.index_put_((labels.row, labels.ids), -strength * torch.sigmoid(-positive), accumulate=True)
@@ -140,6 +142,7 @@ class Asymmetric:
     def _negatives(self, z: Tensor) -> Tensor:
         """Loss of each row's negatives, float[R]; their slopes replace z float[R, V]."""
         g = self.gamma_negative
+        # In place where it can be: every [R, V] tensor is as large as the chunk of logits.
         p = z.sigmoid_()
         q = (p - self.clip).clamp_(min=0)
         rest = torch.log1p(-q).clamp_(min=_LOG_TINY)  # ln(1 - q), kept finite where a sure mistake rounds to q = 1
@@ -167,6 +170,7 @@ class TwoWay:
     def look(self, z: Tensor, labels: ChunkLabels, seen: Any) -> Any:
         """Log-sum-exps of every column over the rows so far: negatives float[V], positives float[V], and the labelled rows."""
         negative, positive, rows = seen if seen is not None else (*z.new_full((2, z.shape[1]), -torch.inf), z.new_zeros(()))
+        # Before the labels are excluded: their logits are still there.
         here = self._positive_terms(z[labels.row, labels.ids], labels)
         positive = torch.logaddexp(positive, scatter_logsumexp(here, labels.ids, z.shape[1]))
         exclude_labels(z, labels)
@@ -186,12 +190,14 @@ class TwoWay:
         row_negative = z.logsumexp(dim=1)
         row_margin = tn * row_negative + tp * row_positive
         column_margin = tn * column_negative + tp * column_positive
+        # Columns without a label in the batch have no positive side and would be softplus(-inf) = 0: out of the mean too.
         used = column_positive > -torch.inf
         count = used.sum().clamp(min=1)
         # Rows and columns without a label have a margin of -inf: softplus gives 0, and so does its slope.
         total = (F.softplus(row_margin) * labels.row_weight).sum()
         # Of the whole batch; each chunk adds the share of its rows.
         total += torch.where(used, F.softplus(column_margin), 0.0).sum() / count * labelled.sum()
+        # Chain rule: softplus gives the sigmoid of the margin, the log-sum-exps give softmax shares of it.
         row_slope = torch.sigmoid(row_margin) * labels.row_weight
         column_slope = torch.where(used, torch.sigmoid(column_margin), 0.0) * rows / count
         by_column = torch.exp(z - finite(column_negative)).mul_(column_slope)
@@ -233,6 +239,7 @@ def make_kind(name: str, **options: float | None) -> LabelLoss:
     """
     if name not in KINDS:
         raise InputError(f"unknown loss {name!r}", where="loss.kind", mend=f"known: {', '.join(KINDS)}")
+    # None is what a recipe has for a number that it leaves to the kind.
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     known = {field.name for field in dataclasses.fields(KINDS[name])} - {"mean"}
     if unknown := sorted(given.keys() - known):

@@ -19,6 +19,7 @@ def pack_labels(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     Returns:
         ids i64[L] and offsets i64[B + 1].
     """
+    # count is known, so numpy allocates once.
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
@@ -55,5 +56,6 @@ def first_in_row(ids: Tensor, rows: Tensor, vocab_size: int) -> Tensor:
     # Equal pairs (row, id) become neighbours; stable, so the first in the row stays first.
     keys, order = torch.sort(rows * vocab_size + ids, stable=True)
     first = torch.ones_like(keys, dtype=torch.bool)
+    # After sorting, a repeat follows its twin.
     first[1:] = keys[1:] != keys[:-1]
     return torch.empty_like(first).scatter_(0, order, first)

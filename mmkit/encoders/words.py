@@ -50,6 +50,7 @@ class WordList(ChunkedVocabulary):
         self._words: list[str] = words
         self.counts: list[int] = counts
         self.captions: int = content["captions"]
+        # A list with repeats would have rows of the head that no caption ever reaches.
         self._index = {word: index for index, word in enumerate(words)}
         if len(self._index) != len(words):
             twice = next(word for word, count in Counter(words).items() if count > 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from mmkit.distributed.engine import Engine
 from mmkit.files import read_json, sync_folder, write_json
 
+# Eight digits, so that names sort as steps do; x-cls/superclass picks an older file because step_ sorts behind epoch_.
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -28,16 +29,21 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, *, keep: int) -> No
     target = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}"
     if engine.is_main:
+        # Left by a kill in the middle of an earlier save.
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+    # Under ZeRO every rank writes its piece into the folder that the main process has just made.
     engine.barrier()
     engine.save(temporary)
     engine.barrier()
     if engine.is_main:
+        # Last: a folder without it is no checkpoint, whatever else is in it.
         write_json(temporary / "state.json", {"step": step, "world_size": engine.world_size})
         sync_folder(temporary)
+        # A step may be saved again after a continued run was stopped at it; rename needs the name to be free.
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
+        # Only after the new one is complete: at no time are there fewer than before.
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     engine.barrier()
@@ -65,5 +71,6 @@ def load_newest(engine: Engine, folder: Path) -> int:
     found = list_checkpoints(folder)
     if not found:
         return 0
+    # The step is read from the same folder afterwards, so weights and step cannot be of two checkpoints.
     engine.load(found[-1])
     return newest_step(folder)

@@ -31,6 +31,7 @@ def total_steps(config: TrainConfig, samples: int) -> int:
     if config.steps is not None:
         return config.steps
     seen = config.samples if config.samples is not None else (config.epochs or 0) * samples
+    # Rounded up: the samples that the recipe asks for are all seen, and the last batch goes on into the next epoch.
     return math.ceil(seen / config.batch_size)
 
 
@@ -56,6 +57,7 @@ def train(
         StoppedError: A signal came; a checkpoint is written.
         InputError: Too many unreadable samples, or loss or gradient not finite.
     """
+    # Before the optimiser is made: it must hold the parameters where they stay.
     objective = stage.objective.to(engine.device)
     total = total_steps(config, len(stage.samples))
     warmup = warmup_steps(config.warmup, total)
@@ -67,10 +69,12 @@ def train(
         undecayed=stage.undecayed,
     )
     optimizer = make_optimizer(groups, betas=config.betas, eps=config.eps, device=engine.device)
+    # Before wrapping: DDP and DeepSpeed then see the compiled parts as they are.
     if config.compile:
         objective.compile_parts()
     engine.prepare(objective, optimizer)
     start = load_newest(engine, run.checkpoints)
+    # Rows of steps that will be made again.
     run.drop_metrics_after(start)
     if start:
         logger.info("going on from the checkpoint at step %d of %d", start, total)
@@ -88,6 +92,7 @@ def train(
             began = time.monotonic()
             micro, left_out = _read_step(batches, engine.accumulation)
             waited = time.monotonic() - began
+            # On the host's copy of the batch: counting on the device would mean to wait for it.
             counted = sum(objective.count(b) for b in micro)
             keys = [str(k) for b in micro for k in b.get("keys", [])]
             micro = [to_device(b, engine.device) for b in micro]
@@ -103,9 +108,11 @@ def train(
             loss_sum = torch.zeros((), device=engine.device)
             for i, batch in enumerate(micro):
                 loss_sum += engine.forward_backward(batch, count=facts[0], last=i == len(micro) - 1)
+            # Over all ranks, for the log and the check: the gradient has its own sum in backward.
             loss = engine.sum(loss_sum) / facts[0].clamp(min=1)
             norm = engine.gradient_norm()
             scale = lr_scale(step, total=total, schedule=config.schedule, warmup_steps=warmup, min_ratio=config.min_lr_ratio)
+            # Stays on the device: `update` takes it as a switch, the host hears of it later.
             broken = ~loss.isfinite() if norm is None else ~(loss + norm).isfinite()
             deepspeed_norm = engine.update(scale, broken=broken)
             values = torch.stack([loss.double(), (deepspeed_norm if norm is None else norm).double(), *facts])

@@ -25,6 +25,7 @@ Batch = dict[str, Any]
 class Objective(nn.Module, ABC):
     """A single-device module that turns a batch into a loss *sum*; it knows nothing of ranks, steps or optimizers."""
 
+    # A sum and not a mean: means of micro-batches of unequal counts do not add up to the mean of the batch.
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the losses of a batch, fp32 scalar with gradient."""
@@ -36,6 +37,7 @@ class Objective(nn.Module, ABC):
         The batch is still on the CPU here, so that counting never waits for the device.
         """
 
+    # Integers, because their sum does not depend on the order in which the ranks are added.
     def statistics(self, batches: list[Batch]) -> Tensor | None:
         """Integer counts of this process's micro-batches of a step, on the device, for the loop to sum over ranks; None: none."""
         return None
@@ -116,4 +118,5 @@ class Stage:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Tensors of a batch on the device, the rest untouched."""
+    # Keys and the like stay on the host: they are for messages.
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -31,10 +31,13 @@ def parameter_groups(
     Returns:
         Groups for ``torch.optim.AdamW``, each with its ``base_lr``.
     """
+    # Keyed by both numbers, so that there are as few groups as there are different settings: each is a kernel of its own.
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
+        # Frozen weights need no place in the optimiser, nor in DeepSpeed's partitions of its state.
         if not parameter.requires_grad:
             continue
+        # Prefixes in the order given: a stage puts the longer ones first.
         rate = next((v for prefix, v in (lr_of or {}).items() if name.startswith(prefix)), lr)
         decay = weight_decay if parameter.ndim >= 2 and not name.endswith(undecayed) else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
@@ -61,8 +64,10 @@ def lr_scale(step: int, *, total: int, schedule: str, warmup_steps: int, min_rat
     Returns:
         A factor in ``[0, 1]``.
     """
+    # Never 0: the first update would be lost, and its batch with it.
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    # Beyond the end the last value holds; a schedule that turned up again would undo the annealing.
     progress = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
     if schedule == "cosine":
         return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -73,4 +78,5 @@ def lr_scale(step: int, *, total: int, schedule: str, warmup_steps: int, min_rat
 
 def warmup_steps(warmup: float, total: int) -> int:
     """Steps of warm-up: a share of the run when below 1."""
+    # 1 or more is a number of steps, as recipes of the reference have it; 0.03 is LLaVA's way of saying it.
     return math.ceil(warmup * total) if warmup < 1 else int(warmup)

@@ -48,6 +48,7 @@ class Readback:
 
     def __init__(self, device: torch.device, *, in_flight: int | None = None) -> None:
         """Keep ``in_flight`` steps on their way: one on a GPU, none on a CPU."""
+        # On a CPU there is nothing to overlap, and a step late would only be a step late.
         self._on_gpu = device.type == "cuda"
         self._in_flight = int(self._on_gpu) if in_flight is None else in_flight
         self._queue: collections.deque[tuple[Tensor, torch.cuda.Event | None, Launched]] = collections.deque()
@@ -56,6 +57,7 @@ class Readback:
         """Start to copy ``values`` float64[N] of a step."""
         event = None
         if self._on_gpu:
+            # Pinned, or the copy would wait for the device after all.
             values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
@@ -66,6 +68,7 @@ class Readback:
         while len(self._queue) > (0 if everything else self._in_flight):
             values, event, launched = self._queue.popleft()
             if event is not None:
+                # By now the step has been over for a whole step, so this does not wait but for `everything`.
                 event.synchronize()
             yield values.tolist(), launched
 
@@ -101,13 +104,16 @@ class StepLog:
             InputError: Loss or gradient not finite, or too many samples left out.
         """
         loss, norm, counted, skipped, signals = values
+        # First of all: a row of NaN in metrics.jsonl would spoil the curves of the whole run.
         check_finite(loss, norm, launched)
         self._waited += launched.waited
         self._counted += counted
         if skipped:  # the same on every rank, so all of them gather
             self.run.skip(self.engine.gather(launched.left_out))
+            # What the index left out counts too, or a set could lose the limit twice over.
             size = len(self.stage.samples) + len(self.stage.left_out)
             check_skipped(self.run.skipped, size, self.settings.max_skipped, where=self.run.path / "skipped.jsonl")
+        # The last step is always shown: a run shorter than log_every would leave no curve.
         if launched.done % self.config.log_every == 0 or launched.done == self._total:
             self._row(loss, norm, launched)
         return bool(signals)
@@ -115,6 +121,7 @@ class StepLog:
     def _row(self, loss: float, norm: float, launched: Launched) -> None:
         """A row of metrics.jsonl over the steps since the last one."""
         now = time.monotonic()
+        # Since the last row and not since the last multiple of log_every: a continued run begins in between.
         seconds, steps = max(now - self._window, 1e-9), launched.done - self._logged
         row = {
             "step": launched.done,
@@ -124,6 +131,7 @@ class StepLog:
             "grad_norm": norm,
             "counted": self._counted / steps,
             "samples_per_second": steps * self.config.batch_size / seconds,
+            # A share of the time, so that it can be read without knowing the speed.
             "data_wait": self._waited / seconds,
             "memory_gib": _memory_gib(self.engine.device),
             "seconds": now - self._window,
@@ -137,11 +145,13 @@ class StepLog:
         objective, config, last = self.stage.objective, self.config, done == self._total
         if self.stage.validation is not None and config.val_every and (done % config.val_every == 0 or last):
             numbers, left_out = validate(self.stage, self.engine, config, self.settings.seed, self.settings.workers)
+            # Every rank comes here, whether it has something to report or not: gathering is a collective.
             self.run.skip(self.engine.gather(left_out))
             self._write(done, {"step": done, **numbers})
         for monitor in self.stage.monitors:
             if done % monitor.every == 0 or last:
                 objective.eval()
+                # gathered: ZeRO-3 holds the weights in pieces, and a monitor calls the modules outside the engine.
                 with torch.no_grad(), self.engine.gathered(), self.engine.autocast():
                     found = monitor.look(self.engine)
                 if found.numbers:
@@ -169,6 +179,7 @@ def check_finite(loss: float, norm: float, launched: Launched) -> None:
     """
     broken = "loss" if not math.isfinite(loss) else "gradient norm" if not math.isfinite(norm) else ""
     if broken:
+        # Four are enough to find the shard; a global batch has thousands.
         keys = launched.keys
         raise InputError(
             f"{broken} is not finite at step {launched.done} (samples: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})",
@@ -182,6 +193,7 @@ def check_skipped(skipped: int, size: int, limit: float, *, where: object) -> No
     Raises:
         InputError: More than ``limit`` of ``size`` samples were left out.
     """
+    # One is always allowed: a share of a small set would round to none.
     if skipped > max(1.0, limit * size):
         raise InputError(
             f"{skipped} of {size} samples cannot be used, over the limit of {limit:.2%}",

@@ -15,6 +15,7 @@ from mmkit.errors import InputError
 from mmkit.files import write_text
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
+# Looked up, not imported: checking a recipe must stay quick.
 _PACKAGE = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -52,8 +53,10 @@ class TensorBoardTracker:
 
     def __init__(self, folder: Path, *, start: int) -> None:
         """Open the folder; what was shown after ``start`` (before an interruption) is taken back."""
+        # Imported here: processes that show nothing need not pay for it.
         from torch.utils.tensorboard import SummaryWriter
 
+        # Steps after the checkpoint were shown before the interruption and will come again.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def scalars(self, step: int, numbers: dict[str, float]) -> None:

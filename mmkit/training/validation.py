@@ -27,7 +27,9 @@ def validate(
         had to replace by others.
     """
     assert stage.validation is not None
+    # The caller puts it back into training mode, after all looks at this step.
     stage.objective.eval()
+    # Always the same first samples, so that two rows of a curve differ by the weights alone.
     size = min(len(stage.validation), config.val_batches * config.batch_size)
     each = stage.validation_group or engine.micro_batch_size
     groups = [range(first, min(first + each, size)) for first in range(0, size, each)]
@@ -56,6 +58,7 @@ def validate(
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + (value if share else 0.0)
     names = sorted(sums)
+    # One collective for all names, which are sorted so that every rank sends the same thing in each place.
     totals = engine.sum(torch.tensor([*(sums[n] for n in names), count], dtype=torch.float64, device=engine.device))
     numbers = {f"val_{n}": float(totals[i] / totals[-1].clamp(min=1)) for i, n in enumerate(names)}
     return numbers, left_out

@@ -57,14 +57,17 @@ class FinetuneObjective(Objective):
     def forward(self, batch: Batch) -> Tensor:
         """Loss sum of ``pixels`` uint8 ``[B, 3, S, S]`` with ``targets`` i64 ``[B]``; fp32 scalar."""
         pixels, targets = batch["pixels"], batch["targets"]
+        # Whole pictures and sharp targets, so that the loss compares between recipes.
         if not self.training:
             logits = self.classifier(self.encoder(pixels)).float()
             self._hits = (logits.argmax(dim=1) == targets).sum()
             return self._entropy(logits, targets)
         if not self.mixup and not self.cutmix:
             return self._entropy(self.classifier(self.encoder(pixels)).float(), targets)
+        # After normalising: uint8 pictures would round when they are mixed.
         mixed = mix(self.encoder.normalise(pixels), mixup=self.mixup, cutmix=self.cutmix)
         logits = self.classifier(self.encoder(mixed.pixels)).float()
+        # Twice the cross entropy of hard targets is that of mixed ones, and no [B, C] target is needed.
         own, other = self._entropy(logits, targets), self._entropy(logits, targets.flip(0))
         return mixed.share * own + (1 - mixed.share) * other
 
@@ -131,6 +134,7 @@ def _open_sets(recipe: FinetuneRecipe) -> tuple[LabelledSource, LabelledSource, 
     data = recipe.data
     assert data.train is not None  # the recipe's schema sees to it
     train, test = open_labelled(data.train, data), open_labelled(data.test, data)
+    # Before training: the score at the end would be refused otherwise.
     test.targets(train.classes)  # refuses a class that training has not
     return train, test, train.classes
 
@@ -148,6 +152,7 @@ def _make_encoder(recipe: FinetuneRecipe, source: str) -> VisionEncoder:
             # timm would leave out the rest at the right and below, in silence.
             raise InputError(f"{size} pixels are no whole number of patches of {patch}", where="image_size", mend="change it")
         args["img_size"] = size
+    # Nothing to rebuild: the loaded tower itself is used, no weight is touched.
     if args == known.model_args and size == known.image_size:
         return known.float()
     encoder = VisionEncoder(

@@ -40,8 +40,10 @@ def mix(pixels: Tensor, *, mixup: float, cutmix: float) -> Mixed:
     Returns:
         New pictures and their own share.
     """
+    # On the CPU: a draw on the device would have to be read back.
     cut = bool(cutmix) and (not mixup or float(torch.rand(())) < 0.5)
     alpha = torch.tensor(cutmix if cut else mixup)
+    # One share a micro-batch and not one a picture, as timm's default mode.
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     if not cut:
         return Mixed(share * pixels + (1 - share) * pixels.flip(0), share)
@@ -101,8 +103,10 @@ class FinetuneSamples:
             return FinetuneSample(fit_square(image, self.size, fit="crop"), target, key)
         pixels = random_resized_crop(image, self.size, rng, scale=self.augment.crop_scale)
         if self.augment.flip and rng.random() < 0.5:
+            # A view with negative stride cannot become a tensor.
             pixels = np.ascontiguousarray(pixels[:, :, ::-1])
         if self._policy is not None:
+            # timm draws from the global generators; left alone they would depend on the loader's workers.
             with _global_numbers(rng):
                 pixels = to_chw(self._policy(Image.fromarray(pixels.transpose(1, 2, 0))))
         return FinetuneSample(pixels, target, key)
@@ -129,6 +133,7 @@ def _some_bits(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[
 @contextlib.contextmanager
 def _global_numbers(rng: np.random.Generator) -> Iterator[None]:
     """Seed Python's and numpy's global generators from a sample's own, and put them back: timm draws from them."""
+    # Put back afterwards, so that nothing else in the process changes with the augmentation.
     before, before_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(int(rng.integers(1 << 62)))
     np.random.seed(int(rng.integers(1 << 32)))  # noqa: NPY002

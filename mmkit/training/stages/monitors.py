@@ -44,7 +44,9 @@ class KnnMonitor:
             train=config.knn_train, test=config.knn_test, label=config.label, image_root=config.image_root, limit=config.limit
         )
         self.max_pixels = data.max_pixels
+        # Opened when the run begins: a wrong path must not end it hours later.
         self.sets = [open_labelled(config.knn_train, data), open_labelled(config.knn_test, data)]
+        # Those that vote: a class only of the test set could never be right.
         classes = sorted(set(self.sets[0].labels))
         self.targets = [torch.tensor(part.targets(classes)) for part in self.sets]
 
@@ -61,10 +63,12 @@ class KnnMonitor:
         size, world = len(source), engine.world_size
         # Every process takes equally many, or they could not be gathered: the last ones see a picture again.
         each = -(-size // world)
+        # In turn and not in blocks, so that padding falls on the last round only.
         mine = [min(i * world + engine.rank, size - 1) for i in range(each)]
         batches = pixel_batches(source, mine, size=self.encoder.image_size, workers=self.workers, max_pixels=self.max_pixels)
         features = torch.cat([self.encoder(pixels.to(engine.device)).float() for pixels in batches])
         gathered, _ = engine.gather_features(features)
+        # Rank r holds pictures r, r + W, ...: transposing puts them back in order, and the padding at the end is cut.
         return gathered.view(world, each, -1).transpose(0, 1).flatten(0, 1)[:size]
 
 
@@ -86,6 +90,7 @@ class TagsMonitor:
                 self.pictures.append(decode_image(ImageRef(str(path)).read()))
             except SampleError as error:
                 raise InputError(str(error), where=f"monitor.images {path}", mend="give picture files") from None
+        # Prepared once: the point is that the pictures never change.
         self.pixels = torch.from_numpy(np.stack([fit_square(p, encoder.image_size, fit="crop") for p in self.pictures]))
 
     def look(self, engine: Engine) -> Finding:
@@ -104,6 +109,7 @@ def draw_tags(pictures: list[Image.Image], tags: list[list[tuple[str, float]]]) 
     for number, (picture, found) in enumerate(zip(pictures, tags, strict=True)):
         left, top = number % columns * _SIDE, number // columns * height
         small = picture.copy()
+        # thumbnail keeps the aspect, so people recognise their pictures.
         small.thumbnail((_SIDE - 8, _SIDE - 8))
         sheet.paste(small, (left + 4, top + 4))
         for line, (word, probability) in enumerate(found):

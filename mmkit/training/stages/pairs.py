@@ -49,9 +49,12 @@ class Augmentation(NamedTuple):
 
         Drawn with the sample and not in the model, so that they do not depend on ranks or micro-batches.
         """
+        # None rather than all indices: gathering every patch would cost a copy of the tokens.
         if not self.patch_drop:
             return None
+        # The same number for every picture, so that a batch stays one tensor.
         kept = max(1, round(self.num_tokens * (1 - self.patch_drop)))
+        # Sorted: neighbours in the picture stay neighbours in memory.
         return np.sort(rng.permutation(self.num_tokens)[:kept]).astype(np.int64)
 
 
@@ -74,9 +77,12 @@ class PairSamples:
         pair = self.pairs[index]
         image = decode_image(pair.image.read(), max_pixels=self.max_pixels)
         how = self.augmentation
+        # Validation sees every picture whole and always the same.
         if how is None:
             return PairSample(fit_square(image, self.size, fit="squash"), pair.caption, pair.key, None)
+        # The crop draws first: a recipe without jitter cuts the same crops as one with it.
         pixels = random_resized_crop(image, self.size, rng, scale=how.crop_scale)
+        # On the small crop and not on the picture: fewer pixels to change.
         if how.jitter is not None:
             pixels = how.jitter(pixels, rng)
         if how.gray_scale_prob and rng.random() < how.gray_scale_prob:
@@ -96,6 +102,7 @@ def open_samples(
     jitter = ColorJitter(*data.color_jitter, probability=data.color_jitter_prob) if data.color_jitter else None
     how = Augmentation(data.crop_scale, jitter, data.gray_scale_prob, encoder.num_tokens, patch_drop)
     size, max_pixels = encoder.image_size, data.max_pixels
+    # The first N and not N at random, so that the same N can be named again.
     train = PairSamples(source.pairs[: data.limit], size=size, max_pixels=max_pixels, augmentation=how)
     validation = None
     if data.val:

@@ -29,6 +29,7 @@ from mmkit.training.stages.towers import make_encoder
 
 logger = logging.getLogger(__name__)
 
+# A caption has some ten labels: at 1 few can be hit, at 10 all could.
 RECALL_AT = (1, 5, 10)
 
 
@@ -63,6 +64,7 @@ class SuperclassObjective(Objective):
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss sum of ``pixels`` uint8 ``[B, 3, S, S]`` with labels ``ids`` ``[L]``, ``offsets`` ``[B + 1]``; fp32 scalar."""
+        # keep is in training batches of recipes with patch_drop; validation sees all patches.
         features = self.head(self.encoder(batch["pixels"], keep=batch.get("keep")))
         weights = self._label_weights(batch)
         # Here and not in `evaluate`: ZeRO-3 holds the head's weights whole only inside this call, and the encoder runs once.
@@ -81,6 +83,7 @@ class SuperclassObjective(Objective):
     def _label_weights(self, batch: Batch) -> Tensor:
         """Weights of the labels, rows summing to 1: IDF, or equal without it."""
         if self.idf is None:
+            # Equal weights go through the same normalisation, so that a row without IDF sums to 1 as well.
             weights = torch.ones(self.head.vocab_size, device=batch["ids"].device)
         else:
             if self._arriving is not None:
@@ -96,6 +99,7 @@ class SuperclassObjective(Objective):
 
     def statistics(self, batches: list[Batch]) -> Tensor | None:
         """Document counts of these batches, int64 ``[V + 1]``; none without an IDF that learns."""
+        # None tells the loop that there is nothing to sum, which saves a collective a step.
         if self.idf is None or self.idf.frozen:
             return None
         return torch.stack([self.idf.counts(b["ids"], b["offsets"]) for b in batches]).sum(0)
@@ -195,10 +199,12 @@ def _make_head(
         logger.info("label head of %s%s", recipe.encoder.init, "" if counts is None else ", with its document counts")
     else:
         with torch.random.fork_rng(devices=[]):
+            # A seed of its own: the head starts the same whatever the tower drew before it.
             torch.manual_seed(recipe.seed + 1)
             head = SuperClassHead(encoder.width, labels.vocab_size)
     if recipe.data.idf == "none":
         return head, None
+    # The table wins over counts that came with a head: the recipe names it.
     if recipe.data.idf == "file":
         assert recipe.data.idf_file is not None  # the recipe's schema sees to it
         df, n = load_table(recipe.data.idf_file, **labels.for_table())

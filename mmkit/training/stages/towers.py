@@ -36,6 +36,7 @@ def make_encoder(config: EncoderConfig, *, seed: int) -> tuple[VisionEncoder, li
         # Imported here: it knows other libraries' checkpoint layouts, which a run from scratch never needs.
         from mmkit.encoders.init import init_encoder
 
+        # Also where only the weights are taken: the lineage in the report must lead to them.
         parents.append(resolve_parent("encoder", config.init))
         init_encoder(encoder, config.init, statistics=config.mean is None and config.std is None)
     if config.patch_drop:
