@@ -336,3 +336,18 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
 def test_importing_and_listing_is_light() -> None:
     code = "import sys, mmkit, mmkit.cli; print([m for m in ('torch', 'transformers', 'timm', 'deepspeed') if m in sys.modules])"
     assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_export_and_bench_are_wired(call: Call, tmp_path: Path) -> None:
+    import pipeline
+
+    out = tmp_path / "exported"
+    code, said, _ = call("export", pipeline.trained("superclass"), out, "--format", "siglip")
+    assert (code, said) == (0, f"done: {out}\n") and (out / "config.json").is_file()
+    assert "open_clip wants a text tower" in refused(
+        call, "export", pipeline.trained("superclass"), tmp_path / "x", "--format", "open_clip"
+    )
+    code, said, _ = call("bench", "superclass-loss", "batch=4", "width=4", "vocab_size=9", "labels=2", "repeats=1", "threads=1")
+    assert code == 0 and "memory, mmkit / published" in said and "B=4 D=4 V=9" in said
+    assert "is not of the form key=value" in refused(call, "bench", "labels", "threads")
+    assert "known: superclass-loss" in refused(call, "bench", "speed")

@@ -291,3 +291,30 @@ def test_a_folder_without_classifier_and_an_unfinished_run_are_refused(world: Pa
     (tmp_path / "manifest.json").write_text('{"status": "running"}')
     with pytest.raises(InputError, match="this run is not finished"):
         score_finetuned(Run(tmp_path), recipe(world, tmp_path))
+
+
+def test_the_real_command_trains_scores_and_returns_at_once(tmp_path, monkeypatch, capsys):
+    world = pipeline.root() / "world"
+    recipe = ["finetune-imagenet", f"run={tmp_path / 'run'}", f"encoder={pipeline.trained('superclass')}", "data.label=shape"]
+    recipe += [f"data.train={world / 'probe_train.jsonl'}", f"data.test={world / 'probe_heldout.jsonl'}", "data.workers=0"]
+    recipe += [
+        "train.batch_size=8",
+        "train.micro_batch_size=4",
+        "train.epochs=1",
+        "train.precision=fp32",
+        "train.checkpoint_every=100",
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert pipeline.mmkit("probe", *recipe) == 2
+    assert "train with `mmkit train` on many processes" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert pipeline.mmkit("probe", *recipe) == 0
+    said = capsys.readouterr().out
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["tasks"]["finetune"]
+    assert f"{scores['metrics']['accuracy']:.4f}" in said and scores["n"] > 0
+    stamp = (tmp_path / "run" / "scores.json").stat().st_mtime_ns
+    assert pipeline.mmkit("probe", *recipe) == 0 and (tmp_path / "run" / "scores.json").stat().st_mtime_ns == stamp
+    # Trained elsewhere by `mmkit train`, scored here.
+    (tmp_path / "run" / "scores.json").unlink()
+    assert pipeline.mmkit("train", *recipe) == 0 and not (tmp_path / "run" / "scores.json").exists()
+    assert pipeline.mmkit("probe", *recipe) == 0 and (tmp_path / "run" / "scores.json").is_file()

@@ -15,13 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmkit.config import LossConfig, load_recipe
+from mmkit.data.pairs import open_pairs
 from mmkit.encoders.idf import OnlineIDF, load_table
 from mmkit.encoders.labels import CaptionLabels
 from mmkit.encoders.loss_kinds import KINDS, Asymmetric, Softmax, TwoWay
 from mmkit.encoders.ragged import pack_labels
+from mmkit.encoders.save import load_encoder
 from mmkit.errors import InputError
 from mmkit.recipes import find_recipe
-from mmkit.training.stages.pairs import Augmentation, PairSample
+from mmkit.training.stages.pairs import Augmentation, PairSample, PairSamples
 from mmkit.training.stages.superclass import LabelledBatch, make_loss
 
 
@@ -33,8 +35,6 @@ def run(folder, *more: str):
 
 def captions(count: int | None = None) -> list[str]:
     """Captions of the training shards' pairs, by way of the index."""
-    from mmkit.data.pairs import open_pairs
-
     return [p.caption for p in open_pairs(str(pipeline.root() / "world" / "shards")).pairs][:count]
 
 
@@ -268,3 +268,40 @@ def test_validate_finds_what_training_would_refuse(recipe, overrides, message, c
     assert pipeline.mmkit("validate", recipe, *overrides) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and message in said
+
+
+def test_colours_change_in_training_only(tmp_path):
+    plain = pipeline.losses(pipeline.trained("superclass"))
+    jittered = run(tmp_path / "jitter", "data.color_jitter=[0.4,0.4,0.4,0.1]", "data.color_jitter_prob=1")
+    assert pipeline.losses(jittered) != pytest.approx(plain, abs=1e-4)
+    never = run(tmp_path / "never", "data.color_jitter=[0.4,0.4,0.4,0.1]", "data.color_jitter_prob=0")
+    assert pipeline.losses(never) == pytest.approx(plain, abs=1e-6)
+    gray = run(tmp_path / "gray", "data.gray_scale_prob=1")
+    assert pipeline.losses(gray) != pytest.approx(plain, abs=1e-4)
+    encoder = load_encoder(gray)
+    pairs = open_pairs(str(pipeline.root() / "world" / "shards")).pairs
+    how = Augmentation((1.0, 1.0), None, 1.0, encoder.num_tokens, 0.0)
+    seen = PairSamples(pairs, size=32, max_pixels=10**8, augmentation=how).load(0, np.random.default_rng(0)).pixels
+    whole = PairSamples(pairs, size=32, max_pixels=10**8).load(0, np.random.default_rng(0)).pixels
+    assert (seen[0] == seen[1]).all() and not (whole[0] == whole[1]).all()
+
+
+def test_loss_chunks_change_no_number(tmp_path):
+    chunked = run(tmp_path / "run", "loss.chunk_rows=3")
+    assert pipeline.losses(chunked) == pytest.approx(pipeline.losses(pipeline.trained("superclass")), abs=1e-5)
+
+
+def test_two_way_says_that_it_sees_a_micro_batch(tmp_path, caplog):
+    run(tmp_path / "whole", "loss.kind=two_way", "train.steps=1")
+    assert "two_way compares" not in caplog.text
+    run(tmp_path / "parts", "loss.kind=two_way", "train.steps=1", "train.micro_batch_size=2")
+    assert "two_way compares the 2 pictures of a micro-batch" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["superclass", "clip"])
+def test_knn_can_be_watched_in_every_pretraining_stage(stage, tmp_path):
+    world = pipeline.root() / "world"
+    looks = [f"monitor.knn_train={world / 'probe_train.jsonl'}", f"monitor.knn_test={world / 'probe_heldout.jsonl'}"]
+    made = run(tmp_path / stage, f"stage={stage}", "text.context_length=16", *looks, "monitor.label=shape", "monitor.every=4")
+    found = [row["knn_accuracy"] for row in pipeline.rows(made / "metrics.jsonl") if "knn_accuracy" in row]
+    assert len(found) == 1 and 0 <= found[0] <= 1
