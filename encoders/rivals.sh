@@ -5,8 +5,8 @@
 #              overrides go to both encoders and to LiT, e.g. train.samples=128000000
 #   needs      $DATA/datacomp/shards (webdataset tars), $DATA/imagenet/{train,val}
 #   hardware   NGPU GPUs of 80 GB (default 8)
-#   time       b16: 6 h SuperClass, 9 h CLIP (its accumulated micro-batches run forward twice), 3 h LiT by arithmetic on 8 H200; not measured by us. Run it again after a failure:
-#              what is done returns at once.
+#   time       b16: 6 h SuperClass, 9 h CLIP (its accumulated micro-batches run forward twice), 3 h LiT, by arithmetic on 8 H200;
+#              not measured by us. Run it again after a failure: what is done returns at once.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -18,7 +18,8 @@ mmkit data synth --out "$MMKIT_DEMO/world" "${world[@]}"
 
 mmkit train demo-superclass "$@"
 # No step of training: the same architecture with its first weights is the random encoder.
-mmkit train demo-superclass "$@" "run=$MMKIT_DEMO/random/encoder" train.steps=0 "system=random frozen" data.val=null
+mmkit train demo-superclass "$@" "run=$MMKIT_DEMO/random/encoder" train.steps=0 "system=random frozen" \
+  data.val=null train.val_every=null
 
 train=("$@")
 runs=()

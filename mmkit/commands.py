@@ -92,7 +92,14 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
     # Every rank asks before any rank writes; the answer is the same for all.
     state = run.state(recipe, stage.parents, restart=restart)
     engine.barrier()
-    run.start(recipe, stage.parents, state=state, data_fingerprint=stage.data_fingerprint, kind="train")
+    run.start(
+        recipe,
+        stage.parents,
+        state=state,
+        data_fingerprint=stage.data_fingerprint,
+        kind="train",
+        readings=stage.readings,
+    )
     engine.barrier()
     run.skip(stage.left_out)
     size = len(stage.samples) + len(stage.left_out)

@@ -159,15 +159,38 @@ class Run:
                 )
         return "done" if manifest["status"] == "done" else "continue"
 
-    def start(self, recipe: Recipe, parents: list[Parent], *, state: State, data_fingerprint: str, kind: str) -> None:
-        """Make the folder (emptied when new), write recipe and manifest, load what an earlier start logged."""
+    def start(
+        self,
+        recipe: Recipe,
+        parents: list[Parent],
+        *,
+        state: State,
+        data_fingerprint: str,
+        kind: str,
+        readings: dict[str, str] | None = None,
+    ) -> None:
+        """Make the folder (emptied when new), write recipe and manifest, load what an earlier start logged.
+
+        Args:
+            recipe: As it runs.
+            parents: What the run is made from.
+            state: From :meth:`state`.
+            data_fingerprint: Hash of the data.
+            kind: ``train``, ``eval`` or ``probe``.
+            readings: Fingerprints of what the data are read with, such as their labels.
+
+        Raises:
+            InputError: The run goes on, but with other data or readings.
+        """
+        data = {"fingerprint": data_fingerprint, **(readings or {})}
         if state == "continue":
             # On every process, before the first one writes: the limit on left-out samples must be the same for all.
             before = read_json(self.path / "manifest.json")
             # Order is a function of the data's size and position; over other data the rest of the run would be another run.
-            if before["data"]["fingerprint"] != data_fingerprint:
+            if changed := sorted(key for key in data if before["data"].get(key) != data[key]):
+                what = ", ".join("data" if key == "fingerprint" else key for key in changed)
                 raise InputError(
-                    "the data have changed since this run began", where=self.path, mend="use another run=DIR, or --restart"
+                    f"the {what} have changed since this run began", where=self.path, mend="use another run=DIR, or --restart"
                 )
             self._seconds_before = before.get("seconds", 0.0)
             self._skipped.update((row["source"], row["key"]) for row in read_jsonl(self.path / "skipped.jsonl"))
@@ -189,7 +212,7 @@ class Run:
             "packages": package_versions(),
             "hardware": hardware(),
             "parents": [{"role": p.role, "path": p.path, "fingerprint": p.fingerprint} for p in parents],
-            "data": {"fingerprint": data_fingerprint},
+            "data": data,
             # UTC: the nodes of a cluster need not agree on a time zone.
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": self._seconds_before,

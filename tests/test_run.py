@@ -147,7 +147,7 @@ def test_resume_forgets_rows_after_the_checkpoint(tmp_path: Path) -> None:
     again.log({"step": 30, "loss": 9.0, "samples": 240})
     rows = read_jsonl(run.path / "metrics.jsonl")
     assert [(r["step"], "val_loss" in r) for r in rows] == [(10, False), (20, False), (20, True), (30, False)]
-    assert rows[0] == {"step": 10, "loss": 0.333333, "samples": 80}
+    assert rows[0] == {"step": 10, "loss": 0.333333333, "samples": 80}
     assert rows[-1]["loss"] == 9.0
 
 

@@ -68,6 +68,7 @@ class OnlineIDF(nn.Module):
         assert not self.frozen, "a frozen IDF takes no counts"
         rows = row_of_label(offsets, ids.numel())
         # scatter_add and not bincount: no host synchronisation on CUDA, and exact for integers in any order.
+        # N rides along as the last entry, so that one collective sums both (the reference has two, both blocking).
         counted = ids.new_zeros(self.vocab_size + 1)
         counted[: self.vocab_size].scatter_add_(0, ids, first_in_row(ids, rows, self.vocab_size).long())
         counted[-1] = (offsets.diff() > 0).sum()
@@ -117,6 +118,7 @@ def row_normalised(weights: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
     rows = row_of_label(offsets, ids.numel())
     raw = weights.float()[ids] * first_in_row(ids, rows, weights.numel())
     sums = raw.new_zeros(offsets.numel() - 1).index_add_(0, rows, raw)
+    # The eps of F.normalize: a row of zeros stays zeros instead of NaN.
     return raw / sums[rows].clamp_min(1e-12)
 
 
@@ -147,10 +149,12 @@ def save_table(
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, for a rename that is atomic; the pid keeps two writers apart.
+    # In the same folder, because a rename is atomic within one file system only.
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     tensors = {"df": df.to("cpu", torch.int64).contiguous(), "n": torch.tensor([n], dtype=torch.int64)}
     try:
         metadata = {"kind": _TABLE, "sha256": sha256, "vocabulary": name, "source": source}
+        # As JSON: safetensors metadata holds strings only.
         metadata |= {"dropped": json.dumps(sorted(dropped)), "context_length": json.dumps(context_length)}
         save_file(tensors, temporary, metadata=metadata)
         temporary.replace(file)
@@ -185,6 +189,7 @@ def load_table(
     if not Path(file).is_file():
         raise InputError("no such IDF table", where=file, mend=_MEND)
     try:
+        # Not load_file, which gives no metadata.
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
@@ -199,14 +204,17 @@ def load_table(
         what = f"counts the vocabulary {theirs}, not the one in use ({vocab_size} labels, sha256 {sha256[:12]})"
         raise InputError(what, where=file, mend=_MEND)
     # A table edited by hand or cut by another tool would give weights below zero or infinite ones.
+    # More captions with a label than captions would give it a negative weight, and a negative count a NaN.
     if df.dtype != torch.int64 or not 0 <= int(df.min()) <= int(df.max()) <= n:
         raise InputError(f"counts must be whole numbers from 0 to the {n} captions", where=file, mend=_MEND)
     # Another list of stop words that is longer than the table's does no harm: what is counted and not used is ignored.
+    # The other way round is harmless: labels that were counted and are dropped here are never looked up.
     if missing := set(json.loads(metadata.get("dropped", "[]"))) - set(dropped):
         what = f"was counted without {len(missing)} labels (stop words) that are in use here"
         raise InputError(what, where=file, mend=f"use the same data.stop_words, or {_MEND}")
     limit = json.loads(metadata.get("context_length", "null"))
     # The other way round is harmless: counts of whole captions weigh cut ones a little lower, none is unknown.
+    # A table of longer captions is taken: every label that is in use here was counted.
     if limit is not None and (context_length is None or context_length > limit):
         what = f"was counted on captions cut at {limit} tokens, here they are cut at {context_length or 'no length'}"
         raise InputError(what, where=file, mend=f"use data.context_length={limit}, or {_MEND}")

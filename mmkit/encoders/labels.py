@@ -66,6 +66,7 @@ class CaptionLabels:
         # A file of the user's may be gone when the model is opened again: its words are what is kept.
         self.stop_words = stop_words if stop_words in (None, "english") else words
         self.dropped = stop_labels(words, vocabulary)
+        # Only CLIP's vocabulary has them; a text tower is built for no other.
         self.start_of_text: int | None = getattr(vocabulary, "start_of_text", None)
         self.end_of_text: int | None = getattr(vocabulary, "end_of_text", None)
         # Truncation comes before the set, on tokens in order, as in the reference.
@@ -85,6 +86,7 @@ class CaptionLabels:
         Returns:
             B lists of ids, each sorted and without repeats.
         """
+        # A string is a sequence of strings too, and each of its letters would be labelled without complaint.
         assert not isinstance(captions, str), "encode takes a list of captions"
         # For a few captions the arrays cost more than they save.
         if self._table is None or len(captions) < _FEW:
@@ -110,6 +112,7 @@ class CaptionLabels:
         lengths = [np.diff(offsets) for _, offsets in blocks]
         # Blocks have offsets of their own; their lengths joined give those of the whole.
         offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+        # The empty array makes no captions at all a case like any other, and int64 of the table's int32.
         return np.concatenate([np.zeros(0, dtype=np.int64), *(ids for ids, _ in blocks)]), offsets
 
     def _encode_block(self, captions: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -124,6 +127,7 @@ class CaptionLabels:
         """Label one caption: ids, sorted and without repeats."""
         # Cut before the set is made: the limit is one of tokens in order, as in the reference.
         ids = self._vocabulary.encode(caption)[: self._keep]
+        # Stop words leave after the cut, so that they take their places within it as in the reference's tokenizer.
         return sorted(set(ids) - self.dropped) if self.dropped else sorted(set(ids))
 
     def tokens(self, caption: str) -> list[int]:

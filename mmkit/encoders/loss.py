@@ -10,6 +10,7 @@ from torch import Tensor
 from mmkit.encoders.loss_kinds import ChunkLabels, LabelLoss, make_kind
 from mmkit.encoders.ragged import first_in_row, row_of_label
 
+# A bf16 product of 8,192 x 768 is 12 MiB; for the whole vocabulary it would be 76 MB on top of the fp32 accumulator.
 _HEAD_SLICE = 8192
 
 
@@ -22,6 +23,7 @@ def soft_label_loss(
     label_weights: Tensor,
     *,
     kind: str | LabelLoss = "softmax",
+    # 25 MB of bf16 logits at V = 49,408. Not the 16 rows that Liger's rule gives here: the head's weight would be read anew for each.
     chunk_rows: int = 256,
 ) -> Tensor:
     """Mean over the rows that have labels of the soft-label loss; 0 if no row has any.
@@ -71,6 +73,7 @@ def soft_label_loss_sum(
     loss = make_kind(kind) if isinstance(kind, str) else kind
     _check(features, weight, ids, offsets, label_weights, chunk_rows)
     device = features.device
+    # Validation and tests leave labels on the CPU; L of them are nothing beside the features, so they follow.
     ids, offsets = ids.to(device), offsets.to(device)
     rows = row_of_label(offsets, ids.numel())
     # Weights are statistics of the data; a gradient into them would reward making labels unimportant.
@@ -89,6 +92,7 @@ def _check(features: Tensor, weight: Tensor, ids: Tensor, offsets: Tensor, label
     assert offsets.shape == (len(features) + 1,), f"{len(features)} rows need {len(features) + 1} offsets"
     assert ids.shape == label_weights.shape, f"{tuple(ids.shape)} ids, {tuple(label_weights.shape)} label weights"
     assert chunk_rows > 0, f"chunk_rows must be positive, not {chunk_rows}"
+    # On a GPU reading the last offset would make the host wait in every step.
     if offsets.device.type == "cpu":
         assert int(offsets[-1]) == ids.numel(), f"offsets end at {int(offsets[-1])}, there are {ids.numel()} ids"
 
@@ -121,8 +125,10 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk_rows: int,
     ) -> Tensor:
         """Sum of the loss over rows: features f[B, D], weight f[V, D], ids/rows i64[L], label_weights f[L]."""
+        # The dtype is kept: backward may run outside the autocast block that chose it.
         ctx.loss, ctx.chunk_rows, ctx.compute = loss, chunk_rows, _compute_dtype(features, weight)
         inputs = (features, weight, bias, ids, rows, label_weights)
+        # Inputs only, which live anyway: no logits wait for backward.
         ctx.save_for_backward(*inputs)
         swept = _sweep(inputs, loss, chunk_rows, ctx.compute, ctx.needs_input_grad[:3])
         ctx.grads = swept[1:]
@@ -152,6 +158,7 @@ def _sweep(inputs: tuple[Any, ...], loss: LabelLoss, chunk_rows: int, compute: t
     wide = torch.promote_types(compute, torch.float32)
     x, head, w = features.to(compute), weight.to(compute), label_weights.to(wide)
     labels = _AllLabels.of(ids, rows, w, len(x), len(weight))
+    # Chunks write whole rows of grad_x, so it needs no zeros; into the head's and the bias's gradient they add up.
     grad_x = torch.empty_like(x) if needs[0] else None
     grad_head = torch.zeros_like(weight, dtype=wide) if needs[1] else None
     grad_bias = torch.zeros_like(bias, dtype=wide) if needs[2] and bias is not None else None
@@ -170,16 +177,20 @@ def _sweep(inputs: tuple[Any, ...], loss: LabelLoss, chunk_rows: int, compute: t
         z = logits[: len(part)]
         if compute != wide:
             z.copy_(narrow[: len(part)])
+        # After widening, so that the bias is not rounded to bf16 together with the product.
         return z if bias is None else z.add_(bias)
 
+    # The dtypes are chosen above; what a kind of loss computes on the wide buffer must stay wide.
     with torch.autocast(autocast_device(features), enabled=False):
         starts = range(0, len(x), chunk_rows)
+        # A kind that compares the pictures of a label needs whole columns before its first gradient: one more product with the head.
         for start in starts if loss.columns else ():
             z = forward(start)
             seen = loss.look(z, labels.chunk(start, len(z)), seen)
         for start in starts:
             z = forward(start)
             total += loss.chunk(z, labels.chunk(start, len(z)), seen)
+            # From here z holds the gradient and no longer the logits.
             if grad_bias is not None:
                 grad_bias += z.sum(dim=0)
             if grad_x is None and grad_head is None:
@@ -205,12 +216,14 @@ class _AllLabels(NamedTuple):
     @classmethod
     def of(cls, ids: Tensor, rows: Tensor, weights: Tensor, batch: int, vocab_size: int) -> _AllLabels:
         """Count each row's distinct labels and add up its weights."""
+        # A repeated label adds its weight twice, but is one label of the set whose size is K.
         first = first_in_row(ids, rows, vocab_size).to(weights.dtype)
         distinct = weights.new_zeros(batch).index_add_(0, rows, first)
         return cls(ids, rows, weights, distinct[rows], weights.new_zeros(batch).index_add_(0, rows, weights))
 
     def chunk(self, start: int, count: int) -> ChunkLabels:
         """The same labels seen from ``count`` rows beginning at ``start``."""
+        # Weights are multiplied by it rather than picked by it: the length of a selection is known to the device only.
         inside = (self.rows >= start) & (self.rows < start + count)
         row_weight = self.row_weight[start : start + count]
         return ChunkLabels((self.rows - start) % count, self.ids, inside, self.weights * inside, self.counts, row_weight)

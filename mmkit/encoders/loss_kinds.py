@@ -101,12 +101,15 @@ class BinaryCrossEntropy:
         """Gradients: ``sigmoid(z)`` of negatives, ``-u sigmoid(-z)`` of positives."""
         # Folded into the weights: dividing at the end would be another pass over the logits.
         scale = 1.0 / z.shape[1] if self.mean else 1.0
+        # Read before the next line hides them: at -inf softplus and sigmoid are 0, so the sums below are over negatives alone.
         positive, strength = z[labels.row, labels.ids], labels.weights * labels.counts * scale
         exclude_labels(z, labels)
+        # W is 0 for a row without labels, which would otherwise teach that its picture shows none of V things.
         row_scale = labels.row_weight * scale
         # The labels are -inf by now, where softplus and its slope are 0: no mask is needed.
         total = (F.softplus(z).sum(dim=1) * row_scale).sum() + (F.softplus(-positive) * strength).sum()
         z.sigmoid_().mul_(row_scale[:, None])
+        # Accumulated, because repeats, and labels of other chunks (which weigh 0), meet at one place.
         z.index_put_((labels.row, labels.ids), -strength * torch.sigmoid(-positive), accumulate=True)
         return total
 
@@ -118,6 +121,7 @@ class Asymmetric:
     The gradient is that of the formula; the authors' code by default treats the focusing factors as constants.
     """
 
+    # Defaults of the authors' code.
     gamma_positive: float = 1.0
     gamma_negative: float = 4.0
     clip: float = 0.05
@@ -133,6 +137,7 @@ class Asymmetric:
         total = (self._negatives(z) * labels.row_weight).sum()
         z.mul_(labels.row_weight[:, None])
         p, log_p, g = torch.sigmoid(positive), F.logsigmoid(positive), self.gamma_positive
+        # Not (1 - p) ** g: the difference rounds to 0 where p is nearly 1, and takes the gradient with it.
         focus = torch.sigmoid(-positive) ** g
         total += (-focus * log_p * strength).sum()
         slope = g * p * focus * log_p - focus * torch.sigmoid(-positive)
@@ -163,6 +168,7 @@ class TwoWay:
     one micro-batch, so accumulation changes them, as it changes every loss between samples.
     """
 
+    # Defaults of the author's code.
     temperature_positive: float = 4.0
     temperature_negative: float = 1.0
     columns = True
@@ -171,6 +177,7 @@ class TwoWay:
         """Log-sum-exps of every column over the rows so far: negatives float[V], positives float[V], and the labelled rows."""
         negative, positive, rows = seen if seen is not None else (*z.new_full((2, z.shape[1]), -torch.inf), z.new_zeros(()))
         # Before the labels are excluded: their logits are still there.
+        # Running log-sum-exps, so that chunks add up as if they were one, without an overflow on the way.
         here = self._positive_terms(z[labels.row, labels.ids], labels)
         positive = torch.logaddexp(positive, scatter_logsumexp(here, labels.ids, z.shape[1]))
         exclude_labels(z, labels)
@@ -212,6 +219,7 @@ class TwoWay:
         return -positive / self.temperature_positive + torch.log(labels.weights * labels.counts)
 
 
+# The floor of ASL's authors (eps), and its logarithm.
 _TINY = 1e-8
 _LOG_TINY = -18.420680743952367
 
@@ -241,6 +249,7 @@ def make_kind(name: str, **options: float | None) -> LabelLoss:
         raise InputError(f"unknown loss {name!r}", where="loss.kind", mend=f"known: {', '.join(KINDS)}")
     # None is what a recipe has for a number that it leaves to the kind.
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    # mean is what makes soft_margin of bce, and no number for a recipe to set.
     known = {field.name for field in dataclasses.fields(KINDS[name])} - {"mean"}
     if unknown := sorted(given.keys() - known):
         has = f"it has {', '.join(sorted(known))}" if known else "it has none"
@@ -260,6 +269,7 @@ def exclude_labels(z: Tensor, labels: ChunkLabels) -> None:
 
 def scatter_logsumexp(values: Tensor, groups: Tensor, count: int) -> Tensor:
     """Log-sum-exp of values float[L] in each of ``count`` groups i64[L]: float[count], -inf for an empty one."""
+    # Each group is shifted by its own peak: one peak for all would underflow groups that lie far below it.
     peak = values.new_full((count,), -torch.inf).scatter_reduce_(0, groups, values, "amax")
     mass = values.new_zeros(count).index_add_(0, groups, torch.exp(values - finite(peak)[groups]))
     return mass.log() + finite(peak)

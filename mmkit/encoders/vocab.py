@@ -18,6 +18,7 @@ import tokenizers
 # fold case differently ("'ſ" is "'s" here), and the ids must be the same for every text.
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
 _WORDS = regex.compile("|".join(_SPECIAL) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+# The reference's word cache has no bound, and grows in every loader worker over a billion captions.
 _CACHE_LIMIT = 1 << 18
 _LONGEST_CACHED = 64
 
@@ -96,6 +97,7 @@ class ClipVocabulary(ChunkedVocabulary):
         merges = [(first, second) for first, second in map(str.split, _merge_lines(self.path))]
         self._byte_text = _bytes_to_unicode()
         units = list(self._byte_text.values())
+        # This order is the order of the ids (open_clip/tokenizer.py:147-156).
         self._tokens = [*units, *(unit + "</w>" for unit in units), *("".join(pair) for pair in merges), *_SPECIAL]
         self.size = len(self._tokens)
         self.start_of_text, self.end_of_text = self.size - 2, self.size - 1
@@ -123,6 +125,7 @@ class ClipVocabulary(ChunkedVocabulary):
         text = self._tokens[label].removesuffix("</w>")
         if text not in _SPECIAL:
             to_byte = {unit: byte for byte, unit in self._byte_text.items()}
+            # A piece may end within a character of several bytes, which is no valid UTF-8.
             text = bytes(to_byte[unit] for unit in text).decode("utf-8", errors="replace")
         return text if self._tokens[label].endswith(("</w>", *_SPECIAL)) else f"{text}-"
 
@@ -150,6 +153,7 @@ def clean_lower(text: str) -> str:
 def _merge_lines(path: Path) -> list[str]:
     """The 48,894 merges that CLIP uses of the longer file (open_clip/tokenizer.py:148)."""
     with gzip.open(path, "rt", encoding="utf-8", newline="\n") as lines:
+        # The first line is a version; the list is cut where 49,152 ids are reached, less the bytes and the two special tokens.
         return lines.read().split("\n")[1 : 49152 - 256 - 2 + 1]
 
 

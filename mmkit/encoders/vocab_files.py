@@ -71,6 +71,7 @@ class SentencePieceModel:
         except (RuntimeError, OSError) as error:
             raise InputError("not a SentencePiece model", where=path, mend="give a .model file") from error
         self.size = int(self._model.get_piece_size())
+        # As a label, unknown would stand for everything that the model cannot spell.
         model = self._model
         self._special = {i for i in range(self.size) if model.is_control(i) or model.is_unknown(i) or model.is_unused(i)}
 
@@ -106,6 +107,7 @@ def open_vocabulary(name: str) -> Vocabulary:
         if found is None:
             raise InputError("no tokenizer.json or .model in this folder", where=f"labels {name}", mend=_MEND)
         path = found
+    # A local path goes first: no name on the hub can take the place of a folder of the user's.
     elif not path.is_file():
         path = _from_hub(name)
     if path.suffix == ".model":
@@ -123,6 +125,7 @@ def _clip() -> ClipVocabulary:
 def _from_hub(name: str) -> Path:
     """The ``tokenizer.json`` of a hub repository, in the local cache."""
     where = f"labels {name}"
+    # A mistyped path must not become a question to the hub and its answer about a repository.
     if not _HUB_NAME.fullmatch(name) or name.endswith(_FILE_SUFFIXES):
         raise InputError("no such vocabulary", where=where, mend=_MEND)
     # Imported here: only names of the hub need it.

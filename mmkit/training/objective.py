@@ -92,7 +92,8 @@ class Stage:
         collate: Samples to a batch of tensors.
         save_product: Writes the product into a folder; called on the main process, with all weights gathered.
         parents: What the run is made from.
-        data_fingerprint: Hash of the data's index.
+        data_fingerprint: Hash of the data's index: equal for stages that read the same samples.
+        readings: Fingerprints of what the data are read with (labels, IDF table); a run does not go on with others.
         left_out: Rows that the index already had to leave out.
         validation: Samples for the validation loss.
         validation_group: Validation samples that are seen together; None: a micro-batch.
@@ -108,6 +109,7 @@ class Stage:
     save_product: Callable[[Path], None]
     parents: list[Parent]
     data_fingerprint: str
+    readings: dict[str, str] = dataclasses.field(default_factory=dict)
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
     validation: SampleSet[Any] | None = None
     validation_group: int | None = None

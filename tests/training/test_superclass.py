@@ -237,7 +237,7 @@ def test_a_run_does_not_go_on_with_other_labels(tmp_path, capsys):
     note.write_text(json.dumps({**json.loads(note.read_text()), "status": "stopped"}))
     capsys.readouterr()
     assert pipeline.mmkit(*arguments) == 2
-    assert "the data have changed since this run began" in capsys.readouterr().err
+    assert "the labels have changed since this run began" in capsys.readouterr().err
 
 
 def test_unusable_validation_pictures_are_listed(tmp_path):

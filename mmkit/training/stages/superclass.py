@@ -148,11 +148,10 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
     objective = SuperclassObjective(encoder, head, idf, loss=make_loss(recipe.loss), chunk_rows=recipe.loss.chunk_rows)
     samples, validation, source = open_samples(data, encoder, patch_drop=recipe.encoder.patch_drop)
 
-    # The same captions under other labels are other data: a head's rows would come to mean other words.
-    fingerprint = hash_text(source.fingerprint, labels.sha256(), *labels.stop_word_list)
+    # The same captions under other labels, or a table counted anew under the same name: a head's rows would come to mean others.
+    readings = {"labels": hash_text(labels.sha256(), *labels.stop_word_list)}
     if data.idf_file is not None:
-        # A table that is counted anew under the same name is other data.
-        fingerprint = hash_text(fingerprint, hash_file(Path(data.idf_file)))
+        readings["idf_table"] = hash_file(Path(data.idf_file))
 
     def save_product(folder: Path) -> None:
         extra: dict[str, Any] = {"idf": data.idf, "seed": recipe.seed}
@@ -172,7 +171,8 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
         collate=LabelledBatch(labels),
         save_product=save_product,
         parents=parents,
-        data_fingerprint=fingerprint,
+        data_fingerprint=source.fingerprint,
+        readings=readings,
         left_out=source.left_out,
         validation=validation,
         monitors=make_monitors(recipe.monitor, encoder, head=head, labels=labels, workers=data.workers),
