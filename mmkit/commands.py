@@ -24,6 +24,7 @@ def run_train(recipe: Recipe, *, restart: bool = False) -> Run:
     """
     if isinstance(recipe, ProbeRecipe | EvalRecipe):
         raise InputError(f"stage {recipe.stage} is no training stage", mend=f"use `mmkit {recipe.stage}`")
+    # From the environment: no process group exists yet, and asking it would import torch.
     run = Run(Path(recipe.run), write=int(os.environ.get("RANK", "0")) == 0)
     config = recipe.train
     # Answered before anything heavy is imported: a finished stage of a pipeline returns in a blink.
@@ -79,6 +80,7 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
     from mmkit.training.step_log import LoopSettings, check_skipped
     from mmkit.training.track import check_tracker, make_tracker
 
+    # Before data and weights are read: a missing package should show at once.
     check_tracker(recipe.track)
     engine = Engine(
         precision=config.precision,
@@ -87,6 +89,7 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         micro_batch_size=config.micro_batch_size,
         clip=config.clip_grad_norm,
     )
+    # For the parts that take no seed of their own.
     torch.manual_seed(recipe.seed)
     stage = build_stage(recipe, engine)
     # Every rank asks before any rank writes; the answer is the same for all.
@@ -126,10 +129,12 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         run.finish("stopped")
         engine.close()
         raise
+    # Every process enters, since gathering is a collective; one writes.
     with engine.gathered():
         if engine.is_main:
             stage.save_product(run.model)
     engine.barrier()
+    # Between two barriers: not before the product is there, and no process goes on before the run counts as done.
     run.finish("done")
     engine.barrier()
     engine.close()

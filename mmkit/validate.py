@@ -17,9 +17,11 @@ def check_parts(recipe: Recipe) -> None:
     """
     config = getattr(recipe, "train", None)
     if isinstance(config, TrainConfig) and config.deepspeed:
+        # Imported where it is needed, here and below, so that a recipe without such a part is checked in no time.
         from mmkit.distributed.settings import deepspeed_settings
 
         path = find_deepspeed(config.deepspeed)
+        # As for one process: how many there will be is not known here.
         micro = config.micro_batch_size or config.batch_size
         deepspeed_settings(
             path,
@@ -51,6 +53,7 @@ def _check_encoder(recipe: PretrainRecipe) -> None:
 
     encoder = recipe.encoder
     with torch.device("meta"):
+        # Without pretrained: a check must not download weights.
         built = build_encoder(
             encoder.architecture,
             image_size=encoder.image_size,
@@ -58,6 +61,7 @@ def _check_encoder(recipe: PretrainRecipe) -> None:
             model_args=encoder.model_args,
             layout=encoder.layout,
         )
+    # Whether patches can be dropped depends on the class of the model, which no schema knows.
     if encoder.patch_drop:
         built.check_patch_drop()
     if isinstance(recipe, ContrastiveRecipe):
@@ -73,6 +77,7 @@ def _check_labels(recipe: SuperclassRecipe) -> None:
     from mmkit.encoders.labels import CaptionLabels
 
     data = recipe.data
+    # A name of the hub is left alone too: a check must work without network.
     if data.labels != "clip" and not Path(data.labels).exists():
         return
     labels = CaptionLabels(data.labels, context_length=data.context_length, stop_words=data.stop_words)

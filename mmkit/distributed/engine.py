@@ -50,6 +50,7 @@ class Engine:
         """
         from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+        # From the environment: the accumulation is an argument of Accelerate, so it must be known before Accelerate is.
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         # null in a recipe: a process's share in one piece, whatever the number of processes.
         self.micro_batch_size = micro_batch_size or max(1, batch_size // world_size)
@@ -125,16 +126,19 @@ class Engine:
         Returns:
             The loss sum of this micro-batch, scalar, detached.
         """
+        # A step in which nothing is supervised gives a loss of 0 and no NaN.
         divisor = count.clamp(min=1).float()
         if self.uses_deepspeed:
             self.module.set_gradient_accumulation_boundary(is_boundary=last)  # type: ignore[operator]
             loss_sum = self.module(batch)
             self.module.backward(loss_sum * self.world_size / divisor, scale_wrt_gas=False)  # type: ignore[operator]
             return loss_sum.detach().float()
+        # Gradients are exchanged once a step, or DDP would do it after every micro-batch.
         wait = nullcontext() if last or self.world_size == 1 else self.module.no_sync()  # type: ignore[operator]
         with wait:
             with self.autocast():
                 loss_sum = self.module(batch)
+            # Outside autocast, as torch advises: backward takes the dtypes that forward chose.
             (loss_sum * self.world_size / divisor).backward()
         return loss_sum.detach().float()
 
@@ -161,6 +165,7 @@ class Engine:
             DeepSpeed's gradient norm, or 0 where :meth:`gradient_norm` gave it.
         """
         for group in self.optimizer.param_groups:
+            # From the base rate and not from the last one: what a loaded optimizer state says of lr has no effect.
             group["lr"] = group["base_lr"] * lr_scale
         if self.uses_deepspeed:
             self.module.step()  # type: ignore[operator]
@@ -223,6 +228,7 @@ class Engine:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """All weights whole on every process inside the block (ZeRO-3 keeps them in pieces otherwise); a collective call."""
+        # Only ZeRO-3 marks parameters so; under ZeRO-1 and 2 they are whole anyway.
         parts = [p for p in self.module.parameters() if hasattr(p, "ds_id")]
         if not parts:
             yield
@@ -308,6 +314,7 @@ class Engine:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(True)
+        # Left behind, it would choose DeepSpeed for the next Accelerator too.
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
@@ -369,6 +376,7 @@ def _changing_state(module: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict().items():
+        # safetensors refuses two names for one memory; empty tensors share the address 0 and are not meant.
         if name in frozen or (tensor.data_ptr() in seen and tensor.numel()):
             continue
         seen.add(tensor.data_ptr())

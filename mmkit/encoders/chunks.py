@@ -67,10 +67,12 @@ class ChunkTable:
         """
         self._chunk_ids, self._keep, self._limit = chunk_ids, keep, limit
         # The id V stands for a chunk without ids, and is left out at the end.
+        # Row and id share a positive int32, so that one sort of plain numbers orders both.
         self._none, self._shift = size, size.bit_length()
         self.max_rows = min(1024, 1 << (31 - self._shift))
         self._dropped = np.zeros(size + 1, dtype=bool)
         self._dropped[[*dropped, size]] = True
+        # Filtering is a pass over all keys, and the first chunk without ids is yet to come.
         self._drops = int(self._dropped.sum()) > 1
         self._bits = bits
         self._start_again()
@@ -95,6 +97,7 @@ class ChunkTable:
             ids i32[L], sorted and without repeats in each row, and offsets i64[B + 1].
         """
         assert rows <= self.max_rows, f"{rows} rows, but keys have room for {self.max_rows}"
+        # Between batches only: the codes of a batch point into what would be forgotten.
         if len(self._codes) >= self._limit:
             self._start_again()
         chunks = _find_chunks(text)
@@ -106,6 +109,7 @@ class ChunkTable:
         index = -1 - codes[several]
         keys = np.concatenate(((base + codes)[single], self._keys_of_several(index, base[several])))
         if self._keep is not None:
+            # A chunk without ids counts as one here: too much is harmless, since long rows are cut anew from their text.
             counts = chunks.per_line + np.bincount(base[several] >> self._shift, self._length[index] - 1, rows).astype(np.int64)
             keys = self._cut(keys, text, np.flatnonzero(counts > self._keep))
         if self._drops:
@@ -115,6 +119,7 @@ class ChunkTable:
     def _look_up(self, chunks: _Chunks) -> Ints:
         """The code of every chunk."""
         low, high = _words(chunks)
+        # The top bits of a product depend on every byte of the chunk, the bottom ones on few.
         place = (((low ^ (high * _MIX_HIGH)) * _MIX) >> np.uint64(64 - self._bits)).view(np.int64)
         codes = self._code.take(place)
         missing = np.flatnonzero((self._high.take(place) != high) | (self._low.take(place) != low))
@@ -158,6 +163,7 @@ class ChunkTable:
         if len(ids) > 1:
             several.append(ids)
             return -len(self._length) - len(several)
+        # From now on the stand-in for chunks without ids has to be filtered out.
         self._drops |= not ids
         return ids[0] if ids else self._none
 
@@ -174,6 +180,7 @@ class ChunkTable:
         """Replace the keys of rows with too many tokens by those of their first ones."""
         if not len(long):
             return keys
+        # Keys have lost the order of the text, so these few rows are tokenised again.
         lines = text.split(b"\n")
         keys = keys[~np.isin(keys >> self._shift, long)]
         cut = [
@@ -215,6 +222,7 @@ def _find_chunks(text: bytes) -> _Chunks:
 def _words(chunks: _Chunks) -> tuple[Words, Words]:
     """The two words of every chunk, see `_LENGTH`."""
     size = len(chunks.data)
+    # The words of the last chunk may reach beyond the text.
     padded = chunks.data + bytes(16)
     # A view of eight bytes at every byte, so that a word is one look-up.
     first: NDArray[Any] = np.ndarray((size,), "<u8", padded, strides=(1,))

@@ -112,6 +112,7 @@ def sigmoid_rows(
 def _logits(rows: Tensor, others: Tensor, scale: Tensor) -> Tensor:
     """Scaled cosines float32[b, G]; the product too is fp32, for a cosine in bf16 times 100 is off by 0.2."""
     wide = torch.promote_types(rows.dtype, torch.float32)
+    # The factor goes on the b x E rows and not on the b x G product, which would be one more tensor of that size.
     return (scale * rows.to(wide)) @ others.to(wide).T
 
 
@@ -124,6 +125,7 @@ def _in_chunks(part: Callable[[int, int], Tensor], rows: Tensor, chunk_rows: int
             return part(0, len(rows))
         # Logits, their softmax and its gradient are each B x G in fp32: more than a tower's activations at large batches.
         chunks = [
+            # The reentrant kind gives no gradient here, for no argument is a tensor; nothing inside draws random numbers.
             checkpoint(part, start, min(start + chunk_rows, len(rows)), use_reentrant=False, preserve_rng_state=False)
             for start in range(0, len(rows), chunk_rows)
         ]

@@ -52,6 +52,7 @@ class SuperClassHead(nn.Module):
             B lists of (word, softmax probability), most likely first.
         """
         assert labels.vocab_size == self.vocab_size, f"{labels.vocab_size} labels for a head of {self.vocab_size}"
+        # In fp32: bf16 keeps two to three digits of the probabilities that people are shown.
         probabilities, ids = self.logits(features).float().softmax(dim=1).topk(min(k, self.vocab_size), dim=1)
         return [
             [(labels.decode_tag(label), value) for label, value in zip(row, values, strict=True)]

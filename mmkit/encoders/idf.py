@@ -149,7 +149,6 @@ def save_table(
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, for a rename that is atomic; the pid keeps two writers apart.
-    # In the same folder, because a rename is atomic within one file system only.
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     tensors = {"df": df.to("cpu", torch.int64).contiguous(), "n": torch.tensor([n], dtype=torch.int64)}
     try:
@@ -204,17 +203,14 @@ def load_table(
         what = f"counts the vocabulary {theirs}, not the one in use ({vocab_size} labels, sha256 {sha256[:12]})"
         raise InputError(what, where=file, mend=_MEND)
     # A table edited by hand or cut by another tool would give weights below zero or infinite ones.
-    # More captions with a label than captions would give it a negative weight, and a negative count a NaN.
     if df.dtype != torch.int64 or not 0 <= int(df.min()) <= int(df.max()) <= n:
         raise InputError(f"counts must be whole numbers from 0 to the {n} captions", where=file, mend=_MEND)
     # Another list of stop words that is longer than the table's does no harm: what is counted and not used is ignored.
-    # The other way round is harmless: labels that were counted and are dropped here are never looked up.
     if missing := set(json.loads(metadata.get("dropped", "[]"))) - set(dropped):
         what = f"was counted without {len(missing)} labels (stop words) that are in use here"
         raise InputError(what, where=file, mend=f"use the same data.stop_words, or {_MEND}")
     limit = json.loads(metadata.get("context_length", "null"))
     # The other way round is harmless: counts of whole captions weigh cut ones a little lower, none is unknown.
-    # A table of longer captions is taken: every label that is in use here was counted.
     if limit is not None and (context_length is None or context_length > limit):
         what = f"was counted on captions cut at {limit} tokens, here they are cut at {context_length or 'no length'}"
         raise InputError(what, where=file, mend=f"use data.context_length={limit}, or {_MEND}")

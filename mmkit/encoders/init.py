@@ -43,9 +43,11 @@ def init_encoder(encoder: VisionEncoder, source: str, *, statistics: bool = Fals
     _resize(other, encoder, source)
     # All is compared before anything is copied: a refused tower stays as it was.
     state = _placed(encoder, other, source)
+    # Copied into place, so that dtype and device stay those of the tower.
     encoder.backbone.load_state_dict(state)
     if (encoder.mean, encoder.std) == (other.mean, other.std):
         return
+    # Only where the recipe leaves them open: what it names is the experiment.
     if statistics:
         encoder.set_statistics(other.mean, other.std)
     else:
@@ -97,6 +99,7 @@ def load_head(source: str, labels: CaptionLabels) -> tuple[SuperClassHead, tuple
 def _check_kind(encoder: VisionEncoder, other: VisionEncoder, source: str) -> None:
     """Refuse what the shapes of weights do not show: another class, other heads, another activation."""
     mine, theirs = encoder.backbone, other.backbone
+    # A ViT's weights would fit some of its relatives by name and shape, and mean something else there.
     if type(mine).__name__ != type(theirs).__name__:
         what = f"its tower is a {type(theirs).__name__}, this one a {type(mine).__name__}"
         raise InputError(what, where=source, mend=f"use encoder.architecture={other.architecture}")
@@ -117,6 +120,7 @@ def _settings(tower: Any) -> dict[str, Any]:
         return {}
     block = tower.blocks[0]
     return {
+        # Any number of heads has the same weights: a wrong one loads without complaint.
         "num_heads": getattr(block.attn, "num_heads", None),
         "act_layer": activation_name(block.mlp.act, "timm") if hasattr(block.mlp, "act") else None,
     }

@@ -127,7 +127,7 @@ class CaptionLabels:
         """Label one caption: ids, sorted and without repeats."""
         # Cut before the set is made: the limit is one of tokens in order, as in the reference.
         ids = self._vocabulary.encode(caption)[: self._keep]
-        # Stop words leave after the cut, so that they take their places within it as in the reference's tokenizer.
+        # Stop words leave after the cut: without them no word comes in that lay beyond it.
         return sorted(set(ids) - self.dropped) if self.dropped else sorted(set(ids))
 
     def tokens(self, caption: str) -> list[int]:

@@ -23,7 +23,7 @@ def soft_label_loss(
     label_weights: Tensor,
     *,
     kind: str | LabelLoss = "softmax",
-    # 25 MB of bf16 logits at V = 49,408. Not the 16 rows that Liger's rule gives here: the head's weight would be read anew for each.
+    # 25 MB of bf16 logits at V = 49,408. Not the 16 rows of Liger's rule: the head's weight would be read anew for each chunk.
     chunk_rows: int = 256,
 ) -> Tensor:
     """Mean over the rows that have labels of the soft-label loss; 0 if no row has any.
@@ -73,7 +73,7 @@ def soft_label_loss_sum(
     loss = make_kind(kind) if isinstance(kind, str) else kind
     _check(features, weight, ids, offsets, label_weights, chunk_rows)
     device = features.device
-    # Validation and tests leave labels on the CPU; L of them are nothing beside the features, so they follow.
+    # Callers may keep labels on the CPU: L ids are little beside the features.
     ids, offsets = ids.to(device), offsets.to(device)
     rows = row_of_label(offsets, ids.numel())
     # Weights are statistics of the data; a gradient into them would reward making labels unimportant.
@@ -183,7 +183,7 @@ def _sweep(inputs: tuple[Any, ...], loss: LabelLoss, chunk_rows: int, compute: t
     # The dtypes are chosen above; what a kind of loss computes on the wide buffer must stay wide.
     with torch.autocast(autocast_device(features), enabled=False):
         starts = range(0, len(x), chunk_rows)
-        # A kind that compares the pictures of a label needs whole columns before its first gradient: one more product with the head.
+        # A kind that compares the pictures of a label needs whole columns before its first gradient: one more product.
         for start in starts if loss.columns else ():
             z = forward(start)
             seen = loss.look(z, labels.chunk(start, len(z)), seen)

@@ -101,7 +101,7 @@ class BinaryCrossEntropy:
         """Gradients: ``sigmoid(z)`` of negatives, ``-u sigmoid(-z)`` of positives."""
         # Folded into the weights: dividing at the end would be another pass over the logits.
         scale = 1.0 / z.shape[1] if self.mean else 1.0
-        # Read before the next line hides them: at -inf softplus and sigmoid are 0, so the sums below are over negatives alone.
+        # Read before the next line hides them.
         positive, strength = z[labels.row, labels.ids], labels.weights * labels.counts * scale
         exclude_labels(z, labels)
         # W is 0 for a row without labels, which would otherwise teach that its picture shows none of V things.
@@ -177,8 +177,8 @@ class TwoWay:
         """Log-sum-exps of every column over the rows so far: negatives float[V], positives float[V], and the labelled rows."""
         negative, positive, rows = seen if seen is not None else (*z.new_full((2, z.shape[1]), -torch.inf), z.new_zeros(()))
         # Before the labels are excluded: their logits are still there.
-        # Running log-sum-exps, so that chunks add up as if they were one, without an overflow on the way.
         here = self._positive_terms(z[labels.row, labels.ids], labels)
+        # In the log domain, so that chunks add up as if they were one, without an overflow on the way.
         positive = torch.logaddexp(positive, scatter_logsumexp(here, labels.ids, z.shape[1]))
         exclude_labels(z, labels)
         z.div_(self.temperature_negative).masked_fill_((labels.row_weight == 0)[:, None], -torch.inf)

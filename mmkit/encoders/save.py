@@ -67,6 +67,7 @@ def save_encoder(
             shutil.copyfile(labels.file, temporary / note["labels"]["file"])
     if extra is not None:
         note["extra"] = extra
+    # A file of its own, so that config.json holds what timm knows and nothing else.
     _write_json(temporary / "mmkit.json", note)
     if write_more is not None:
         write_more(temporary)
@@ -178,6 +179,7 @@ def encoder_folder(path: str | Path) -> Path:
     path = Path(path)
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+            # A language model's folder holds files of the same names.
             if "architecture" in _read_json(folder / "config.json"):
                 return folder
             raise InputError("a model, but no timm encoder", where=folder, mend="give the encoder's folder or run")
@@ -217,12 +219,14 @@ def load_weights(module: torch.nn.Module, file: Path) -> None:
         dtype = next(value.dtype for value in state.values() if value.is_floating_point())
         module.to(dtype).load_state_dict(state)
     except (SafetensorError, RuntimeError, OSError) as error:
+        # torch lists every tensor that does not fit, hundreds of lines where another architecture was named.
         first = str(error).splitlines()[0]
         raise InputError(f"weights cannot be read: {first}", where=file, mend="write the folder again") from error
 
 
 def _write_weights(file: Path, module: torch.nn.Module) -> None:
     """Write a state dict as contiguous CPU tensors."""
+    # safetensors refuses tensors that are views with gaps.
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     save_file(state, file, metadata={"format": "pt"})
 

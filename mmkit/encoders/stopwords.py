@@ -39,6 +39,7 @@ def read_stop_words(choice: str | Sequence[str]) -> tuple[str, ...]:
         return ENGLISH
     path = Path(choice)
     try:
+        # A byte order mark, as some editors write it, would become part of the first word.
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         what = "no such list of stop words" if not path.exists() else f"cannot be read ({error})"
@@ -46,6 +47,7 @@ def read_stop_words(choice: str | Sequence[str]) -> tuple[str, ...]:
     words = []
     for number, line in enumerate(lines, start=1):
         word = line.strip().lower()
+        # A stop word is compared with single tokens: two words in a line would never match, in silence.
         if len(word.split()) > 1 and not word.startswith("#"):
             raise InputError(f"{word!r} is more than a word", where=f"{path}:{number}", mend="write a word a line")
         if word and not word.startswith("#"):

@@ -94,6 +94,7 @@ class CaptionTokens:
     def __call__(self, caption: str) -> list[int]:
         """The C ids of a caption."""
         ids = [START, *_clip_labels().tokens(caption)[: self.context_length - 2], END]
+        # The tower pools at the largest id, which is END's, and looks only backwards: what stands behind it changes nothing.
         return ids + [0] * (self.context_length - len(ids))
 
 
@@ -155,6 +156,7 @@ class TextTower(nn.Module):
         self.context_length = context_length
         self.text = TextTransformer(vocab_size=VOCAB_SIZE, output_dim=embed_dim, **sizes)
         self.image_projection = nn.Linear(encoder_width, embed_dim, bias=False)
+        # As open_clip's projection of pictures (transformer.py:706).
         nn.init.normal_(self.image_projection.weight, std=encoder_width**-0.5)
         scale, bias = _STARTS[kind]
         # One element and not a scalar, which DeepSpeed cannot send; torch loads the one into the other (open_clip has scalars).
@@ -174,7 +176,9 @@ class TextTower(nn.Module):
             The embeddings; `logit_scale` is already the factor itself.
         """
         self.clamp_scale()
+        # In fp32: at 100 bf16 has steps of 0.5.
         scale = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).exp()
+        # A copy, since the loss uses it after this call, when ZeRO-3 has taken the parameter away.
         bias = self.logit_bias.clone().squeeze() if self.logit_bias is not None else None
         return Embeddings(self.encode_image(features), self.encode_text(tokens), scale.squeeze(), bias)
 

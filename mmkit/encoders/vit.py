@@ -97,6 +97,7 @@ class VisionEncoder(nn.Module):
         """Put the pixel statistics on a device, always in float32."""
         for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
             statistic = torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+            # Not in state dicts: mean and std are in config.json, and weights of other libraries have no such names.
             self.register_buffer(name, statistic, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionEncoder:
@@ -115,6 +116,7 @@ class VisionEncoder(nn.Module):
         Returns:
             float[B, 3, H, W] in the dtype of the weights.
         """
+        # Here and not in the loader: a uint8 picture is a quarter of the bytes on its way to the device.
         if pixels.dtype == torch.uint8:
             pixels = (pixels.float() / 255.0 - self.pixel_mean) / self.pixel_std
         assert pixels.is_floating_point(), f"pixels must be uint8 or float, not {pixels.dtype}"
@@ -143,6 +145,7 @@ class VisionEncoder(nn.Module):
         try:
             return self.backbone(self.normalise(pixels))
         finally:
+            # After an error too: the next call, perhaps of a validation, must see all patches.
             slot.keep = None
 
     def check_patch_drop(self) -> KeepPatches:
@@ -243,6 +246,7 @@ def build_encoder(
     """
     _check_name(architecture)
     superclass = layout == "superclass" and _is_plain_vit(architecture)
+    # What a recipe says in model_args has the last word over the layout.
     args = {**(SUPERCLASS_LAYOUT if superclass else {"num_classes": 0}), **(model_args or {})}
     # Convolutional models take any size and refuse the argument; timm marks the others as fixed.
     if superclass or timm.get_pretrained_cfg(architecture).fixed_input_size:
@@ -255,6 +259,7 @@ def build_encoder(
     trained_with = backbone.pretrained_cfg if pretrained else {}
     return VisionEncoder(
         backbone,
+        # Without the tag: it names published weights, and the folder will hold its own.
         architecture=architecture.partition(".")[0],
         model_args=args,
         image_size=image_size,
@@ -296,11 +301,13 @@ def _check_name(architecture: str) -> None:
 
 def _is_plain_vit(architecture: str) -> bool:
     """Whether timm builds this name with its `VisionTransformer`, whose tokens and pooling can be chosen."""
+    # By the module and not by the class: other families build the same class with parts of their own.
     return timm.model_entrypoint(architecture.partition(".")[0]).__module__ == "timm.models.vision_transformer"
 
 
 def _can_keep_patches(backbone: Any) -> bool:
     """Whether a model runs timm's plain ViT forward, where patches can leave before the blocks, and drops none by itself."""
+    # A subclass with its own forward would leave the module out or put it elsewhere.
     plain = isinstance(backbone, VisionTransformer) and type(backbone).forward_features is VisionTransformer.forward_features
     return plain and isinstance(backbone.patch_drop, nn.Identity)
 

@@ -97,7 +97,7 @@ class ClipVocabulary(ChunkedVocabulary):
         merges = [(first, second) for first, second in map(str.split, _merge_lines(self.path))]
         self._byte_text = _bytes_to_unicode()
         units = list(self._byte_text.values())
-        # This order is the order of the ids (open_clip/tokenizer.py:147-156).
+        # This order is the order of the ids (open_clip/tokenizer.py:147-154).
         self._tokens = [*units, *(unit + "</w>" for unit in units), *("".join(pair) for pair in merges), *_SPECIAL]
         self.size = len(self._tokens)
         self.start_of_text, self.end_of_text = self.size - 2, self.size - 1
@@ -153,7 +153,7 @@ def clean_lower(text: str) -> str:
 def _merge_lines(path: Path) -> list[str]:
     """The 48,894 merges that CLIP uses of the longer file (open_clip/tokenizer.py:148)."""
     with gzip.open(path, "rt", encoding="utf-8", newline="\n") as lines:
-        # The first line is a version; the list is cut where 49,152 ids are reached, less the bytes and the two special tokens.
+        # The first line is a version. 49,152 counts the 256 bytes once; with their word-final twins V is 49,408.
         return lines.read().split("\n")[1 : 49152 - 256 - 2 + 1]
 
 

@@ -43,6 +43,7 @@ class WordList(ChunkedVocabulary):
         words, counts = content.get("words"), content.get("counts")
         if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
             raise InputError("words must be a list of words", where=path, mend=_MEND)
+        # type and not isinstance: true is an int to Python and no count.
         if not isinstance(counts, list) or len(counts) != len(words) or not all(type(count) is int for count in counts):
             raise InputError(f"counts must be {len(words)} whole numbers, one a word", where=path, mend=_MEND)
         if type(content.get("captions")) is not int:

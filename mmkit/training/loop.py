@@ -88,6 +88,7 @@ def train(
     with Preemption() as preemption, contextlib.closing(log):
         for step in range(start, total):
             # Dropout and the like: the same numbers at this step whatever happened before it.
+            # No two of (seed, step, rank) share a number below a million steps and 4,096 ranks.
             torch.manual_seed((settings.seed * 1_000_003 + step) * 4096 + engine.rank)
             began = time.monotonic()
             micro, left_out = _read_step(batches, engine.accumulation)

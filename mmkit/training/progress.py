@@ -21,6 +21,7 @@ class ProgressLine:
         self._every = every_seconds
         self._start, self._began, self._last = start, time.monotonic(), 0.0
         self._bar: Progress | None = None
+        # Redrawn in place, a bar would fill a log file with control characters.
         if show and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
@@ -38,6 +39,7 @@ class ProgressLine:
         now = time.monotonic()
         if now - self._last >= self._every or step == self.total:
             self._last = now
+            # By the steps of this process: those before an interruption took none of its time.
             left = (now - self._began) / max(1, step - self._start) * (self.total - step)
             logger.info("%s: step %d/%d  %s  %.0f s left", self.title, step, self.total, info, left)
 

@@ -206,6 +206,8 @@ def _memory_gib(device: torch.device) -> float:
     """Peak memory so far: of the GPU's allocator, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    # Imported here: the module exists on Unix only.
     import resource
 
+    # Linux gives KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

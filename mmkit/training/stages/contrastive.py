@@ -95,6 +95,7 @@ class ContrastiveObjective(Objective):
         self.kind, self.gather, self.chunk_rows = kind, gather, chunk_rows
         self.frozen_encoder = frozen_encoder
         if frozen_encoder:
+            # Eval mode as well: drop path would make the features of a locked tower random.
             encoder.requires_grad_(False).eval()
         self._planned: deque[_Planned] = deque()
         self._collected: list[tuple[Tensor, Embeddings]] | None = None
@@ -121,6 +122,7 @@ class ContrastiveObjective(Objective):
         found: Embeddings = self.tower(features, batch["text"])
         if self._collected is not None:
             self._collected.append((features, found))
+            # The pass of `prepare` wants the embeddings and no loss.
             return found.image.new_zeros(())
         if planned is not None:
             return _carry(planned, found)
@@ -139,6 +141,7 @@ class ContrastiveObjective(Objective):
         image, text, scale, bias = found
         # Side by side, so that both travel in one collective.
         joined = torch.cat([image, text], dim=1)
+        # In eval mode no gather: a validation group is on one process as a whole, whatever their number.
         everyone, offset = self.gather(joined) if self.training else (joined, 0)
         all_image, all_text = everyone.split(image.shape[1], dim=1)
         if self.kind == "infonce":
@@ -155,6 +158,7 @@ class ContrastiveObjective(Objective):
         random, found = self._collect(batches)
         sizes = [len(b["text"]) for b in batches]
         image, text = (torch.cat([getattr(e, side) for _, e in found]) for side in ("image", "text"))
+        # Scale and bias are the same in every micro-batch, so the first one's stand for all.
         leaves = Embeddings(image, text, *found[0][1][2:])
         with torch.enable_grad():
             wanted = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
@@ -176,6 +180,7 @@ class ContrastiveObjective(Objective):
         try:
             with torch.no_grad():
                 for batch in batches:
+                    # The second pass must drop what this one drops, or the planned gradient would belong to other embeddings.
                     random.append(_random_state(batch["text"].device))
                     # Through the module's own call: that is where ZeRO-3 notices that a pass begins.
                     self(batch)
@@ -209,6 +214,7 @@ def _carry(planned: _Planned, found: Embeddings) -> Tensor:
 def _retrieval(found: Embeddings) -> dict[str, Tensor]:
     """Rows whose nearest neighbour on the other side is their own, as scalars."""
     with torch.autocast(found.image.device.type, enabled=False):
+        # In bf16 cosines near 1 have steps of 0.004, and neighbours would tie.
         cosines = found.image @ found.text.T
     own = torch.arange(len(cosines), device=cosines.device)
     to_text, to_image = cosines.argmax(dim=1), cosines.argmax(dim=0)

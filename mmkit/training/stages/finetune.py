@@ -66,6 +66,7 @@ class FinetuneObjective(Objective):
             return self._entropy(self.classifier(self.encoder(pixels)).float(), targets)
         # After normalising: uint8 pictures would round when they are mixed.
         mixed = mix(self.encoder.normalise(pixels), mixup=self.mixup, cutmix=self.cutmix)
+        # Under autocast logits are bf16, too coarse for a log-sum-exp.
         logits = self.classifier(self.encoder(mixed.pixels)).float()
         # Twice the cross entropy of hard targets is that of mixed ones, and no [B, C] target is needed.
         own, other = self._entropy(logits, targets), self._entropy(logits, targets.flip(0))
@@ -136,6 +137,7 @@ def _open_sets(recipe: FinetuneRecipe) -> tuple[LabelledSource, LabelledSource, 
     train, test = open_labelled(data.train, data), open_labelled(data.test, data)
     # Before training: the score at the end would be refused otherwise.
     test.targets(train.classes)  # refuses a class that training has not
+    # Classes are numbered by training: a test set that lacks one must not shift the others.
     return train, test, train.classes
 
 

@@ -115,6 +115,7 @@ class FinetuneSamples:
 def _rand_augment(name: str, size: int) -> Any:
     """Timm's RandAugment (arXiv 1909.13719) by its name, shifts scaled to the picture and gaps filled with CLIP's mean colour."""
     try:
+        # 0.45 of the side as in timm's own training transforms (transforms_factory.py).
         policy = rand_augment_transform(name, {"translate_const": int(size * 0.45), "img_mean": (122, 116, 104)})
     except (AssertionError, ValueError, KeyError) as error:
         what = f"no RandAugment {name!r}{f' ({error})' if str(error) else ''}"

@@ -160,6 +160,7 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
             """The counts go with the model: a later run may weigh its labels by them."""
             if idf is not None:
                 counted = labels.for_table()
+                # The table's own length says it.
                 del counted["vocab_size"]
                 save_table(inside / "idf.safetensors", idf.df, int(idf.n), name=labels.name, **counted)
 
