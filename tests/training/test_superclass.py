@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pipeline
@@ -305,3 +310,31 @@ def test_knn_can_be_watched_in_every_pretraining_stage(stage, tmp_path):
     made = run(tmp_path / stage, f"stage={stage}", "text.context_length=16", *looks, "monitor.label=shape", "monitor.every=4")
     found = [row["knn_accuracy"] for row in pipeline.rows(made / "metrics.jsonl") if "knn_accuracy" in row]
     assert len(found) == 1 and 0 <= found[0] <= 1
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_continued_is_bit_equal_to_straight(tmp_path):
+    more = ["train.steps=60", "train.checkpoint_every=4", "encoder.patch_drop=0.25", "data.workers=1"]
+    straight = run(tmp_path / "straight", *more)
+    arguments = pipeline.superclass(tmp_path / "killed", *more)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for rows in (3, 14):
+        started = subprocess.Popen(
+            [sys.executable, "-m", "mmkit", *map(str, arguments)],
+            env=pipeline.environment(),
+            cwd=pipeline.root(),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        # Lines, not rows: the last one may be half written.
+        while (metrics.read_bytes().count(b"\n") if metrics.exists() else 0) < rows and started.poll() is None:
+            assert time.monotonic() < deadline, "the run makes no progress"
+            time.sleep(0.005)
+        os.killpg(started.pid, signal.SIGKILL)  # with its loader workers: nobody gets to clean up
+        started.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    assert pipeline.mmkit(*arguments) == 0
+    assert pipeline.losses(tmp_path / "killed") == pipeline.losses(straight)
+    assert pipeline.largest_difference(tmp_path / "killed", straight) == 0  # document counts included
