@@ -342,9 +342,10 @@ def test_export_and_bench_are_wired(call: Call, tmp_path: Path) -> None:
     import pipeline
 
     out, encoder = tmp_path / "exported", pipeline.trained("superclass")
-    call("ls")  # takes away what training may just have printed
     code, said, _ = call("export", encoder, out, "--format", "siglip")
-    assert (code, said) == (0, f"done: {out}\n") and (out / "config.json").is_file()
+    # The last line: other libraries print when they are first imported, and the shared encoder may just have been trained.
+    assert code == 0 and said.endswith(f"\ndone: {out}\n" if said.count("\n") > 1 else f"done: {out}\n")
+    assert (out / "config.json").is_file()
     assert "open_clip wants a text tower" in refused(call, "export", encoder, tmp_path / "x", "--format", "open_clip")
     code, said, _ = call("bench", "superclass-loss", "batch=4", "width=4", "vocab_size=9", "labels=2", "repeats=1", "threads=1")
     assert code == 0 and "memory, mmkit / published" in said and "B=4 D=4 V=9" in said
