@@ -118,7 +118,13 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         trainable_parameters=trainable,
     )
     data = recipe.data
-    settings = LoopSettings(seed=recipe.seed, workers=data.workers, max_skipped=max_skipped, title="/".join(run.path.parts[-2:]))
+    settings = LoopSettings(
+        seed=recipe.seed,
+        workers=data.workers,
+        max_skipped=max_skipped,
+        title="/".join(run.path.parts[-2:]),
+        prefetch=data.prefetch,
+    )
     tracker = None
     if engine.is_main:
         plain = recipe.model_dump(mode="json")

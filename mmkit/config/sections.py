@@ -47,19 +47,66 @@ class EncoderConfig(Section):
         return self
 
 
+DataKind = Literal["auto", "webdataset", "parquet", "coco", "pairs", "llava", "folder", "hf"]
+
+
+class SourceConfig(Section):
+    """One data set of several in ``data.train``."""
+
+    path: str
+    weight: float | None = Field(None, gt=0, description="share of the draws, relative; null: all samples once an epoch")
+    type: DataKind = "auto"
+    image_root: str | None = None
+
+
 class DataConfig(Section):
     """Where the samples come from and how a picture becomes a square of pixels."""
 
-    train: str
+    train: str | tuple[str | SourceConfig, ...] = Field(
+        description="file, folder, shards (a-{000..123}.tar, glob, s3:// hf:// http://), hf:NAME[@SPLIT], or a list"
+    )
     val: str | None = None
-    type: Literal["auto", "webdataset", "coco", "pairs", "llava"] = "auto"
+    type: DataKind = "auto"
     image_root: str | None = None
     val_image_root: str | None = None
+    image: str = Field("image", description="key or column of the picture, in rows and tables")
+    caption: str = Field("caption", description="key or column of the caption, in rows and tables")
+    streaming: bool = Field(False, description="read the files behind hf:NAME as they are needed, instead of loading all of it")
+    shuffle_window: int = Field(100_000, ge=1, description="samples within which shards are shuffled, rounded up to whole shards")
+    cache: str | None = Field(None, description="folder for fetched shards and indexes; null: $MMKIT_CACHE or ~/.cache/mmkit")
+    cache_gib: float = Field(50.0, gt=0, description="fetched shards kept at one time; hold at least a window of them")
     workers: int = Field(4, ge=0)
-    limit: int | None = Field(None, ge=1, description="use the first N samples only")
+    prefetch: int = Field(2, ge=1, description="batches that each worker makes ahead")
+    limit: int | None = Field(None, ge=1, description="use the first N samples only (of each source)")
     max_skipped: float = Field(0.01, ge=0, le=1, description="share of samples that may be unreadable before the run stops")
     # From the header: by the time the pixels are there, the memory is spent.
     max_pixels: int = Field(100_000_000, ge=1, description="a picture with more is left out from its header alone")
+
+    @model_validator(mode="after")
+    def _sources_agree(self) -> DataConfig:
+        if not self.sources:
+            raise ValueError("train is an empty list: give at least one data set")
+        weighted = [source.weight is not None for source in self.sources]
+        # A missing weight could mean 1, or the data set's size: both are likely to be wrong.
+        if any(weighted) != all(weighted):
+            raise ValueError("give each of the data sets in train a weight, or none of them")
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The data sets in ``train``, each with its kind and folder."""
+        listed = (self.train,) if isinstance(self.train, str) else self.train
+        plain = [SourceConfig(path=s) if isinstance(s, str) else s for s in listed]
+        # Those of the section hold where a source has none of its own.
+        return tuple(
+            SourceConfig(
+                path=s.path,
+                weight=s.weight,
+                type=self.type if s.type == "auto" else s.type,
+                image_root=s.image_root or self.image_root,
+            )
+            for s in plain
+        )
 
 
 class PairDataConfig(DataConfig):
@@ -257,6 +304,7 @@ class LabelledDataConfig(Section):
     image_root: str | None = None
     classes: str | None = Field(None, description="class names for zero-shot: imagenet, JSON list or object, or a name a line")
     workers: int = Field(4, ge=0)
+    prefetch: int = Field(2, ge=1, description="batches that each worker makes ahead")
     # Drawn, unlike the limit on pairs: image folders come sorted by class, so the first N could be one class.
     limit: int | None = Field(None, ge=1, description="pictures of each set, drawn once")
     max_pixels: int = Field(100_000_000, ge=1)

@@ -8,13 +8,13 @@ import math
 import struct
 import warnings
 import zlib
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from mmkit.data.reading import read_file, read_range
 from mmkit.data.skipped import SampleError
 
 Fit = Literal["squash", "crop", "pad"]
@@ -51,14 +51,7 @@ class ImageRef:
         Raises:
             SampleError: Missing or unreadable file.
         """
-        try:
-            with Path(self.path).open("rb") as file:
-                file.seek(self.offset)
-                return file.read(self.size)
-        except OSError as error:
-            raise SampleError(f"cannot be read ({error.strerror})") from None
-        except ValueError as error:  # a name with a NUL or a lone surrogate
-            raise SampleError(f"cannot be read ({error})") from None
+        return read_file(self.path) if self.size < 0 else read_range(self.path, self.offset, self.size)
 
 
 def decode_image(data: bytes, *, max_pixels: int = 100_000_000) -> Image.Image:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mmkit.data.pairs import Pair, open_pairs
+from mmkit.data.pairs import Pair
+from mmkit.data.sources import open_pairs
 from mmkit.errors import InputError
 
 if TYPE_CHECKING:

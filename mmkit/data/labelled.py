@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from mmkit.config import LabelledDataConfig
 from mmkit.data.images import ImageRef
-from mmkit.data.pairs import _IMAGE_SUFFIXES, _shard_samples, expand_shards, safe_image_path
-from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.data.pairs import safe_image_path
+from mmkit.data.sources.columns import data_roots, follow_picture, load_rows
+from mmkit.data.sources.locate import HUB, expand
+from mmkit.data.sources.tars import IMAGE_SUFFIXES, group_members, map_file
 from mmkit.errors import InputError
 from mmkit.files import hash_text
-
-_HF = "hf:"
 
 
 # A picture is a byte range of a file or a row of an Arrow table; readers of features and probes need not know which.
@@ -105,19 +105,14 @@ class _Column:
     rows: Any
     column: str
     numbers: list[int]
+    roots: tuple[Path, ...]
 
     def read(self, index: int) -> bytes:
         # An undecoded picture is {"bytes", "path"}, either of which may be None.
-        value = self.rows[self.numbers[index]][self.column]
-        if value is not None and value["bytes"] is not None:
-            data: bytes = value["bytes"]
-            return data
-        if value is None or not value["path"]:
-            raise SampleError("the row has no picture")
-        return ImageRef(value["path"]).read()
+        return follow_picture(self.rows[self.numbers[index]][self.column], self.roots)
 
     def take(self, kept: list[int]) -> _Column:
-        return _Column(self.rows, self.column, [self.numbers[i] for i in kept])
+        return _Column(self.rows, self.column, [self.numbers[i] for i in kept], self.roots)
 
     def stamps(self) -> tuple[list[str], list[str]]:
         """Row numbers; the data set's own fingerprint stands for the content."""
@@ -187,7 +182,7 @@ def is_number(label: str) -> bool:
 def _kind(location: str) -> str:
     """The kind of a set by its name and what lies there."""
     path = Path(location)
-    if location.startswith(_HF):
+    if location.startswith(HUB):
         return "hf"
     if path.is_dir():
         # Image folders hold their pictures in sub-folders, so a tar right here decides.
@@ -203,7 +198,7 @@ def _read_folder(location: str, data: LabelledDataConfig) -> _Read:
     if not Path(location).is_dir():
         raise InputError("no such folder", where=location, mend="check data.train and data.test")
     # Sorted: glob gives the file system's order, which differs between machines.
-    files = sorted(p for p in Path(location).glob("*/*") if p.suffix.lower() in _IMAGE_SUFFIXES)
+    files = sorted(p for p in Path(location).glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES)
     return _Read(_Files([ImageRef(str(p)) for p in files]), [str(p) for p in files], [p.parent.name for p in files])
 
 
@@ -244,24 +239,25 @@ def _class_name(value: object) -> str:
 def _read_shards(location: str, data: LabelledDataConfig) -> _Read:
     """Tar shards; the class of ``KEY.jpg`` is in ``KEY.cls``."""
     refs, keys, labels = [], [], []
-    left_out: list[LeftOut] = []
     mend = "write the shard again, each picture with its class in a .cls beside it"
-    for shard in expand_shards(location):
-        for key, members in _shard_samples(shard, left_out):
+    for shard in expand(location, ".tar"):
+        left_out: list[tuple[str, str]] = []
+        for key, members in group_members(map_file(Path(shard)), left_out):
             where = f"{shard}:{key}"
-            image = next((members[s] for s in _IMAGE_SUFFIXES if s in members), None)
+            image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
             # Refused, where pairs leave the sample out: a score over the remaining ones would be another score.
             if image is None or ".cls" not in members:
                 raise InputError(f"no {'picture' if image is None else '.cls'}", where=where, mend=mend)
             try:
-                labels.append(_class_name(members[".cls"].read().decode("utf-8")))
+                label = members[".cls"]
+                labels.append(_class_name(ImageRef(shard, label.offset, label.size).read().decode("utf-8")))
             except ValueError as error:
                 raise InputError(f".cls: {error}", where=where, mend=mend) from None
-            refs.append(image)
+            refs.append(ImageRef(shard, image.offset, image.size))
             keys.append(where)
         # The shared shard reader is lenient and only lists what it left out; here each of those ends the run.
         if left_out:
-            raise InputError(left_out[0].reason, where=f"{shard}:{left_out[0].key}", mend="write or fetch the shard again")
+            raise InputError(left_out[0][1], where=f"{shard}:{left_out[0][0]}", mend="write or fetch the shard again")
     return _Read(_Files(refs), keys, labels)
 
 
@@ -270,8 +266,8 @@ def _read_hugging_face(location: str, data: LabelledDataConfig) -> _Read:
     # Slow to import, and no other kind of set needs it.
     import datasets
 
-    name, _, split = location.removeprefix(_HF).partition("@")
-    rows = _load_rows(name, split, location)
+    name, _, split = location.removeprefix(HUB).partition("@")
+    rows = load_rows(name, split, location)
     for column in (data.image, data.label):
         if column not in rows.column_names:
             mend = f"set data.image and data.label; there are {', '.join(rows.column_names)}"
@@ -291,30 +287,5 @@ def _read_hugging_face(location: str, data: LabelledDataConfig) -> _Read:
         raise InputError(f"column {data.label!r}: {error}", where=location, mend=mend) from None
     # Without decoding: the bytes go through the same decoder as every other picture.
     pictures = rows.select_columns([data.image]).cast_column(data.image, datasets.Image(decode=False))
-    return _Read(_Column(pictures, data.image, numbers), [f"{location} row {i}" for i in numbers], labels, names)
-
-
-def _load_rows(name: str, split: str, location: str) -> Any:
-    """One split of a data set on disk or on the hub."""
-    import datasets
-
-    folder = Path(name)
-    # What save_to_disk writes for several splits and for one; load_dataset does not read that layout as a data set.
-    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-    try:
-        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split or None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        what = f"cannot be loaded ({' '.join(str(error).split())})"
-        # On one line: these messages run over several, and an input error is one.
-        raise InputError(what, where=location, mend="check the name, the split after @, and the network") from None
-    if isinstance(found, datasets.DatasetDict):
-        if not split and len(found) == 1:
-            split = next(iter(found))
-        if split not in found:
-            what = f"no split {split!r}" if split else "which split is not said"
-            raise InputError(what, where=location, mend=f"write {_HF}{name}@SPLIT with one of {', '.join(found)}")
-        return found[split]
-    # A single saved split ignores the wish; scoring another split than the one named must not pass in silence.
-    if saved and split and str(found.split) != split:
-        raise InputError(f"this is no split {split!r}", where=location, mend=f"leave @{split} away")
-    return found
+    undecoded = _Column(pictures, data.image, numbers, data_roots(name))
+    return _Read(undecoded, [f"{location} row {i}" for i in numbers], labels, names)

@@ -1,27 +1,26 @@
-"""Data order as a pure function of (seed, epoch, position), and the loader that follows it.
+"""Data order as a pure function of (seed, epoch, position).
 
 Nothing here depends on the number of loader workers or on what happened before: to go on at step ``k`` is to ask for step ``k``.
-The global batch of a step is the same for every world size; a rank takes its share of it.
+The global batch of a step is the same for every world size; a rank takes its share of it. An epoch permutes the shards and
+shuffles the samples within windows of them, so asking for any position costs one window, whatever the size of the data set.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from numpy.typing import NDArray
 
-from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.data.layout import Layout, Part
 
-T = TypeVar("T")
-# Covariant: a protocol that only hands samples out must take a set of a more special kind.
-T_co = TypeVar("T_co", covariant=True)
+# Draws between which the shares of a mixture hold exactly.
+_BLOCK = 10_000
+Ints = NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +31,12 @@ class Position:
     index: int
 
 
-class Order:
-    """Seeded permutation of each epoch; a run reads positions 0, 1, 2, ... through the epochs without a gap."""
+class Order(ABC):
+    """A run reads positions 0, 1, 2, ... through the epochs without a gap."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        assert size > 0, "an order needs at least one sample"
-        self.size = size
-        self.seed = seed
-        # Two: a batch may straddle two epochs, and drawing a permutation anew for every position would cost O(size) each.
-        self._permutation = functools.lru_cache(maxsize=2)(self._permute)
-
-    def _permute(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        # Its own generator: the order must not move when a model or a library draws one number more from a global one.
-        return np.random.default_rng([self.seed, epoch]).permutation(self.size)
-
+    @abstractmethod
     def positions(self, start: int, count: int) -> list[Position]:
         """Samples at global positions ``start`` to ``start + count - 1``."""
-        found = []
-        for p in range(start, start + count):
-            # Without a gap: the last batch of an epoch is filled from the next one, so none is short and none is dropped.
-            epoch, place = divmod(p, self.size)
-            found.append(Position(epoch, int(self._permutation(epoch)[place])))
-        return found
 
     def micro_batches(
         self, *, first_step: int, last_step: int, batch_size: int, micro_batch_size: int, rank: int, world_size: int
@@ -73,121 +56,120 @@ class Order:
                 yield self.positions(step * batch_size + offset, micro_batch_size)
 
 
-class SampleSet(Protocol[T_co]):
-    """What a stage trains on: samples by position, with their own random numbers."""
+class _Epoch(NamedTuple):
+    """The plan of one epoch: shards in their order i64[C], first shard i64[W + 1] and first sample i64[W + 1] of each window."""
 
-    def __len__(self) -> int:
-        """Number of samples."""
-        ...
-
-    def load(self, index: int, rng: np.random.Generator) -> T_co:
-        """Sample ``index``; ``rng`` drives its augmentation. Raises SampleError when it cannot be used."""
-        ...
-
-    def describe(self, index: int) -> tuple[str, str]:
-        """Source and key of sample ``index`` for the list of left-out samples."""
-        ...
+    shards: Ints
+    first_shard: Ints
+    first_sample: Ints
 
 
-class Drawn(NamedTuple, Generic[T]):
-    """A sample that was loaded, and what had to be left out to get one."""
+class ShuffledOrder(Order):
+    """Epochs of one source: shards permuted, samples shuffled within windows of shards."""
 
-    sample: T
-    left_out: list[LeftOut]
+    def __init__(self, part: Part, seed: int) -> None:
+        assert part.size > 0 and part.chunks.min() > 0, "an order needs at least one sample, and no shard without"
+        self.part, self.size, self.seed = part, part.size, seed
+        self._starts = np.cumsum(part.chunks) - part.chunks
+        # Two: a batch may straddle two epochs or windows, and drawing a permutation anew for every position would cost O(size).
+        self._epoch = functools.lru_cache(maxsize=2)(self._plan)
+        self._window = functools.lru_cache(maxsize=2)(self._shuffle)
+
+    def _plan(self, epoch: int) -> _Epoch:
+        """The windows of an epoch."""
+        count, window = len(self.part.chunks), self.part.window
+        if window is None or window >= self.size:
+            # All in one window, where the order of the shards would be shuffled away.
+            return _Epoch(np.arange(count), np.asarray([0, count]), np.asarray([0, self.size]))
+        # Its own generator: the order must not move when a model or a library draws one number more from a global one.
+        shards = np.random.default_rng([self.seed, epoch]).permutation(count)
+        ends = np.cumsum(self.part.chunks[shards])
+        # A shard belongs to the window that its first sample falls into: whole shards, and no window without any.
+        number = (ends - self.part.chunks[shards]) // window
+        first_shard = np.concatenate([[0], np.flatnonzero(np.diff(number)) + 1, [count]])
+        return _Epoch(shards, first_shard, np.concatenate([[0], ends[first_shard[1:] - 1]]))
+
+    def _shuffle(self, epoch: int, window: int) -> Ints:
+        """Indices of the samples of a window, shuffled: i64[samples]."""
+        plan = self._epoch(epoch)
+        shards = plan.shards[plan.first_shard[window] : plan.first_shard[window + 1]]
+        if len(plan.first_shard) == 2:
+            return np.random.default_rng([self.seed, epoch]).permutation(self.size)
+        # Written out without a loop: each shard's numbers are its start and what follows it.
+        sizes = self.part.chunks[shards]
+        offsets = self._starts[shards] - (np.cumsum(sizes) - sizes)
+        indices = np.repeat(offsets, sizes) + np.arange(int(sizes.sum()))
+        # From 1 on: a seed that ends in 0 is the one without it, which permutes the shards.
+        np.random.default_rng([self.seed, epoch, window + 1]).shuffle(indices)
+        return indices
+
+    def positions(self, start: int, count: int) -> list[Position]:
+        """Samples at global positions ``start`` to ``start + count - 1``."""
+        found: list[Position] = []
+        while count:
+            # Without a gap: the last batch of an epoch is filled from the next one, so none is short and none is dropped.
+            epoch, place = divmod(start, self.size)
+            first = self._epoch(epoch).first_sample
+            window = int(np.searchsorted(first, place, side="right")) - 1
+            inside = place - int(first[window])
+            indices = self._window(epoch, window)[inside : inside + count].tolist()
+            found += [Position(epoch, index) for index in indices]
+            start, count = start + len(indices), count - len(indices)
+        return found
 
 
-class ReplacingSet(Dataset[Drawn[T]]):
-    """Replaces a sample that cannot be used by another one, deterministically, and says so."""
+class MixedOrder(Order):
+    """Draws from several sources by weight, each of which goes through epochs of its own.
 
-    # At a tenth of unreadable samples 50 misses in a row do not happen by chance; then something else is broken.
-    ATTEMPTS = 50
+    Every 10,000 draws hold each source's share exactly, in random order: no source runs ahead, and a position is found
+    without looking at those before it.
+    """
 
-    def __init__(self, samples: SampleSet[T], seed: int) -> None:
-        self.samples = samples
+    def __init__(self, parts: tuple[Part, ...], seed: int) -> None:
         self.seed = seed
+        self.orders = [ShuffledOrder(part, _seed_of(seed, i)) for i, part in enumerate(parts)]
+        self._offsets = np.cumsum([0, *(part.size for part in parts)])
+        self._counts = shares([part.weight or 0.0 for part in parts])
+        self._block = functools.lru_cache(maxsize=2)(self._draw)
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def _draw(self, block: int) -> tuple[Ints, Ints]:
+        """For each draw of a block its source, and how many draws of that source came before in the block: i64[10,000] each."""
+        chosen = np.random.default_rng([self.seed, block]).permutation(np.repeat(np.arange(len(self._counts)), self._counts))
+        rank = np.zeros(_BLOCK, dtype=np.int64)
+        for source, count in enumerate(self._counts):
+            rank[chosen == source] = np.arange(count)
+        return chosen, rank
 
-    def __getitem__(self, position: Position) -> Drawn[T]:
-        """The sample at a position, or its replacement.
-
-        Raises:
-            SampleError: No usable sample in 50 attempts: the data set is broken.
-        """
-        epoch, index = position.epoch, position.index
-        left_out: list[LeftOut] = []
-        for attempt in range(self.ATTEMPTS):
-            # Keyed by the sample and not by the worker or its place in the batch, so that neither changes a crop.
-            rng = np.random.default_rng([self.seed, epoch, position.index, attempt])
-            try:
-                return Drawn(self.samples.load(index, rng), left_out)
-            except SampleError as error:
-                source, key = self.samples.describe(index)
-                left_out.append(LeftOut(source, key, str(error)))
-                # A random other sample, not the next one: neighbours of a bad shard are often bad too.
-                index = int(rng.integers(len(self.samples)))
-        # The last reason stands for all: it is what a user can start from.
-        last = left_out[-1]
-        raise SampleError(f"{self.ATTEMPTS} samples in a row cannot be used, the last: {last.source} {last.key}: {last.reason}")
+    def positions(self, start: int, count: int) -> list[Position]:
+        """Samples at global positions ``start`` to ``start + count - 1``."""
+        found = []
+        for p in range(start, start + count):
+            block, place = divmod(p, _BLOCK)
+            chosen, rank = self._block(block)
+            source = int(chosen[place])
+            drawn = self.orders[source].positions(block * int(self._counts[source]) + int(rank[place]), 1)[0]
+            found.append(Position(drawn.epoch, drawn.index + int(self._offsets[source])))
+        return found
 
 
-def make_loader(
-    samples: SampleSet[T],
-    collate: Callable[[list[T]], dict[str, Any]],
-    micro_batches: Sequence[list[Position]] | Iterator[list[Position]],
-    *,
-    seed: int,
-    workers: int,
-    pin_memory: bool,
-) -> Iterator[tuple[dict[str, Any], list[LeftOut]]]:
-    """Batches in exactly the given order, with what was left out to fill them.
-
-    Args:
-        samples: The data set.
-        collate: Turns a list of samples into a batch of tensors.
-        micro_batches: Positions of each batch.
-        seed: Seed of the augmentation.
-        workers: Loader processes; the result does not depend on it.
-        pin_memory: Copy batches to pinned memory for the device.
-    """
-    loader: DataLoader[Any] = DataLoader(
-        ReplacingSet(samples, seed),
-        batch_sampler=_Batches(micro_batches),
-        # No closure: where processes are not forked (macOS, Python 3.14), it must pickle.
-        collate_fn=functools.partial(_collate_drawn, collate),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        # The iterator is made once for the whole run, so there is nothing to keep workers for.
-        persistent_workers=False,
-        worker_init_fn=_one_thread if workers else None,
-    )
-    return iter(loader)
+def make_order(layout: Layout, seed: int) -> Order:
+    """The order of a data set."""
+    if len(layout.parts) > 1:
+        return MixedOrder(layout.parts, seed)
+    return ShuffledOrder(layout.parts[0], seed)
 
 
-def _collate_drawn(collate: Callable[[list[T]], dict[str, Any]], drawn: list[Drawn[T]]) -> tuple[dict[str, Any], list[LeftOut]]:
-    """The batch, and what was left out to fill it."""
-    return collate([d.sample for d in drawn]), [s for d in drawn for s in d.left_out]
+def shares(weights: list[float]) -> Ints:
+    """Draws of each source among 10,000, in proportion to positive weights (largest remainders): i64[sources]."""
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * _BLOCK
+    counts = np.floor(exact).astype(np.int64)
+    # Stable: of equal remainders the first source's is taken, on every machine.
+    for source in np.argsort(-(exact - counts), kind="stable")[: _BLOCK - int(counts.sum())]:
+        counts[source] += 1
+    return counts
 
 
-class _Batches(torch.utils.data.Sampler[list[Position]]):
-    """Hands the given batches to the DataLoader."""
-
-    def __init__(self, batches: Sequence[list[Position]] | Iterator[list[Position]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[Position]]:
-        return iter(self.batches)
-
-
-def _one_thread(worker: int) -> None:
-    """Loader workers leave the cores to each other, and signals to the main process.
-
-    A signal to the process group must reach the loop, which writes a checkpoint; a worker that died of it would end the run.
-    """
-    # Each worker would start a thread for every core.
-    torch.set_num_threads(1)
-    # SIGTERM itself stays: it is how torch ends a worker. In a group of its own a worker does not get its parent's.
-    os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _seed_of(seed: int, part: int) -> int:
+    """A seed of its own for each source, or equal sizes would mean equal permutations."""
+    state: NDArray[Any] = np.random.SeedSequence([seed, part + 1]).generate_state(2, np.uint32)
+    return int(state[0]) << 32 | int(state[1])

@@ -1,26 +1,41 @@
-"""Image-text pairs: COCO caption JSON, JSON lines, and webdataset tar shards, behind one small class.
+"""Image-text pairs behind one small interface: a list of shards, each of which gives any of its pairs by number.
 
-A source is an indexed list: picture and caption of sample ``i`` can be read without reading the others, so the order of a run is
-a pure function of (seed, epoch, position).
+Nothing of a pair is read before it is asked for, so the order of a run is a pure function of (seed, epoch, position) whatever the
+size of the data set, and memory does not grow with it. Readers of the formats are in ``mmkit/data/sources``.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import json
+import itertools
 import re
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from mmkit.data.images import ImageRef
-from mmkit.data.skipped import LeftOut
-from mmkit.errors import InputError
-from mmkit.files import hash_file, hash_text, read_json
+import numpy as np
+from numpy.typing import NDArray
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-# A caption is one line; every Unicode line end would otherwise shift line-based tools (evaluation.md section 2).
-_LINE_ENDS = re.compile(r"[\r\n\x0b\x0c\x85\u2028\u2029\x00]+")
+from mmkit.data.layout import Layout, Part
+from mmkit.data.skipped import LeftOut, SampleError
+
+# A caption is one line of text: line ends would shift line-based tools (evaluation.md section 2), and control characters, which
+# are left over from broken conversions, mean nothing to a reader. Tab is one of them.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+class Picture(Protocol):
+    """An encoded picture that is read when it is asked for. Hashable: equal ones are the same bytes."""
+
+    @property
+    def path(self) -> str:
+        """The file that holds it; another time of writing may mean other pixels."""
+        ...
+
+    def read(self) -> bytes:
+        """The bytes. Raises SampleError when they cannot be had."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,59 +44,115 @@ class Pair:
 
     source: str
     key: str
-    image: ImageRef
+    image: Picture
     caption: str
 
 
-@dataclasses.dataclass(frozen=True)
+class PairShard(Protocol):
+    """A piece of a data set that is opened as a whole: a tar, a row group, a file of rows."""
+
+    def __len__(self) -> int:
+        """Pairs in it."""
+        ...
+
+    def read(self, row: int) -> Pair:
+        """Pair ``row``. Raises SampleError when it cannot be used."""
+        ...
+
+    def describe(self, row: int) -> tuple[str, str]:
+        """Source and key of pair ``row``, for the list of left-out samples."""
+        ...
+
+
+class ListShard:
+    """Pairs that are in memory: what a reader makes that must see the whole file anyway."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, row: int) -> Pair:
+        """Pair ``row``."""
+        return self.pairs[row]
+
+    def describe(self, row: int) -> tuple[str, str]:
+        """Source and key of pair ``row``."""
+        return self.pairs[row].source, self.pairs[row].key
+
+
 class PairSource:
-    """All pairs of a data set.
+    """All pairs of a data set, or of a mixture of several.
 
     Attributes:
-        pairs: The usable ones, in file order.
-        left_out: Rows that cannot be used, with reasons.
-        fingerprint: Hash of the index files.
+        shards: The pieces, in the order of the location.
+        left_out: Rows that the index already had to leave out, with reasons.
+        fingerprint: Hash of what the data set is: names and sizes of its files, or the content of an index.
+        layout: What an order needs to know: shards, shuffle windows, weights.
     """
 
-    pairs: list[Pair]
-    left_out: list[LeftOut]
-    fingerprint: str
+    def __init__(self, shards: Sequence[PairShard], left_out: list[LeftOut], fingerprint: str, layout: Layout) -> None:
+        self.shards, self.left_out, self.fingerprint, self.layout = shards, left_out, fingerprint, layout
+        # Of the shards and not of the layout, whose last shard a limit may have shortened.
+        self._ends = list(itertools.accumulate(len(shard) for shard in shards))
 
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return self.layout.size
 
-def open_pairs(location: str, *, kind: str = "auto", image_root: str | None = None) -> PairSource:
-    """Read the index of a pair data set.
+    def read(self, index: int) -> Pair:
+        """Pair ``index``.
 
-    Args:
-        location: ``.jsonl`` rows ``{"image", "caption"}``, COCO caption ``.json``, or tar shards
-            (``shards/train-{00000..00009}.tar``, a glob, or a folder of tars).
-        kind: ``pairs``, ``coco``, ``webdataset``, or ``auto`` by the name.
-        image_root: Folder that image names are relative to; default: the index file's own folder.
+        Raises:
+            SampleError: It cannot be used; the loader takes another.
+        """
+        shard, row = self._locate(index)
+        return shard.read(row)
 
-    Raises:
-        InputError: Nothing there, broken JSON, or no usable sample.
-    """
-    if kind == "auto":
-        suffix = Path(location).suffix
-        # Folders, globs and brace ranges have no telling suffix; all of them are shards.
-        kind = {".jsonl": "pairs", ".json": "coco"}.get(suffix, "webdataset")
-    readers: dict[str, Callable[[str, Path], PairSource]] = {
-        "pairs": _read_jsonl,
-        "coco": _read_coco,
-        "webdataset": lambda where, _: _read_shards(where),
-    }
-    if kind not in readers:
-        raise InputError(f"data type {kind!r} holds no image-text pairs", where=location, mend=f"use {', '.join(readers)}")
-    source = readers[kind](location, Path(image_root) if image_root else Path(location).parent)
-    # With the first reason: a wrong image root or key makes every row bad in the same way, and that one line explains it.
-    if not source.pairs:
-        first = source.left_out[0] if source.left_out else None
-        why = f" ({len(source.left_out)} left out, the first, {first.key}: {first.reason})" if first else ""
-        raise InputError(f"no usable sample{why}", where=location, mend="check the path and the file's content")
-    return source
+    def describe(self, index: int) -> tuple[str, str]:
+        """Source and key of pair ``index``."""
+        shard, row = self._locate(index)
+        return shard.describe(row)
+
+    def _locate(self, index: int) -> tuple[PairShard, int]:
+        # bisect on a list: for single look-ups ten times faster than numpy's searchsorted.
+        number = bisect.bisect_right(self._ends, index)
+        return self.shards[number], index - (self._ends[number - 1] if number else 0)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (self.read(index) for index in range(len(self)))
+
+    def usable(self) -> tuple[list[Pair], NDArray[np.bool_], list[LeftOut]]:
+        """All pairs that can be read, in memory; which of all they are, bool[size]; and what could not be read."""
+        pairs, left_out = [], []
+        kept = np.ones(len(self), dtype=bool)
+        for index in range(len(self)):
+            try:
+                pairs.append(self.read(index))
+            except SampleError as error:
+                kept[index] = False
+                left_out.append(LeftOut(*self.describe(index), str(error)))
+        return pairs, kept, left_out
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """All pairs read into memory, for small sets."""
+        return list(self)
+
+    def take(self, limit: int | None) -> PairSource:
+        """The first ``limit`` pairs; None is all of them."""
+        if limit is None or limit >= len(self):
+            return self
+        kept = bisect.bisect_left(self._ends, limit) + 1
+        chunks = np.asarray([len(shard) for shard in self.shards[:kept]], dtype=np.int64)
+        chunks[-1] -= int(chunks.sum()) - limit
+        part = self.layout.parts[0]
+        return PairSource(self.shards[:kept], self.left_out, self.fingerprint, Layout((Part(chunks, part.window),)))
 
 
 def clean_caption(text: object) -> str:
-    """One line of text.
+    """One line of text, control characters made spaces.
 
     Raises:
         ValueError: Not a string, or empty; the message is the reason.
@@ -89,10 +160,22 @@ def clean_caption(text: object) -> str:
     if not isinstance(text, str):
         raise ValueError(f"caption is {type(text).__name__}, not a string")
     # JSON may spell a lone surrogate, which no tokenizer and no file takes; it becomes a question mark.
-    line = _LINE_ENDS.sub(" ", text).encode("utf-8", "replace").decode("utf-8").strip()
+    line = _CONTROLS.sub(" ", text).encode("utf-8", "replace").decode("utf-8").strip()
     if not line:
         raise ValueError("caption is empty")
     return line
+
+
+def decode_caption(data: bytes) -> str:
+    """A caption from the bytes of a file, cleaned.
+
+    Raises:
+        ValueError: Invalid UTF-8 or empty; the message is the reason.
+    """
+    try:
+        return clean_caption(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"caption: invalid UTF-8 at byte {error.start}") from None
 
 
 def safe_image_path(root: Path, name: object) -> Path:
@@ -112,162 +195,3 @@ def safe_image_path(root: Path, name: object) -> Path:
         raise ValueError(f"image {name!r} points outside the data folder")
     # No look whether it exists: millions of stats at start; a missing picture is found, replaced and listed when it is read.
     return root / path
-
-
-def _read_jsonl(location: str, root: Path) -> PairSource:
-    """Rows of a JSON-lines file; a bad row is left out with file and line."""
-    path = Path(location)
-    if not path.is_file():
-        raise InputError("no such file", where=location, mend="check data.train")
-    pairs: list[Pair] = []
-    left_out: list[LeftOut] = []
-    # Split at \n only: str.splitlines would also split inside captions (U+2028 is legal in JSON strings).
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        key = f"{path.name}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8"))
-            if not isinstance(row, dict):
-                raise ValueError(f"row is a {type(row).__name__}, not an object")
-            image = safe_image_path(root, row.get("image"))
-            caption = clean_caption(row.get("caption"))
-            pairs.append(Pair(location, f"{key} {row['image']}", ImageRef(str(image)), caption))
-        except UnicodeDecodeError as error:
-            left_out.append(LeftOut(location, key, f"invalid UTF-8 at byte {error.start}"))
-        # RecursionError: deeply nested brackets; json.loads raises it on a damaged line.
-        except (ValueError, RecursionError) as error:
-            left_out.append(LeftOut(location, key, " ".join(str(error).split())))
-    # The index alone stands for the data set: hashing the pictures would read all of them before the first step.
-    return PairSource(pairs, left_out, hash_file(path))
-
-
-def _read_coco(location: str, root: Path) -> PairSource:
-    """COCO caption annotations: a pair for each caption. Wrong fields and unknown images are refused, not left out."""
-    from mmkit.eval.scorers.formats import read_captions
-
-    path = Path(location)
-    read_captions(path)  # the scorer's strict reader: one set of rules for what a caption file is
-    data = read_json(path, mend="check data.train")
-    files = {image["id"]: image.get("file_name") for image in data["images"]}
-    pairs: list[Pair] = []
-    left_out: list[LeftOut] = []
-    for number, row in enumerate(data["annotations"], start=1):
-        # Annotation ids are optional: nothing but messages needs them.
-        key = f"{path.name}#{row.get('id', f'row {number}')}"
-        try:
-            name = files[row["image_id"]]
-            image = safe_image_path(root, name)
-            pairs.append(Pair(location, f"{key} {name}", ImageRef(str(image)), clean_caption(row["caption"])))
-        except ValueError as error:
-            left_out.append(LeftOut(location, key, str(error)))
-    return PairSource(pairs, left_out, hash_file(path))
-
-
-def expand_shards(location: str) -> list[Path]:
-    """Tar files of ``a-{000..123}.tar``, a glob, a folder, or one file, in name order.
-
-    Raises:
-        InputError: A named shard does not exist, or none matches.
-    """
-    braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", location)
-    if braces:
-        head, first, last, tail = braces.groups()
-        # A range names its shards, so a missing one is an error; a glob would train on fewer in silence.
-        names = [Path(f"{head}{i:0{len(first)}d}{tail}") for i in range(int(first), int(last) + 1)]
-    elif Path(location).is_dir():
-        names = sorted(Path(location).glob("*.tar"))
-    elif any(c in location for c in "*?["):
-        # Path.glob takes relative patterns only, hence the detour over the anchor.
-        names = sorted(Path(Path(location).anchor or ".").glob(location.removeprefix(Path(location).anchor)))
-    else:
-        names = [Path(location)]
-    missing = [p for p in names if not p.is_file()]
-    if missing or not names:
-        what = f"{len(missing)} shards are missing, the first is {missing[0]}" if missing else "no tar shard matches"
-        raise InputError(what, where=location, mend="check data.train")
-    return names
-
-
-def _read_shards(location: str) -> PairSource:
-    """Index tar shards once: key, caption, and the byte range of the picture."""
-    pairs: list[Pair] = []
-    left_out: list[LeftOut] = []
-    shards = expand_shards(location)
-    for shard in shards:
-        for key, members in _shard_samples(shard, left_out):
-            image = next((members[s] for s in _IMAGE_SUFFIXES if s in members), None)
-            # By key and never by neighbourhood: with one member missing, every later caption would slip to the next picture.
-            text = members.get(".txt")
-            if image is None or text is None:
-                left_out.append(LeftOut(str(shard), key, f"no {'picture' if image is None else '.txt caption'}"))
-                continue
-            try:
-                caption = clean_caption(text.read().decode("utf-8"))
-                pairs.append(Pair(str(shard), key, image, caption))
-            except UnicodeDecodeError as error:
-                left_out.append(LeftOut(str(shard), key, f"caption: invalid UTF-8 at byte {error.start}"))
-            except ValueError as error:
-                left_out.append(LeftOut(str(shard), key, str(error)))
-    # Names and sizes, not content: shards can be terabytes.
-    sizes = "\n".join(f"{p.name} {p.stat().st_size}" for p in shards)
-    return PairSource(pairs, left_out, hash_text(sizes))
-
-
-def _shard_samples(shard: Path, left_out: list[LeftOut]) -> Iterator[tuple[str, dict[str, ImageRef]]]:
-    """Members of a tar grouped by key (webdataset's rule: the name up to the first dot), each key once."""
-    groups: dict[str, dict[str, ImageRef]] = {}
-    # Keys that another key has followed: their members must lie together, a later one belongs to another sample.
-    closed: set[str] = set()
-    current = ""
-    size = shard.stat().st_size
-    try:
-        # Uncompressed only: in a compressed tar a member has no byte range that could be read by itself.
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                # The folder may hold dots; only those of the name end the key.
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if key != current:
-                    closed.add(current)
-                    current = key
-                # The first one stays: which of two pictures a caption belongs to is not known.
-                if key in closed or f".{suffix.lower()}" in groups.get(key, {}):
-                    left_out.append(LeftOut(str(shard), member.name, f"key {key} comes twice in this shard"))
-                    continue
-                # tarfile hands out a member before it knows whether its data are all there.
-                if member.offset_data + member.size > size:
-                    left_out.append(LeftOut(str(shard), key, "the shard is cut off here"))
-                    # With its other member too: a caption without its picture is of no use.
-                    groups.pop(key, None)
-                    break
-                ref = ImageRef(str(shard), member.offset_data, member.size)
-                groups.setdefault(key, {})[f".{suffix.lower()}"] = ref
-            else:
-                if fault := _end_fault(shard, tar.offset):
-                    left_out.append(LeftOut(str(shard), current or "(start)", fault))
-    except (tarfile.TarError, EOFError, OSError) as error:
-        left_out.append(LeftOut(str(shard), current or "(start)", f"the shard cannot be read on from here ({error})"))
-    yield from groups.items()
-
-
-def _end_fault(shard: Path, offset: int) -> str:
-    """What is wrong where tarfile stopped reading; empty when that is the end of a whole shard.
-
-    tarfile takes a missing end mark and a damaged header for the end, and says nothing.
-    """
-    with shard.open("rb") as file:
-        file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
-        # 1 MiB: tar pads with zeros to a record (10 KiB by default); more than that is another archive joined on.
-        rest = file.read(1 << 20)
-    if len(block) < tarfile.BLOCKSIZE:
-        return "the shard is cut off after this"
-    if any(block):
-        return "the shard is damaged after this"
-    if any(rest):
-        return "there is more after the shard's end mark, which is not read (joined with cat?)"
-    return "" if offset else "the shard is empty"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmkit.data.images import Fit, Pixels, decode_image, fit_square
 from mmkit.data.labelled import LabelledSource
-from mmkit.data.order import _one_thread
+from mmkit.data.loader import one_thread
 from mmkit.data.skipped import SampleError
 from mmkit.encoders.vit import VisionEncoder
 from mmkit.errors import InputError
@@ -81,7 +81,7 @@ def pixel_batches(
         # Else the non_blocking copies below would block.
         pin_memory=torch.cuda.is_available(),
         # Workers only: in the main process it would slow the encoder down and deafen it to Ctrl-C.
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=one_thread if workers else None,
     )
     for number, batch in enumerate(loader):
         if isinstance(batch, Tensor):

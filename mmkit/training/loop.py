@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import torch
 
 from mmkit.config import TrainConfig
-from mmkit.data.order import Order, make_loader
+from mmkit.data.layout import Layout
+from mmkit.data.loader import make_loader
+from mmkit.data.order import make_order
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.distributed.engine import Engine
 from mmkit.distributed.preemption import Preemption
@@ -144,7 +146,7 @@ def _batches(
     stage: Stage, engine: Engine, config: TrainConfig, settings: LoopSettings, start: int, total: int
 ) -> Iterator[tuple[Batch, list[LeftOut]]]:
     """This rank's micro-batches from step ``start`` on."""
-    order = Order(len(stage.samples), settings.seed)
+    order = make_order(stage.layout or Layout.flat(len(stage.samples)), settings.seed)
     micro_batches = order.micro_batches(
         first_step=start,
         last_step=total,
@@ -160,6 +162,8 @@ def _batches(
         seed=settings.seed,
         workers=settings.workers,
         pin_memory=engine.device.type == "cuda",
+        layout=stage.layout,
+        prefetch=settings.prefetch,
     )
 
 

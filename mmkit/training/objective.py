@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmkit.data.order import SampleSet
+from mmkit.data.layout import Layout
+from mmkit.data.loader import SampleSet
 from mmkit.data.skipped import LeftOut
 from mmkit.run import Parent
 
@@ -95,6 +96,7 @@ class Stage:
         data_fingerprint: Hash of the data's index: equal for stages that read the same samples.
         readings: Fingerprints of what the data are read with (labels, IDF table); a run does not go on with others.
         left_out: Rows that the index already had to leave out.
+        layout: Shards, shuffle windows and weights of the samples; None: all are shuffled alike.
         validation: Samples for the validation loss.
         validation_group: Validation samples that are seen together; None: a micro-batch.
         lr_of: Other learning rates by parameter-name prefix.
@@ -111,6 +113,7 @@ class Stage:
     data_fingerprint: str
     readings: dict[str, str] = dataclasses.field(default_factory=dict)
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
+    layout: Layout | None = None
     validation: SampleSet[Any] | None = None
     validation_group: int | None = None
     lr_of: dict[str, float] = dataclasses.field(default_factory=dict)

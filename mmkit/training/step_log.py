@@ -30,6 +30,7 @@ class LoopSettings:
     workers: int
     max_skipped: float
     title: str
+    prefetch: int = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ import math
 import torch
 
 from mmkit.config import TrainConfig
-from mmkit.data.order import Position, make_loader
+from mmkit.data.loader import make_loader
+from mmkit.data.order import Position
 from mmkit.data.skipped import LeftOut
 from mmkit.distributed.engine import Engine
 from mmkit.training.objective import Stage, to_device

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkit.data.order import Drawn, Order, Position, ReplacingSet, _collate_drawn, make_loader
+from mmkit.data.layout import Layout
+from mmkit.data.loader import Drawn, ReplacingSet, _collate_drawn, make_loader
+from mmkit.data.order import Order, Position, make_order
 from mmkit.data.skipped import LeftOut, SampleError
 
 
@@ -53,14 +55,14 @@ def load_all(
 @settings(deadline=None)
 @given(size=st.integers(1, 200), seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
 def test_an_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
-    found = Order(size, seed).positions(epoch * size, size)
+    found = make_order(Layout.flat(size), seed).positions(epoch * size, size)
     assert sorted(p.index for p in found) == list(range(size))
     assert {p.epoch for p in found} == {epoch}
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
     def epoch(seed: int, number: int) -> list[int]:
-        return [p.index for p in Order(50, seed).positions(number * 50, 50)]
+        return [p.index for p in make_order(Layout.flat(50), seed).positions(number * 50, 50)]
 
     assert epoch(1, 0) == epoch(1, 0)
     assert len({tuple(epoch(seed, number)) for seed in range(3) for number in range(3)}) == 9
@@ -70,14 +72,14 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 @settings(deadline=None)
 @given(size=st.integers(1, 40), start=st.integers(0, 200), first=st.integers(0, 30), second=st.integers(0, 30))
 def test_positions_join_without_a_gap(size: int, start: int, first: int, second: int) -> None:
-    order = Order(size, 3)
-    joined = order.positions(start, first) + Order(size, 3).positions(start + first, second)
+    order = make_order(Layout.flat(size), 3)
+    joined = order.positions(start, first) + make_order(Layout.flat(size), 3).positions(start + first, second)
     assert joined == order.positions(start, first + second)
 
 
 @pytest.mark.parametrize("size", [7, 64, 100])
 def test_batches_cover_the_epochs_without_gap_or_duplicate(size: int) -> None:
-    flat = [p for batch in batches_of(Order(size, 0), last_step=3 * size, batch_size=4) for p in batch]
+    flat = [p for batch in batches_of(make_order(Layout.flat(size), 0), last_step=3 * size, batch_size=4) for p in batch]
     assert len(flat) == len(set(flat)) == 12 * size
     for epoch in range(12):
         assert sorted(p.index for p in flat[epoch * size : (epoch + 1) * size]) == list(range(size))
@@ -86,7 +88,7 @@ def test_batches_cover_the_epochs_without_gap_or_duplicate(size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_a_step_is_the_same_for_every_split(world_size: int, micro: int) -> None:
-    order = Order(37, 1)
+    order = make_order(Layout.flat(37), 1)
     steps = 5
     found: list[list[Position]] = [[] for _ in range(steps)]
     rounds = 16 // (micro * world_size)
@@ -102,7 +104,7 @@ def test_a_step_is_the_same_for_every_split(world_size: int, micro: int) -> None
 
 
 def test_micro_batches_interleave_the_ranks() -> None:
-    order = Order(100, 0)
+    order = make_order(Layout.flat(100), 0)
     whole = order.positions(0, 8)
     for rank in (0, 1):
         mine = batches_of(order, last_step=1, batch_size=8, micro_batch_size=2, rank=rank, world_size=2)
@@ -111,25 +113,25 @@ def test_micro_batches_interleave_the_ranks() -> None:
 
 def test_a_split_that_does_not_fit_is_refused() -> None:
     with pytest.raises(AssertionError, match="micro x accumulation x world"):
-        batches_of(Order(10, 0), last_step=1, batch_size=8, micro_batch_size=3)
+        batches_of(make_order(Layout.flat(10), 0), last_step=1, batch_size=8, micro_batch_size=3)
 
 
 @pytest.mark.parametrize("step", [0, 1, 9, 19])
 def test_going_on_at_a_step_is_the_tail_of_the_whole(step: int) -> None:
     samples = Numbers(30, frozenset({3, 4}))
-    whole = load_all(samples, batches_of(Order(30, 2), last_step=20, batch_size=8))
-    tail = load_all(samples, batches_of(Order(30, 2), first_step=step, last_step=20, batch_size=8))
+    whole = load_all(samples, batches_of(make_order(Layout.flat(30), 2), last_step=20, batch_size=8))
+    tail = load_all(samples, batches_of(make_order(Layout.flat(30), 2), first_step=step, last_step=20, batch_size=8))
     assert tail == whole[step * 2 :]
 
 
 def test_workers_change_nothing() -> None:
     samples = Numbers(30, frozenset({3, 4, 5}))
-    batches = batches_of(Order(30, 2), last_step=8, batch_size=8)
+    batches = batches_of(make_order(Layout.flat(30), 2), last_step=8, batch_size=8)
     assert load_all(samples, batches, workers=0) == load_all(samples, batches, workers=2)
 
 
 def test_batches_may_come_from_an_iterator() -> None:
-    order = Order(30, 2)
+    order = make_order(Layout.flat(30), 2)
     lazy = order.micro_batches(first_step=0, last_step=10**9, batch_size=4, micro_batch_size=4, rank=0, world_size=1)
     loader = make_loader(Numbers(30), collate, lazy, seed=5, workers=0, pin_memory=False)
     found = [b["index"].tolist() for b, _ in islice(loader, 3)]
@@ -159,7 +161,7 @@ def test_a_bad_sample_is_replaced_the_same_way_and_listed() -> None:
 
 def test_left_out_samples_come_with_their_batch() -> None:
     samples = Numbers(8, frozenset({2}))
-    order = Order(8, 0)
+    order = make_order(Layout.flat(8), 0)
     found = load_all(samples, batches_of(order, last_step=2, batch_size=4))
     keys = [s.key for _, _, left in found for s in left]
     assert set(keys) == {"2"}

@@ -16,7 +16,7 @@ from PIL import Image
 import mmkit.data.world.write
 from mmkit.data.images import decode_image
 from mmkit.data.llava_json import read_llava
-from mmkit.data.pairs import open_pairs
+from mmkit.data.sources import open_pairs
 from mmkit.data.world import make_world
 from mmkit.data.world.language import CAPTION_REQUESTS, captions
 from mmkit.data.world.scene import COLORS, PLACES, SHAPES, WORDS, Scene, sample_split

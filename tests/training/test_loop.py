@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmkit.config import TrainConfig
-from mmkit.data.order import Order
+from mmkit.data.layout import Layout
+from mmkit.data.order import make_order
 from mmkit.data.skipped import SampleError
 from mmkit.distributed.engine import Engine
 from mmkit.errors import InputError
@@ -111,7 +112,7 @@ def test_compile_compiles_the_objective(tmp_path, monkeypatch, wanted):
 def test_batches_follow_the_order_and_statistics_come_first(tmp_path):
     made = stage(VALUES)
     run_loop(made, tmp_path / "run", micro_batch_size=2)
-    order = [float(p.index) for p in Order(10, 3).positions(0, 16)]
+    order = [float(p.index) for p in make_order(Layout.flat(10), 3).positions(0, 16)]
     assert [x for batch in made.objective.seen for x in batch] == order
     assert [len(batch) for batch in made.objective.seen] == [2] * 8 and made.objective.absorbed == 16
 
@@ -120,7 +121,7 @@ def test_the_logged_loss_is_the_mean_over_the_global_batch(tmp_path):
     run = run_loop(stage(VALUES), tmp_path / "run", micro_batch_size=2)
     rows = pipeline.rows(run.path / "metrics.jsonl")
     assert rows[0]["loss"] == 1.0  # w is 0
-    first = torch.tensor([float(p.index) for p in Order(10, 3).positions(0, 4)])
+    first = torch.tensor([float(p.index) for p in make_order(Layout.flat(10), 3).positions(0, 4)])
     # d/dw of mean (w x - 1)^2 at w = 0 is -2 mean(x).
     assert rows[0]["grad_norm"] == pytest.approx(2 * float(first.mean()), rel=1e-5)
     assert [r["lr"] for r in rows] == pytest.approx([0.1, 0.0853553, 0.05, 0.0146447], rel=1e-5)
@@ -202,7 +203,7 @@ def test_a_broken_step_leaves_the_weights_of_the_step_before(tmp_path, monkeypat
     # As on a GPU, where the host hears of a step while the next one runs: that one must not be an update either.
     init = step_log.Readback.__init__
     monkeypatch.setattr(step_log.Readback, "__init__", lambda self, device: init(self, device, in_flight=in_flight))
-    order = [p.index for p in Order(10, 3).positions(0, 16)]
+    order = [p.index for p in make_order(Layout.flat(10), 3).positions(0, 16)]
     values = list(VALUES)
     fine = stage(list(VALUES))
     run_loop(fine, tmp_path / "fine", schedule="constant", steps=2)

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmkit.config import LossConfig, load_recipe
-from mmkit.data.pairs import open_pairs
+from mmkit.data.sources import open_pairs
 from mmkit.encoders.idf import OnlineIDF, load_table
 from mmkit.encoders.labels import CaptionLabels
 from mmkit.encoders.loss_kinds import KINDS, Asymmetric, Softmax, TwoWay

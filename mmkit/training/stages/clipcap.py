@@ -9,13 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkit.config import ClipcapRecipe
-from mmkit.data.images import ImageRef, decode_image, fit_square
-from mmkit.data.pairs import Pair, PairSource, open_pairs
+from mmkit.data.images import decode_image, fit_square
+from mmkit.data.layout import Layout
+from mmkit.data.pairs import Pair, PairSource, Picture
 from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.data.sources import open_pairs, open_training_pairs, options_of
 from mmkit.distributed.engine import Engine
 from mmkit.encoders.features import FeatureCache, extract_features
 from mmkit.encoders.save import load_encoder, save_encoder
@@ -43,7 +46,7 @@ class CaptionedFeatures(NamedTuple):
 class FeatureSamples:
     """Captions with the features of their picture, extracted once a picture."""
 
-    def __init__(self, pairs: list[Pair], ids: list[list[int]], features: Tensor, row: dict[ImageRef, int]) -> None:
+    def __init__(self, pairs: list[Pair], ids: list[list[int]], features: Tensor, row: dict[Picture, int]) -> None:
         self.pairs, self.ids, self.features, self.row = pairs, ids, features, row
 
     def __len__(self) -> int:
@@ -122,8 +125,8 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
     cache = FeatureCache(Path(recipe.run).parent / ".features")
 
     # No augmentation, hence one feature a picture: the encoder runs once a picture, not once a caption and epoch.
-    def samples_of(source: PairSource, limit: int | None) -> tuple[FeatureSamples, list[LeftOut]]:
-        pairs = source.pairs[:limit]
+    def samples_of(source: PairSource, limit: int | None) -> tuple[FeatureSamples, list[LeftOut], Layout]:
+        pairs, readable, unreadable = source.usable()
         key = f"{encoder_parent.fingerprint} {source.fingerprint} {limit} {recipe.mapper.feature_kind} {recipe.data.max_pixels}"
         files = sorted({Path(p.image.path) for p in pairs})
         # The same index over other pictures, or over repaired ones, must not find the old features.
@@ -131,17 +134,20 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         work = FeatureWork(encoder, pairs, kind=recipe.mapper.feature_kind, max_pixels=recipe.data.max_pixels)
         # The other ranks wait, then read the cached file, instead of each running the encoder over everything.
         features = engine.main_first(lambda: cache.get(hash_text(key), lambda: work.extract(engine.device)))
-        usable, left_out = work.usable(features)
+        good, left_out = work.usable(features)
         # All at once: a fast tokenizer works on a list in parallel, and the ids are few beside the features.
-        ids = [encode_caption(t, tokenizer.eos_token_id, recipe.max_length) for t in _token_ids(tokenizer, usable)]
-        return FeatureSamples(usable, ids, features, work.row), left_out
+        kept = [pair for pair, sound in zip(pairs, good, strict=True) if sound]
+        ids = [encode_caption(t, tokenizer.eos_token_id, recipe.max_length) for t in _token_ids(tokenizer, kept)]
+        readable[readable] = good
+        return FeatureSamples(kept, ids, features, work.row), unreadable + left_out, source.layout.keep(readable)
 
-    source = open_pairs(recipe.data.train, kind=recipe.data.type, image_root=recipe.data.image_root)
-    samples, left_out = samples_of(source, recipe.data.limit)
+    source = open_training_pairs(recipe.data)
+    samples, left_out, layout = samples_of(source, recipe.data.limit)
     validation = None
     # Validation has its own features and its own key; the limit is for training.
     if recipe.data.val:
-        validation, _ = samples_of(open_pairs(recipe.data.val, image_root=recipe.data.val_image_root), None)
+        held = open_pairs(recipe.data.val, options_of(recipe.data, "auto", recipe.data.val_image_root))
+        validation, *_ = samples_of(held, None)
     # After the features: standardising needs their statistics.
     model = _make_model(recipe, encoder, llm, samples.features)
 
@@ -161,6 +167,7 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         parents=parents,
         data_fingerprint=source.fingerprint,
         left_out=source.left_out + left_out,
+        layout=layout,
         validation=validation,
     )
 
@@ -239,8 +246,8 @@ class FeatureWork:
         if batch:
             yield torch.stack(batch)
 
-    def usable(self, features: Tensor) -> tuple[list[Pair], list[LeftOut]]:
-        """Pairs whose picture could be read, and the others with their reason (found again by reading the picture)."""
+    def usable(self, features: Tensor) -> tuple[NDArray[np.bool_], list[LeftOut]]:
+        """Of which pairs the picture could be read, bool[pairs], and the others with their reason (found by reading again)."""
         good = ~features.flatten(1).isnan().any(1)
         left_out = []
         for pair in self.pairs:
@@ -251,4 +258,4 @@ class FeatureWork:
                 except SampleError as error:
                     reason = str(error)
                 left_out.append(LeftOut(pair.source, pair.key, reason))
-        return [p for p in self.pairs if good[self.row[p.image]]], left_out
+        return np.asarray([bool(good[self.row[p.image]]) for p in self.pairs], dtype=bool), left_out

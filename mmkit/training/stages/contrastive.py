@@ -291,6 +291,7 @@ def _build(recipe: ClipRecipe | LitRecipe, engine: Engine, *, frozen_encoder: bo
         parents=parents,
         data_fingerprint=source.fingerprint,
         left_out=source.left_out,
+        layout=source.layout,
         validation=validation,
         validation_group=VALIDATION_GROUP,
         monitors=make_monitors(recipe.monitor, encoder, workers=recipe.data.workers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from mmkit.config import DataConfig, LlavaRecipe
+from mmkit.config import DataConfig, LlavaRecipe, SourceConfig
 from mmkit.data.conversations import ConversationError, EncodedConversation, encode_conversation
 from mmkit.data.images import Fit, ImageRef, Pixels, decode_image, fit_square
+from mmkit.data.layout import Layout, join
 from mmkit.data.llava_json import LlavaItem, read_llava
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.distributed.engine import Engine
 from mmkit.encoders.save import load_encoder
 from mmkit.encoders.siglip import to_siglip
-from mmkit.files import hash_file, new_folder
+from mmkit.errors import InputError
+from mmkit.files import hash_file, hash_text, new_folder
 from mmkit.models.adapters import freeze_for, merge_lora, set_train_mode
 from mmkit.models.llava import build_llava, build_processor, llava_loss_sum, load_mllm, save_mllm
 from mmkit.models.llm import build_llm, load_tokenizer
@@ -38,8 +41,8 @@ class Turned(NamedTuple):
 class ConversationSamples:
     """Conversations with their picture; text is encoded when it is asked for, by the loader's workers."""
 
-    def __init__(self, items: list[LlavaItem], source: str, *, encode: Any, size: int, fit: Fit, max_pixels: int) -> None:
-        self.items, self.source, self.encode = items, source, encode
+    def __init__(self, items: list[tuple[LlavaItem, str]], *, encode: Any, size: int, fit: Fit, max_pixels: int) -> None:
+        self.items, self.encode = items, encode
         self.size, self.fit, self.max_pixels = size, fit, max_pixels
 
     def __len__(self) -> int:
@@ -47,11 +50,12 @@ class ConversationSamples:
 
     def describe(self, index: int) -> tuple[str, str]:
         """Source file and id of a conversation."""
-        return self.source, self.items[index].id
+        item, source = self.items[index]
+        return source, item.id
 
     def load(self, index: int, rng: np.random.Generator) -> Turned:
         """Picture and token ids of one conversation."""
-        item = self.items[index]
+        item, _ = self.items[index]
         try:
             # Text first: a conversation that does not fit costs no decoding.
             encoded = self.encode(item)
@@ -149,19 +153,18 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
             max_length=recipe.max_length,
         )
 
-    def samples_of(path: str, root: str | None, data: DataConfig, limit: int | None) -> tuple[ConversationSamples, list[LeftOut]]:
-        # Without a root, paths are relative to the file: a data folder that is moved as a whole stays usable.
-        items, left_out = read_llava(Path(path), image_root=Path(root) if root else Path(path).parent)
-        # Before the model trains a step: a wrong image root leaves everything out.
-        check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(path, left_out))
+    def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> tuple[ConversationSamples, list[LeftOut], Layout]:
+        read = [_read_items(source, recipe.data, limit) for source in sources]
+        items = [(item, source.path) for source, (found, _) in zip(sources, read, strict=True) for item in found]
         fit, size = meta["image_fit"], meta["image_size"]
-        samples = ConversationSamples(items[:limit], path, encode=encode, size=size, fit=fit, max_pixels=data.max_pixels)
-        return samples, left_out
+        samples = ConversationSamples(items, encode=encode, size=size, fit=fit, max_pixels=recipe.data.max_pixels)
+        layout = join([Layout.flat(len(found)) for found, _ in read], [source.weight for source in sources])
+        return samples, [row for _, left_out in read for row in left_out], layout
 
-    samples, left_out = samples_of(recipe.data.train, recipe.data.image_root, recipe.data, recipe.data.limit)
+    samples, left_out, layout = samples_of(recipe.data.sources, recipe.data.limit)
     validation = None
     if recipe.data.val:
-        validation, _ = samples_of(recipe.data.val, recipe.data.val_image_root, recipe.data, None)
+        validation, *_ = samples_of([SourceConfig(path=recipe.data.val, image_root=recipe.data.val_image_root)], None)
 
     def save_product(folder: Path) -> None:
         with new_folder(folder) as new:
@@ -176,11 +179,34 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         collate=lambda batch: collate_conversations(batch, pad=tokenizer.pad_token_id),
         save_product=save_product,
         parents=parents,
-        data_fingerprint=hash_file(Path(recipe.data.train)),
+        data_fingerprint=_fingerprint(recipe.data.sources),
         left_out=left_out,
+        layout=layout,
         validation=validation,
         lr_of={"model.model.multi_modal_projector": projector_lr} if projector_lr else {},
     )
+
+
+def _read_items(source: SourceConfig, data: DataConfig, limit: int | None) -> tuple[list[LlavaItem], list[LeftOut]]:
+    """Usable conversations of a file, and what is left out of it.
+
+    Raises:
+        InputError: Another kind of data, no usable conversation, or too few.
+    """
+    if source.type not in ("auto", "llava"):
+        raise InputError(f"data type {source.type!r} holds no conversations", where=source.path, mend="use llava")
+    path = Path(source.path)
+    # Without a root, paths are relative to the file: a data folder that is moved as a whole stays usable.
+    items, left_out = read_llava(path, image_root=Path(source.image_root) if source.image_root else path.parent)
+    # Before the model trains a step: a wrong image root leaves everything out.
+    check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(source.path, left_out))
+    return items[:limit], left_out
+
+
+def _fingerprint(sources: Sequence[SourceConfig]) -> str:
+    """Hash of the files' content."""
+    hashes = [hash_file(Path(source.path)) for source in sources]
+    return hashes[0] if len(hashes) == 1 else hash_text(*hashes)
 
 
 def _reasons(path: str, left_out: list[LeftOut]) -> str:

@@ -10,7 +10,8 @@ import torch
 from mmkit.config import PairDataConfig
 from mmkit.data.augment import ColorJitter, gray_scale
 from mmkit.data.images import Pixels, decode_image, fit_square, random_resized_crop
-from mmkit.data.pairs import Pair, PairSource, open_pairs
+from mmkit.data.pairs import PairSource
+from mmkit.data.sources import open_pairs, open_training_pairs, options_of
 from mmkit.encoders.vit import VisionEncoder
 from mmkit.training.objective import Batch
 
@@ -61,7 +62,7 @@ class Augmentation(NamedTuple):
 class PairSamples:
     """Pairs as pictures with captions; augmented for training, the whole picture for validation."""
 
-    def __init__(self, pairs: list[Pair], *, size: int, max_pixels: int, augmentation: Augmentation | None = None) -> None:
+    def __init__(self, pairs: PairSource, *, size: int, max_pixels: int, augmentation: Augmentation | None = None) -> None:
         self.pairs, self.size = pairs, size
         self.max_pixels, self.augmentation = max_pixels, augmentation
 
@@ -70,11 +71,11 @@ class PairSamples:
 
     def describe(self, index: int) -> tuple[str, str]:
         """Source and key of a pair."""
-        return self.pairs[index].source, self.pairs[index].key
+        return self.pairs.describe(index)
 
     def load(self, index: int, rng: np.random.Generator) -> PairSample:
         """Decode and augment one pair."""
-        pair = self.pairs[index]
+        pair = self.pairs.read(index)
         image = decode_image(pair.image.read(), max_pixels=self.max_pixels)
         how = self.augmentation
         # Validation sees every picture whole and always the same.
@@ -98,17 +99,16 @@ def open_samples(
     Raises:
         InputError: As the readers raise it.
     """
-    source = open_pairs(data.train, kind=data.type, image_root=data.image_root)
+    source = open_training_pairs(data)
     jitter = ColorJitter(*data.color_jitter, probability=data.color_jitter_prob) if data.color_jitter else None
     how = Augmentation(data.crop_scale, jitter, data.gray_scale_prob, encoder.num_tokens, patch_drop)
     size, max_pixels = encoder.image_size, data.max_pixels
-    # The first N and not N at random, so that the same N can be named again.
-    train = PairSamples(source.pairs[: data.limit], size=size, max_pixels=max_pixels, augmentation=how)
+    train = PairSamples(source, size=size, max_pixels=max_pixels, augmentation=how)
     validation = None
     if data.val:
-        held = open_pairs(data.val, kind="auto", image_root=data.val_image_root)
+        held = open_pairs(data.val, options_of(data, "auto", data.val_image_root))
         source.left_out.extend(held.left_out)  # one list for the user to look at
-        validation = PairSamples(held.pairs, size=size, max_pixels=max_pixels)
+        validation = PairSamples(held, size=size, max_pixels=max_pixels)
     return train, validation, source
 
 

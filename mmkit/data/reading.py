@@ -1,0 +1,93 @@
+"""Bytes from disk: ranges of files that stay open, and another try where a network disk hiccups."""
+
+from __future__ import annotations
+
+import collections
+import errno
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from mmkit.data.skipped import SampleError
+
+T = TypeVar("T")
+# Network file systems answer with these when a server restarts; a missing file or a lack of rights is there to stay.
+PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EINTR})
+# Seconds before each further try: long enough for a restarted server, short beside the hours that a run takes.
+BACK_OFF = (0.5, 2.0, 8.0)
+# A window of shards and some more; the usual limit of a process is 1,024.
+_OPEN_FILES = 128
+
+
+class _OpenFiles:
+    """Descriptors of files that are read again and again, the least used one closed first."""
+
+    def __init__(self) -> None:
+        self._open: collections.OrderedDict[str, tuple[int, tuple[int, int, int]]] = collections.OrderedDict()
+
+    def get(self, path: str) -> int:
+        """A descriptor for reading. Raises OSError."""
+        stat = os.stat(path)  # noqa: PTH116  Path.stat costs twice as much, at every read
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        found = self._open.get(path)
+        if found is not None and found[1] == stamp:
+            self._open.move_to_end(path)
+            return found[0]
+        # Another file under the old name: the old descriptor would go on giving the old bytes.
+        if found is not None:
+            os.close(self._open.pop(path)[0])
+        descriptor = os.open(path, os.O_RDONLY)
+        self._open[path] = (descriptor, stamp)
+        if len(self._open) > _OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1][0])
+        return descriptor
+
+
+_files = _OpenFiles()
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """``size`` bytes from ``offset`` of a file that is likely to be read again; fewer where the file ends before.
+
+    Safe in forked processes: pread has no position that they could share.
+
+    Raises:
+        SampleError: The file cannot be read, also not after some more tries.
+    """
+    return with_retries(lambda: os.pread(_files.get(path), size, offset))
+
+
+def read_file(path: str) -> bytes:
+    """A whole file.
+
+    Raises:
+        SampleError: It cannot be read, also not after some more tries.
+    """
+
+    def work() -> bytes:
+        with open(path, "rb") as file:  # noqa: PTH123  as above
+            return file.read()
+
+    return with_retries(work)
+
+
+def with_retries(work: Callable[[], T]) -> T:
+    """Call a function; when the disk fails in a way that passes, wait and call it again.
+
+    Raises:
+        SampleError: It failed for good; the message says why.
+    """
+    for seconds in (*BACK_OFF, None):
+        try:
+            return work()
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            if error.errno not in PASSING:
+                raise SampleError(f"cannot be read ({reason})") from None
+            if seconds is None:
+                raise SampleError(f"cannot be read, also at try {len(BACK_OFF) + 1} ({reason})") from None
+            time.sleep(seconds)
+        except ValueError as error:  # a name with a NUL or a lone surrogate
+            raise SampleError(f"cannot be read ({error})") from None
+    raise AssertionError("the last try returns or raises")

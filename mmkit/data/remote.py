@@ -1,0 +1,222 @@
+"""Shards on s3://, gs://, hf://, http://: fetched whole through fsspec into a bounded folder, and read from there.
+
+Whole files, because every sample of a shuffle window is read soon after the first: one request a shard instead of one a sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmkit.data.images import ImageRef
+from mmkit.data.reading import BACK_OFF
+from mmkit.data.skipped import SampleError
+from mmkit.errors import InputError
+from mmkit.files import hash_text
+
+_BLOCK = 1 << 22
+# Within this time a shard that could not be fetched is not asked for again: its other samples would wait as long each.
+_GIVEN_UP_SECONDS = 600.0
+# Per process, by address: when a shard was given up, and why.
+_given_up: dict[str, tuple[float, str]] = {}
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is an address and not a path (``hf:NAME`` is a data set's name, ``hf://`` an address)."""
+    return "://" in location
+
+
+def default_cache() -> Path:
+    """Where fetched shards and their indexes lie: ``$MMKIT_CACHE``, or ``mmkit`` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(os.environ.get("MMKIT_CACHE") or Path(home) / "mmkit")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardCache:
+    """A folder of fetched shards, bounded; shared by processes of one machine.
+
+    Attributes:
+        folder: Where they lie.
+        limit: Bytes that may lie there; the shards that were not used for longest go first.
+    """
+
+    folder: Path
+    limit: int
+
+    def local(self, url: str) -> Path:
+        """The fetched copy of a shard, fetched now if it is not there.
+
+        Raises:
+            SampleError: It cannot be fetched, also not after some more tries.
+        """
+        path = self.folder / "shards" / f"{hash_text(url)}{Path(url).suffix}"
+        if not path.exists():
+            self._fetch_once(url, path)
+        # Its time of use, which says what goes first. It may go between the two lines: then it is fetched again.
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+            return path
+        self._fetch_once(url, path)
+        return path
+
+    def _fetch_once(self, url: str, path: Path) -> None:
+        """Fetch under a lock, so that workers who want the same shard fetch it once."""
+        since, why = _given_up.get(url, (float("-inf"), ""))
+        if time.monotonic() - since < _GIVEN_UP_SECONDS:
+            raise SampleError(why)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_name(f".{path.name}.lock")):
+            if path.exists():
+                return
+            try:
+                _with_back_off(lambda: self._fetch(url, path))
+            except SampleError as error:
+                _given_up[url] = (time.monotonic(), str(error))
+                raise
+
+    def _fetch(self, url: str, path: Path) -> None:
+        with _open(url) as remote:
+            size = getattr(remote, "size", None) or 0
+            self.make_room(size, keep=path)
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    shutil.copyfileobj(remote, file, _BLOCK)
+                # A connection that breaks may look like the end of the file.
+                if size and Path(name).stat().st_size != size:
+                    raise OSError(f"{Path(name).stat().st_size} of {size} bytes came")
+                Path(name).replace(path)
+            finally:
+                Path(name).unlink(missing_ok=True)
+        self.make_room(0, keep=path)
+
+    def make_room(self, size: int, *, keep: Path) -> None:
+        """Remove what was not used for longest until ``size`` more bytes fit; ``keep`` stays whatever its size."""
+        # A removed file that another process has open can be read on: on Unix its bytes go when the last one closes it.
+        found = []
+        for path in (self.folder / "shards").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if not path.name.startswith("."):
+                    found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        total = sum(bytes_ for _, bytes_, _ in found) + size
+        for _, bytes_, path in sorted(found):
+            if total <= self.limit:
+                return
+            if path != keep:
+                path.unlink(missing_ok=True)
+                total -= bytes_
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteRef:
+    """A picture in a remote shard: a range of its fetched copy."""
+
+    cache: ShardCache
+    path: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The bytes. Raises SampleError when the shard cannot be fetched."""
+        return ImageRef(str(self.cache.local(self.path)), self.offset, self.size).read()
+
+
+def remote_glob(pattern: str) -> list[str]:
+    """Addresses that match a pattern, in name order.
+
+    Raises:
+        InputError: The place cannot be listed.
+    """
+    fs, path = _filesystem(pattern)
+    protocol = pattern.partition("://")[0]
+    try:
+        return [f"{protocol}://{str(name).removeprefix(f'{protocol}://')}" for name in sorted(fs.glob(path))]
+    except (OSError, NotImplementedError, ValueError) as error:
+        raise InputError(f"cannot be listed ({_one_line(error)})", where=pattern, mend="write the shards as {000..123}") from None
+
+
+def remote_size(url: str) -> int:
+    """Bytes of a file, as far as its server says.
+
+    Raises:
+        InputError: There is no such file, or it cannot be reached.
+    """
+    fs, path = _filesystem(url)
+    try:
+        return int(_with_back_off(lambda: fs.size(path)) or 0)
+    except SampleError as error:
+        raise InputError(str(error), where=url, mend="check the address, the network and your credentials") from None
+
+
+def remote_bytes(url: str) -> bytes | None:
+    """The content of a small file; None when it is not there."""
+    try:
+        with _open(url) as file:
+            data: bytes = file.read()
+            return data
+    except (OSError, SampleError):
+        return None
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """Fsspec's file system of an address, and the path in it."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        # fsspec's own message names the package to install (s3fs, gcsfs).
+        raise InputError(_one_line(error), where=url, mend="install what it names, or fetch the shards to a disk") from None
+
+
+def _open(url: str) -> Any:
+    fs, path = _filesystem(url)
+    # A stream: nothing is read twice, so fsspec's block cache would only hold memory.
+    return fs.open(path, "rb", cache_type="none") if url.startswith(("s3:", "gs:", "hf:")) else fs.open(path, "rb")
+
+
+def _with_back_off(work: Any) -> Any:
+    """Call a function until it does not fail, four times at most; remote failures are mostly such as pass."""
+    for seconds in (*BACK_OFF, None):
+        try:
+            return work()
+        except FileNotFoundError:
+            raise SampleError("there is no such file") from None
+        except PermissionError as error:
+            raise SampleError(f"may not be read ({_one_line(error)})") from None
+        # aiohttp's and botocore's errors are no OSError; what a network can raise has no common class.
+        except (OSError, EOFError, ValueError, RuntimeError, _client_error()) as error:
+            if seconds is None:
+                raise SampleError(f"cannot be fetched, also at try {len(BACK_OFF) + 1} ({_one_line(error)})") from None
+            time.sleep(seconds)
+    raise AssertionError("the last try returns or raises")
+
+
+def _client_error() -> type[Exception]:
+    """What fsspec's http client raises where it is installed."""
+    try:
+        from aiohttp import ClientError
+    except ImportError:
+        return OSError
+    return ClientError
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file; the system lets go of it when a process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

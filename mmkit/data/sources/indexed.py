@@ -1,0 +1,233 @@
+"""Sets of shards with an index each: made on first use with all cores, kept in sidecars, opened when a sample is asked for.
+
+A catalogue in the cache remembers how many samples each shard of a set has, so that a set of 100,000 shards starts without
+opening one of them. Both are only ever a memory: whatever is missing, out of date or damaged is made anew.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+from mmkit.data.remote import ShardCache, is_remote, remote_bytes, remote_size
+from mmkit.data.sidecar import SMALLEST, SUFFIX, Index, read_sidecar, sidecar_path, write_sidecar
+from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.files import hash_text, write_text
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+# Bytes of indexes that stay open; a shard of 10,000 samples has half a megabyte.
+_OPEN_BYTES = 128 << 20
+# What a mapped index counts for: it costs a descriptor, not memory.
+_MAPPED_BYTES = 2 << 20
+# Shards below which starting processes takes longer than the work.
+_POOL_BYTES = 256 << 20
+# Addresses asked at one time: a server's answer takes a tenth of a second, whatever its size.
+_REQUESTS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFile:
+    """A shard as it was found.
+
+    Attributes:
+        name: Path or address.
+        size: Bytes.
+        written_ns: Time of writing; None where it is remote.
+        count: Usable samples.
+    """
+
+    name: str
+    size: int
+    written_ns: int | None
+    count: int
+
+
+class Indexed:
+    """Indexes of the shards of one kind."""
+
+    def __init__(self, build: Callable[[Path], Index], cache: ShardCache) -> None:
+        """Take ``build``, which walks through a shard's file; a function of a module, so that other processes can have it."""
+        self.build, self.cache = build, cache
+        self._open: collections.OrderedDict[str, tuple[Index, int]] = collections.OrderedDict()
+        self._bytes = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        # Mapped arrays do not pickle, and another process opens its own.
+        return {"build": self.build, "cache": self.cache}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def scan(self, names: Sequence[str]) -> tuple[list[ShardFile], list[LeftOut]]:
+        """Size and samples of each shard, and what cannot be used in them.
+
+        Raises:
+            InputError: A remote shard is not there.
+        """
+        stamps = _stamps(names)
+        path = self.cache.folder / "catalogues" / f"{hash_text(_name_of(self.build), *map(_absolute, names))}.json"
+        known = _read_catalogue(path, names, stamps)
+        if known is not None:
+            return known
+        sizes = [size if size is not None else -1 for size, _ in stamps]
+        if -1 in sizes:  # remote ones, whose size was not asked for yet
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                sizes = list(pool.map(lambda n, s: remote_size(n) if s < 0 else s, names, sizes))
+        found = self._indexes(names, sizes, [written for _, written in stamps])
+        files = [ShardFile(n, s, w, c) for n, s, (_, w), (c, _) in zip(names, sizes, stamps, found, strict=True)]
+        left_out = [LeftOut(name, key, reason) for name, (_, rows) in zip(names, found, strict=True) for key, reason in rows]
+        if len(names) > 1:
+            _write_catalogue(path, files, left_out)
+        return files, left_out
+
+    def index(self, file: ShardFile) -> Index:
+        """The index of a shard.
+
+        Raises:
+            SampleError: The shard cannot be read, or is another one than was scanned.
+        """
+        held = self._open.get(file.name)
+        if held is not None:
+            self._open.move_to_end(file.name)
+            return held[0]
+        found = _load(self.build, self.cache, file.name, file.size, file.written_ns)
+        if len(found) != file.count:
+            raise SampleError("the shard has changed since it was indexed")
+        large = sum(array.nbytes for array in found.arrays.values()) > _MAPPED_BYTES
+        cost = _MAPPED_BYTES if large else sum(array.nbytes for array in found.arrays.values())
+        if not large:
+            # Out of the map, which would keep a descriptor for each of thousands of small shards.
+            found = Index({name: array.copy() for name, array in found.arrays.items()}, [])
+        self._open[file.name] = (found, cost)
+        self._bytes += cost
+        while self._bytes > _OPEN_BYTES and len(self._open) > 1:
+            self._bytes -= self._open.popitem(last=False)[1][1]
+        return found
+
+    def _indexes(
+        self, names: Sequence[str], sizes: Sequence[int], written: Sequence[int | None]
+    ) -> list[tuple[int, list[tuple[str, str]]]]:
+        """Samples and left-out rows of each shard; with all cores where there is much to walk through."""
+        began = time.monotonic()
+        jobs = [(self.build, self.cache, *job) for job in zip(names, sizes, written, strict=True)]
+        missing = [job for job in jobs if not _has_sidecar(self.cache, job[2], job[3], job[4])]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if missing and cores > 1 and sum(job[3] for job in missing) > _POOL_BYTES and len(missing) > 1:
+            logger.info("indexing %d shards, once: each gets a small %s file beside it", len(missing), SUFFIX)
+            # Spawned, not forked: this process may hold a GPU or threads.
+            with ProcessPoolExecutor(min(cores, len(missing)), multiprocessing.get_context("spawn")) as pool:
+                list(pool.map(_count, missing, chunksize=max(1, len(missing) // (8 * cores))))
+            logger.info("indexed in %.0f s", time.monotonic() - began)
+        return [_count(job) for job in jobs]
+
+
+def _count(job: tuple[Callable[[Path], Index], ShardCache, str, int, int | None]) -> tuple[int, list[tuple[str, str]]]:
+    """Samples of a shard, and what it leaves out; one that cannot be read has none."""
+    try:
+        index = _load(*job)
+    except SampleError as error:
+        return 0, [("(shard)", str(error))]
+    return len(index), index.left_out
+
+
+def _load(build: Callable[[Path], Index], cache: ShardCache, name: str, size: int, written_ns: int | None) -> Index:
+    """The index from a sidecar, or made anew and written there.
+
+    Raises:
+        SampleError: The shard cannot be read.
+    """
+    beside, cached = sidecar_path(name, cache.folder)
+    remote = is_remote(name)
+    for path in (cached,) if remote else (beside, cached):
+        if (index := read_sidecar(path, size, written_ns)) is not None:
+            return index
+    if remote and (data := remote_bytes(name + SUFFIX)) is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.write_bytes(data)
+        if (index := read_sidecar(cached, size, None)) is not None:
+            return index
+    try:
+        index = build(cache.local(name) if remote else Path(name))
+    except OSError as error:
+        raise SampleError(f"cannot be read ({error.strerror})") from None
+    if size >= SMALLEST or remote:
+        _keep(index, size, (cached,) if remote else (beside, cached))
+    return index
+
+
+def _keep(index: Index, size: int, places: Sequence[Path]) -> None:
+    """Write a sidecar where that can be done; without one the next start walks through the shard again."""
+    for path in places:
+        try:
+            write_sidecar(path, index, size)
+        except OSError as error:
+            logger.debug("no sidecar at %s: %s", path, error)
+            continue
+        return
+    logger.warning("the index of a shard cannot be kept at %s; it is made again at each start", " nor at ".join(map(str, places)))
+
+
+def _has_sidecar(cache: ShardCache, name: str, size: int, written_ns: int | None) -> bool:
+    return size < SMALLEST or any(read_sidecar(p, size, written_ns) is not None for p in sidecar_path(name, cache.folder))
+
+
+def _stamps(names: Sequence[str]) -> list[tuple[int | None, int | None]]:
+    """Bytes and time of writing of each file; None for what is remote."""
+    found: list[tuple[int | None, int | None]] = []
+    for name in names:
+        if is_remote(name):
+            found.append((None, None))
+        else:
+            stat = os.stat(name)  # noqa: PTH116  a hundred thousand of them: Path.stat takes twice as long
+            found.append((stat.st_size, stat.st_mtime_ns))
+    return found
+
+
+def _name_of(build: Callable[[Path], Index]) -> str:
+    """What kind of index: a catalogue of captions in .txt is none of captions elsewhere."""
+    return repr(build) if not hasattr(build, "__qualname__") else f"{build.__module__}.{build.__qualname__}"
+
+
+def _absolute(name: str) -> str:
+    return name if is_remote(name) else os.path.abspath(name)  # noqa: PTH100  as above
+
+
+def _read_catalogue(
+    path: Path, names: Sequence[str], stamps: Sequence[tuple[int | None, int | None]]
+) -> tuple[list[ShardFile], list[LeftOut]] | None:
+    """What an earlier start found, if every shard is still the same."""
+    try:
+        data = json.loads(path.read_bytes())
+        if data["version"] != _VERSION or len(data["files"]) != len(names):
+            return None
+        # Remote shards are taken at their word: asking for thousands would take longer than it is worth.
+        if any(
+            size is not None and [size, written] != row[:2] for (size, written), row in zip(stamps, data["files"], strict=True)
+        ):
+            return None
+        files = [ShardFile(name, *row) for name, row in zip(names, data["files"], strict=True)]
+        return files, [LeftOut(names[number], key, reason) for number, key, reason in data["left_out"]]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _write_catalogue(path: Path, files: Sequence[ShardFile], left_out: Sequence[LeftOut]) -> None:
+    number = {file.name: i for i, file in enumerate(files)}
+    rows = [[number[row.source], row.key, row.reason] for row in left_out]
+    text = json.dumps(
+        {"version": _VERSION, "files": [[f.size, f.written_ns, f.count] for f in files], "left_out": rows}, ensure_ascii=True
+    )
+    try:
+        write_text(path, text)
+    except OSError as error:
+        logger.debug("no catalogue at %s: %s", path, error)

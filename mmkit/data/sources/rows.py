@@ -1,0 +1,103 @@
+"""JSON lines with an image path and a caption each: the index remembers where the lines lie, a row is parsed when it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from mmkit.data.images import ImageRef
+from mmkit.data.pairs import Pair, clean_caption, safe_image_path
+from mmkit.data.reading import read_range
+from mmkit.data.sidecar import Index, make_index
+from mmkit.data.skipped import SampleError
+from mmkit.data.sources.indexed import Indexed, ShardFile
+from mmkit.data.sources.tars import map_file
+
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowReader:
+    """Parses rows, and walks through a file of them. A class and no closure: it goes to other processes.
+
+    Attributes:
+        image: Key of the picture's path.
+        caption: Key of the caption.
+    """
+
+    image: str = "image"
+    caption: str = "caption"
+
+    def parse(self, line: bytes) -> tuple[str, str]:
+        """Image name (not looked up, but sure not to leave its folder) and caption of a row.
+
+        Raises:
+            ValueError: The row cannot be used; the message is the reason.
+        """
+        try:
+            row: Any = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"invalid UTF-8 at byte {error.start}") from None
+        # Deeply nested brackets, of which a damaged line can consist.
+        except RecursionError as error:
+            raise ValueError(str(error)) from None
+        if not isinstance(row, dict):
+            raise ValueError(f"row is a {type(row).__name__}, not an object")
+        image = safe_image_path(Path(), row.get(self.image))
+        return str(image), clean_caption(row.get(self.caption))
+
+    def __call__(self, path: Path) -> Index:
+        """Walk through a file once: which rows can be used, and where they lie; bad ones are left out with their line."""
+        keys: list[str] = []
+        left_out: list[tuple[str, str]] = []
+        offsets, sizes = [], []
+        data = map_file(path)
+        number, size = 0, len(data)
+        at = len(_BOM) if data[: len(_BOM)] == _BOM else 0
+        # Split at \n only: str.splitlines would also split inside captions (U+2028 is legal in JSON strings).
+        while at < size:
+            number += 1
+            end = data.find(b"\n", at)
+            line = data[at : end if end >= 0 else size]
+            start, at = at, at + len(line) + 1
+            if not line.strip():
+                continue
+            key = f"{path.name}:{number}"
+            try:
+                image, _ = self.parse(line)
+            except ValueError as error:
+                left_out.append((key, " ".join(str(error).split())))
+                continue
+            keys.append(f"{key} {image}")
+            offsets.append(start)
+            sizes.append(len(line))
+        return make_index(keys, left_out, offset=offsets, size=sizes)
+
+
+class RowShard:
+    """The pairs of one file of rows."""
+
+    def __init__(self, file: ShardFile, indexed: Indexed, reader: RowReader, root: Path) -> None:
+        self.file, self.indexed, self.reader, self.root = file, indexed, reader, root
+
+    def __len__(self) -> int:
+        return self.file.count
+
+    def read(self, row: int) -> Pair:
+        """Pair ``row``; the picture's file is opened when it is asked for."""
+        index = self.indexed.index(self.file)
+        line = read_range(self.file.name, int(index.arrays["offset"][row]), int(index.arrays["size"][row]))
+        try:
+            image, caption = self.reader.parse(line)
+        except ValueError as error:
+            raise SampleError(f"{error} (the file has changed since it was indexed)") from None
+        return Pair(self.file.name, index.key(row), ImageRef(str(self.root / image)), caption)
+
+    def describe(self, row: int) -> tuple[str, str]:
+        """File, and line with the image's name; the row's number where the index cannot be had."""
+        try:
+            return self.file.name, self.indexed.index(self.file).key(row)
+        except SampleError:
+            return self.file.name, f"row {row}"

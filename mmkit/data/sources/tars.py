@@ -1,0 +1,237 @@
+"""Webdataset shards: members of a tar that share a key are one sample; any of them is read in place, by its byte range."""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmkit.data.images import ImageRef
+from mmkit.data.pairs import Pair, Picture, decode_caption
+from mmkit.data.reading import read_range
+from mmkit.data.remote import RemoteRef, ShardCache, is_remote
+from mmkit.data.sidecar import Index, make_index
+from mmkit.data.skipped import SampleError
+from mmkit.data.sources.indexed import Indexed, ShardFile
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A file in a tar: its name, and where its bytes lie."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TarFault:
+    """Where a tar cannot be read on, and why; ``key`` is the member before it."""
+
+    key: str
+    reason: str
+
+
+class TarShard:
+    """The pairs of one tar."""
+
+    def __init__(self, file: ShardFile, indexed: Indexed, cache: ShardCache) -> None:
+        self.file, self.indexed, self.cache = file, indexed, cache
+
+    def __len__(self) -> int:
+        return self.file.count
+
+    def read(self, row: int) -> Pair:
+        """Pair ``row``: its caption is read now, its picture when it is asked for."""
+        index = self.indexed.index(self.file)
+        arrays = index.arrays
+        text = self._bytes(int(arrays["text_offset"][row]), int(arrays["text_size"][row]))
+        try:
+            caption = decode_caption(text)
+        except ValueError as error:
+            # The index had read it well: these are other bytes.
+            raise SampleError(f"{error} (the shard has changed since it was indexed)") from None
+        return Pair(self.file.name, index.key(row), self._picture(int(arrays["offset"][row]), int(arrays["size"][row])), caption)
+
+    def describe(self, row: int) -> tuple[str, str]:
+        """Shard and key; the row's number where the index cannot be had, as of a shard that has gone."""
+        try:
+            return self.file.name, self.indexed.index(self.file).key(row)
+        except SampleError:
+            return self.file.name, f"sample {row}"
+
+    def _picture(self, offset: int, size: int) -> Picture:
+        name = self.file.name
+        return RemoteRef(self.cache, name, offset, size) if is_remote(name) else ImageRef(name, offset, size)
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        name = self.file.name
+        return read_range(str(self.cache.local(name)) if is_remote(name) else name, offset, size)
+
+
+def index_tar(path: Path) -> Index:
+    """Walk through a tar once: which keys have a picture and a usable caption, and where.
+
+    A sample that cannot be used is left out with a reason, and so is what follows a fault in the file.
+    """
+    keys: list[str] = []
+    left_out: list[tuple[str, str]] = []
+    columns: dict[str, list[int]] = {"offset": [], "size": [], "text_offset": [], "text_size": []}
+    data = map_file(path)
+    for key, members in group_members(data, left_out):
+        image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+        # By key and never by neighbourhood: with one member missing, every later caption would slip to the next picture.
+        text = members.get(".txt")
+        if image is None or text is None:
+            left_out.append((key, f"no {'picture' if image is None else '.txt caption'}"))
+            continue
+        try:
+            decode_caption(data[text.offset : text.offset + text.size])
+        except ValueError as error:
+            left_out.append((key, str(error)))
+            continue
+        keys.append(key)
+        for name, value in zip(columns, (image.offset, image.size, text.offset, text.size), strict=True):
+            columns[name].append(value)
+    return make_index(keys, left_out, **columns)
+
+
+def map_file(path: Path) -> bytes | mmap.mmap:
+    """A file as bytes that are read where they are touched: of a terabyte of pictures only headers and captions."""
+    with path.open("rb") as file:
+        # An empty file cannot be mapped.
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+def group_members(data: bytes | mmap.mmap, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Members of a tar grouped by key (webdataset's rule: the name up to the first dot), each key once.
+
+    Yields:
+        Key and its members by suffix, in order of their first member, once the whole tar is read.
+    """
+    groups: dict[str, dict[str, Member]] = {}
+    # Keys that another key has followed: their members must lie together, a later one belongs to another sample.
+    closed: set[str] = set()
+    current = ""
+    for member in walk_tar(data):
+        if isinstance(member, TarFault):
+            # With its other members too: a caption without its picture is of no use.
+            if member.key:
+                groups.pop(split_key(member.key)[0], None)
+            left_out.append((split_key(member.key)[0] if member.key else current or "(start)", member.reason))
+            continue
+        key, suffix = split_key(member.name)
+        if key != current:
+            closed.add(current)
+            current = key
+        # The first one stays: which of two pictures a caption belongs to is not known.
+        if key in closed or suffix in groups.get(key, {}):
+            left_out.append((member.name, f"key {key} comes twice in this shard"))
+            continue
+        groups.setdefault(key, {})[suffix] = member
+    yield from groups.items()
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """Key and suffix (lower case, with its dot) of a member: the name ends at its first dot, the folder's do not count."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, suffix = last.partition(".")
+    return f"{folder}{slash}{stem}", f".{suffix.lower()}"
+
+
+def walk_tar(data: bytes | mmap.mmap) -> Iterator[Member | TarFault]:
+    """Files of an uncompressed tar in order (POSIX ustar and pax, GNU long names), then a fault if it does not end well.
+
+    Python's tarfile takes a missing end mark and a damaged header for the end and says nothing, and is seven times slower.
+    """
+    at, size, last = 0, len(data), ""
+    extended: dict[str, str] = {}
+    while True:
+        header = data[at : at + _BLOCK]
+        if len(header) < _BLOCK or not any(header[:1]) or not _sound(header):
+            yield from _ending(data, at, header, last)
+            return
+        length, kind = _number(header[124:136]), header[156:157]
+        start, name = at + _BLOCK, ""
+        at = start + -(-length // _BLOCK) * _BLOCK
+        if kind in b"xgLK" and start + length <= size:
+            extended.update(_extension(kind, data[start : start + length]))
+            continue
+        if kind in b"\x000" or kind == b"7":
+            # A pax size stands for files over 8 GiB, whose ustar field overflows.
+            length = int(extended.get("size", length))
+            at = start + -(-length // _BLOCK) * _BLOCK
+            name = extended.get("path") or _name(header)
+        extended = {}
+        if start + length > size:
+            yield TarFault(name, "the shard is cut off here")
+            return
+        if name:
+            last = name
+            yield Member(name, start, length)
+
+
+def _sound(header: bytes) -> bool:
+    """Whether the sum that a header carries is right; signed sums are those of some old writers."""
+    try:
+        wanted = _number(header[148:156])
+    except ValueError:
+        return False
+    # The sum is taken with its own eight bytes as spaces.
+    total = sum(header) - sum(header[148:156]) + 256
+    return wanted == total or wanted == total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or GNU's binary form. Raises ValueError."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.rstrip(b" \0").lstrip(b" ") or b"0", 8)
+
+
+def _name(header: bytes) -> str:
+    """The name in a ustar header."""
+    name = header[:100].split(b"\0", 1)[0]
+    # Old GNU headers use these bytes for times, and say so by another magic.
+    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
+    return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
+
+
+def _extension(kind: bytes, content: bytes) -> dict[str, str]:
+    """What an extension header says of the next file: its path and size."""
+    if kind == b"L":
+        return {"path": content.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
+    found = {}
+    # Link names, and global headers, which hold for no single file.
+    while content and kind == b"x":
+        digits, _, rest = content.partition(b" ")
+        if not digits.isdigit():
+            break  # zero padding of some writers
+        record = rest[: max(0, int(digits) - len(digits) - 2)]
+        content = content[int(digits) :]
+        key, _, value = record.partition(b"=")
+        if key in (b"path", b"size"):
+            found[key.decode()] = value.decode("utf-8", "surrogateescape")
+    return found
+
+
+def _ending(data: bytes | mmap.mmap, at: int, header: bytes, last: str) -> Iterator[TarFault]:
+    """What is wrong where the headers end; nothing when that is the end of a whole shard."""
+    # 1 MiB: tar pads with zeros to a record (10 KiB by default); more than that is another archive joined on.
+    rest = data[at + _BLOCK : at + _BLOCK + (1 << 20)]
+    if at == 0 and any(header):
+        shown = header[:15].decode("latin-1").encode("unicode_escape").decode()
+        squeezed = " (compressed? a shard must not be)" if header[:2] == b"\x1f\x8b" or header[:4] == b"\x28\xb5\x2f\xfd" else ""
+        yield TarFault("", f"the shard cannot be read on from here: no tar, it starts with '{shown}'{squeezed}")
+    elif len(header) < _BLOCK and at:
+        yield TarFault("", "the shard is cut off after this")
+    elif any(header):
+        yield TarFault("", "the shard is damaged after this")
+    elif any(rest):
+        yield TarFault("", "there is more after the shard's end mark, which is not read (joined with cat?)")
+    elif at == 0:
+        yield TarFault("", "the shard is empty")
