@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Indexes and fetched shards of the tests are nobody's to keep.
+os.environ["MMKIT_CACHE"] = tempfile.mkdtemp(prefix="mmkit-cache-")
+atexit.register(shutil.rmtree, os.environ["MMKIT_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -256,7 +256,7 @@ def stream_files(name: str, split: str, location: str) -> tuple[str, list[str]]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         what = f"cannot be found ({' '.join(str(error).split())})"
         raise InputError(what, where=location, mend="check the name and the network") from None
-    files: dict[str, Any] = dict(builder.config.data_files or {})
+    files: dict[str, Any] = {str(key): found for key, found in (builder.config.data_files or {}).items()}
     # datasets' packaged readers are named after what they read.
     kind = type(builder).__module__.rsplit(".", 1)[-1]
     if kind not in ("parquet", "webdataset"):
