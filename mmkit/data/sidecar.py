@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ SUFFIX = ".mmkit"
 # Smaller files are walked through faster than a sidecar pays for itself, and folders of examples stay as they are.
 SMALLEST = 1 << 20
 _VERSION = 1
+# Up to here an index carries a checksum that is looked at whenever it is opened; a larger one is flushed to the disk instead, so
+# that neither a thousand flushes nor a pass over gigabytes stands before a run.
+_CHECKED = 4 << 20
 _MAGIC = b"mmkit-index\n"
 
 
@@ -66,7 +70,7 @@ def sidecar_path(shard: str, cache: Path) -> tuple[Path, Path]:
 
 
 def write_sidecar(path: Path, index: Index, shard_size: int) -> None:
-    """Write a sidecar beside, fsync, rename.
+    """Write a sidecar beside, and rename.
 
     Raises:
         OSError: The folder cannot be written.
@@ -76,7 +80,14 @@ def write_sidecar(path: Path, index: Index, shard_size: int) -> None:
     for name, array in index.arrays.items():
         places[name] = [array.dtype.str, offset, len(array)]
         offset += -(-array.nbytes // 8) * 8  # eight bytes each, or the mapped arrays would not be aligned
-    head = {"version": _VERSION, "shard_size": shard_size, "left_out": index.left_out, "arrays": places}
+    body = b"".join(array.tobytes().ljust(-(-array.nbytes // 8) * 8, b"\0") for array in index.arrays.values())
+    head = {
+        "version": _VERSION,
+        "shard_size": shard_size,
+        "left_out": index.left_out,
+        "arrays": places,
+        "crc32": zlib.crc32(body),
+    }
     line = json.dumps(head, ensure_ascii=True).encode() + b"\n"
     start = -(-(len(_MAGIC) + len(line)) // 8) * 8
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,10 +95,10 @@ def write_sidecar(path: Path, index: Index, shard_size: int) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(_MAGIC + line.rjust(start - len(_MAGIC)))
-            for array in index.arrays.values():
-                file.write(array.tobytes().ljust(-(-array.nbytes // 8) * 8, b"\0"))
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(body)
+            if len(body) > _CHECKED:
+                file.flush()
+                os.fsync(file.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(path)
     finally:
@@ -115,7 +126,9 @@ def read_sidecar(path: Path, shard_size: int, written_ns: int | None) -> Index |
         return None
     with contextlib.suppress(ValueError, KeyError, TypeError):
         head = json.loads(mapped[len(_MAGIC) : end])
-        if (head["version"], head["shard_size"]) == (_VERSION, shard_size):
+        # After a crash of the machine a file may be there whose blocks are not.
+        sound = len(mapped) - end > _CHECKED or zlib.crc32(memoryview(mapped)[end:]) == head["crc32"]
+        if sound and (head["version"], head["shard_size"]) == (_VERSION, shard_size):
             arrays = {
                 name: np.frombuffer(mapped, dtype, count, end + offset) if count else np.zeros(0, dtype)
                 for name, (dtype, offset, count) in head["arrays"].items()

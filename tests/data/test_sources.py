@@ -200,14 +200,15 @@ def test_a_sidecar_is_made_once_and_used(tmp_path: Path, monkeypatch: pytest.Mon
     assert captions(open_pairs(str(tmp_path))) == [f"caption {i}" for i in range(4)]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other", "flipped head"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "flipped head", "flipped body"])
 def test_a_damaged_sidecar_is_made_anew(damage: str, tmp_path: Path) -> None:
     large_shard(tmp_path)
     before = captions(open_pairs(str(tmp_path)))
     path = tmp_path / f"a.tar{SUFFIX}"
     data = path.read_bytes()
     flipped = data.replace(b'"version"', b'"vErsion"')
-    path.write_bytes({"cut": data[:-40], "empty": b"", "other": b"something else\n", "flipped head": flipped}[damage])
+    body = data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]
+    path.write_bytes({"cut": data[:-40], "empty": b"", "other": b"else\n", "flipped head": flipped, "flipped body": body}[damage])
     assert captions(open_pairs(str(tmp_path))) == before
     assert path.read_bytes() == data
 

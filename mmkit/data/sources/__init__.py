@@ -156,7 +156,7 @@ def _tars(names: Sequence[str], options: SourceOptions) -> PairSource:
     indexed = Indexed(index_tar, options.cache)
     files, left_out = indexed.scan(names)
     # Names and sizes, not content: shards can be terabytes.
-    sizes = "\n".join(f"{Path(file.name).name} {file.size}" for file in files)
+    sizes = "\n".join(f"{file.name.rpartition('/')[2]} {file.size}" for file in files)
     return _of_shards([TarShard(file, indexed, options.cache) for file in files], left_out, hash_text(sizes), options.window)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -22,20 +23,24 @@ def expand(location: str, suffix: str) -> list[str]:
     Raises:
         InputError: A named file does not exist, or none matches. Whether an address exists shows when it is read.
     """
-    found = []
+    found: list[str] = []
+    missing: list[str] = []
     for name in _braces(location):
         if is_remote(name):
             found += remote_glob(name) if _is_pattern(name) else [name]
         elif Path(name).is_dir():
-            found += sorted(str(p) for p in Path(name).glob(f"*{suffix}"))
+            # Strings from the listing itself: a hundred thousand Paths would take a second.
+            folder = str(Path(name))
+            found += sorted(f"{folder}/{entry}" for entry in os.listdir(folder) if entry.endswith(suffix))  # noqa: PTH208
         elif _is_pattern(name) and not Path(name).exists():
             # Path.glob takes relative patterns only, hence the detour over the anchor.
             anchor = Path(name).anchor
             found += sorted(str(p) for p in Path(anchor or ".").glob(name.removeprefix(anchor)))
         else:
             found.append(name)
-    # A range names its shards, so a missing one is an error; a glob would train on fewer in silence.
-    missing = [name for name in found if not is_remote(name) and not Path(name).is_file()]
+            # A range names its shards, so a missing one is an error; a glob would train on fewer in silence.
+            if not Path(name).is_file():
+                missing.append(name)
     if missing or not found:
         what = f"{len(missing)} shards are missing, the first is {missing[0]}" if missing else f"no {suffix} shard matches"
         if missing == [location]:
@@ -80,10 +85,12 @@ def guess_kind(location: str) -> str:
 
 
 def _kind_of_folder(folder: Path) -> str:
-    if any(folder.glob("*.tar")):
-        return "webdataset"
-    if any(folder.glob("*.parquet")):
-        return "parquet"
+    # Up to the first that tells: a folder of shards may have a hundred thousand.
+    with os.scandir(folder) as entries:
+        suffixes = (Path(entry.name).suffix for entry in entries)
+        known = next((suffix for suffix in suffixes if suffix in (".tar", ".parquet")), None)
+    if known is not None:
+        return {".tar": "webdataset", ".parquet": "parquet"}[known]
     # What save_to_disk of Hugging Face's datasets writes.
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return "hf"

@@ -83,7 +83,7 @@ class RowShard:
         self.file, self.indexed, self.reader, self.root = file, indexed, reader, root
 
     def __len__(self) -> int:
-        return self.file.count
+        return self.file.samples
 
     def read(self, row: int) -> Pair:
         """Pair ``row``; the picture's file is opened when it is asked for."""

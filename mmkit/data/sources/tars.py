@@ -43,7 +43,7 @@ class TarShard:
         self.file, self.indexed, self.cache = file, indexed, cache
 
     def __len__(self) -> int:
-        return self.file.count
+        return self.file.samples
 
     def read(self, row: int) -> Pair:
         """Pair ``row``: its caption is read now, its picture when it is asked for."""
