@@ -124,6 +124,7 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         max_skipped=max_skipped,
         title="/".join(run.path.parts[-2:]),
         prefetch=data.prefetch,
+        timeout=data.timeout,
     )
     tracker = None
     if engine.is_main:

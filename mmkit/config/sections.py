@@ -77,6 +77,7 @@ class DataConfig(Section):
     cache_gib: float = Field(50.0, gt=0, description="fetched shards kept at one time; hold at least a window of them")
     workers: int = Field(4, ge=0)
     prefetch: int = Field(2, ge=1, description="batches that each worker makes ahead")
+    timeout: float = Field(1800, ge=0, description="seconds to wait for a batch of the workers before the run ends; 0: for ever")
     limit: int | None = Field(None, ge=1, description="use the first N samples only (of each source)")
     max_skipped: float = Field(0.01, ge=0, le=1, description="share of samples that may be unreadable before the run stops")
     # From the header: by the time the pixels are there, the memory is spent.
@@ -305,6 +306,7 @@ class LabelledDataConfig(Section):
     classes: str | None = Field(None, description="class names for zero-shot: imagenet, JSON list or object, or a name a line")
     workers: int = Field(4, ge=0)
     prefetch: int = Field(2, ge=1, description="batches that each worker makes ahead")
+    timeout: float = Field(1800, ge=0, description="seconds to wait for a batch of the workers before the run ends; 0: for ever")
     # Drawn, unlike the limit on pairs: image folders come sorted by class, so the first N could be one class.
     limit: int | None = Field(None, ge=1, description="pictures of each set, drawn once")
     max_pixels: int = Field(100_000_000, ge=1)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmkit.data.layout import Layout
 from mmkit.data.order import Position
 from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.errors import InputError
 
 T = TypeVar("T")
 # Covariant: a protocol that only hands samples out must take a set of a more special kind.
@@ -100,6 +101,7 @@ def make_loader(
     pin_memory: bool,
     layout: Layout | None = None,
     prefetch: int = 2,
+    timeout: float = 0,
 ) -> Iterator[tuple[dict[str, Any], list[LeftOut]]]:
     """Batches in exactly the given order, with what was left out to fill them.
 
@@ -112,9 +114,14 @@ def make_loader(
         pin_memory: Copy batches to pinned memory for the device.
         layout: Shards of the data set, so that a replacement comes from the same one; None: it has none.
         prefetch: Batches that each worker makes ahead.
+        timeout: Seconds to wait for a batch of the workers before the run ends; 0 waits for ever.
+
+    Raises:
+        SampleError: While iterating: the data set is broken, or a worker died or hangs.
+        InputError: While iterating, as the data set raises it.
     """
     loader: DataLoader[Any] = DataLoader(
-        ReplacingSet(samples, seed, layout),
+        _Guarded(ReplacingSet(samples, seed, layout)),
         batch_sampler=_Batches(micro_batches),
         # No closure: where processes are not forked (macOS, Python 3.14), it must pickle.
         collate_fn=functools.partial(_collate_drawn, collate),
@@ -124,12 +131,53 @@ def make_loader(
         persistent_workers=False,
         worker_init_fn=one_thread if workers else None,
         prefetch_factor=prefetch if workers else None,
+        timeout=timeout if workers else 0,
     )
-    return iter(loader)
+    return _unguarded(iter(loader), timeout)
 
 
-def _collate_drawn(collate: Callable[[list[T]], dict[str, Any]], drawn: list[Drawn[T]]) -> tuple[dict[str, Any], list[LeftOut]]:
+class _Guarded(Dataset[Any]):
+    """Hands errors about the data over like samples: raised in a worker, they would arrive as a traceback of that process."""
+
+    def __init__(self, samples: ReplacingSet[Any]) -> None:
+        self.samples = samples
+
+    def __getitems__(self, positions: list[Position]) -> list[Drawn[Any]] | Exception:
+        try:
+            return [self.samples[position] for position in positions]
+        except (SampleError, InputError) as error:
+            return error
+
+
+def _unguarded(batches: Iterator[Any], timeout: float) -> Iterator[tuple[dict[str, Any], list[LeftOut]]]:
+    """Batches; what a worker handed over as an error is raised here."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            # torch's own words for a worker that the system killed, and for one that gives no batch.
+            if "DataLoader worker" in str(error) and "killed" in str(error):
+                what = f"a loader worker died ({str(error).split('.')[0]}); out of memory? fewer data.workers need less"
+            elif "DataLoader timed out" in str(error):
+                what = (
+                    f"no batch for {timeout:.0f} s (data.timeout): a disk or server does not answer, or a picture takes for ever"
+                )
+            else:
+                raise
+            raise SampleError(what) from None
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def _collate_drawn(
+    collate: Callable[[list[T]], dict[str, Any]], drawn: list[Drawn[T]] | Exception
+) -> tuple[dict[str, Any], list[LeftOut]] | Exception:
     """The batch, and what was left out to fill it."""
+    if isinstance(drawn, Exception):
+        return drawn
     return collate([d.sample for d in drawn]), [s for d in drawn for s in d.left_out]
 
 

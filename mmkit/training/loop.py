@@ -164,6 +164,7 @@ def _batches(
         pin_memory=engine.device.type == "cuda",
         layout=stage.layout,
         prefetch=settings.prefetch,
+        timeout=settings.timeout,
     )
 
 

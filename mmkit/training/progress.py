@@ -32,7 +32,7 @@ class ProgressLine:
         """Show the state after ``step`` updates."""
         if not self.show:
             return
-        info = f"loss {row['loss']:.3f}  {row['samples_per_second']:.0f} samples/s"
+        info = f"loss {row['loss']:.3f}  {row['samples_per_second']:.0f} samples/s  {row['data_wait']:.0%} waiting for data"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, info=info)
             return

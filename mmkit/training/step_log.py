@@ -31,6 +31,7 @@ class LoopSettings:
     max_skipped: float
     title: str
     prefetch: int = 2
+    timeout: float = 0
 
 
 @dataclasses.dataclass(frozen=True)

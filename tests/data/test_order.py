@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import time
 from itertools import islice
 from typing import Any
 
@@ -16,6 +19,7 @@ from mmkit.data.layout import Layout
 from mmkit.data.loader import Drawn, ReplacingSet, _collate_drawn, make_loader
 from mmkit.data.order import Order, Position, make_order
 from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.errors import InputError
 
 
 class Numbers:
@@ -194,3 +198,37 @@ def test_what_goes_to_the_workers_can_be_pickled() -> None:
     batch, left = merge(collate, [draw[Position(0, 1)], Drawn((2, 0.5), [LeftOut("a", "b", "c")])])
     assert batch["index"].tolist() == [1, 2]
     assert left == [LeftOut("a", "b", "c")]
+
+
+class Failing(Numbers):
+    """Does something bad at sample 3."""
+
+    def __init__(self, size: int, act: str) -> None:
+        super().__init__(size)
+        self.act = act
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[int, float]:
+        if index == 3 and self.act == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 3 and self.act == "hang":
+            time.sleep(60)
+        if index == 3 and self.act == "refuse":
+            raise InputError("no package s3fs", where="s3://a", mend="install it")
+        return super().load(index, rng)
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "message"),
+    [
+        ("die", SampleError, r"a loader worker died \(DataLoader worker \(pid.*fewer data.workers need less"),
+        ("hang", SampleError, r"no batch for 1 s \(data.timeout\): a disk or a server does not answer"),
+        ("refuse", InputError, r"^s3://a: no package s3fs; install it$"),
+    ],
+)
+def test_a_worker_that_fails_ends_the_run_in_one_line(act: str, kind: type[Exception], message: str) -> None:
+    batches = [[Position(0, i)] for i in range(5)]
+    loader = make_loader(Failing(8, act), collate, batches, seed=0, workers=1, pin_memory=False, timeout=1, prefetch=1)
+    with pytest.raises(kind, match=message) as caught:
+        for _ in loader:
+            pass
+    assert "\n" not in str(caught.value)
