@@ -158,12 +158,10 @@ def _unguarded(batches: Iterator[Any], timeout: float) -> Iterator[tuple[dict[st
             return
         except RuntimeError as error:
             # torch's own words for a worker that the system killed, and for one that gives no batch.
-            if "DataLoader worker" in str(error) and "killed" in str(error):
+            if str(error).startswith("DataLoader worker"):
                 what = f"a loader worker died ({str(error).split('.')[0]}); out of memory? fewer data.workers need less"
             elif "DataLoader timed out" in str(error):
-                what = (
-                    f"no batch for {timeout:.0f} s (data.timeout): a disk or server does not answer, or a picture takes for ever"
-                )
+                what = f"no batch for {timeout:.0f} s (data.timeout): a disk or a server does not answer"
             else:
                 raise
             raise SampleError(what) from None
