@@ -284,7 +284,7 @@ def test_colours_change_in_training_only(tmp_path):
     gray = run(tmp_path / "gray", "data.gray_scale_prob=1")
     assert pipeline.losses(gray) != pytest.approx(plain, abs=1e-4)
     encoder = load_encoder(gray)
-    pairs = open_pairs(str(pipeline.root() / "world" / "shards")).pairs
+    pairs = open_pairs(str(pipeline.root() / "world" / "shards"))
     how = Augmentation((1.0, 1.0), None, 1.0, encoder.num_tokens, 0.0)
     seen = PairSamples(pairs, size=32, max_pixels=10**8, augmentation=how).load(0, np.random.default_rng(0)).pixels
     whole = PairSamples(pairs, size=32, max_pixels=10**8).load(0, np.random.default_rng(0)).pixels
