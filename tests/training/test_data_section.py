@@ -1,0 +1,97 @@
+"""Keys of the data section through the real command line: mixtures, columns, windows, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pipeline
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from mmkit.config import DataConfig
+from mmkit.data.sources import options_of
+from mmkit.training import loop
+
+
+def world_rows() -> list[dict[str, str]]:
+    path = pipeline.root() / "world" / "pairs_train.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def parquet(folder: Path) -> Path:
+    """Ten of the world's pairs in a table with its own column names."""
+    rows = world_rows()[:10]
+    pictures = [(pipeline.root() / "world" / row["image"]).read_bytes() for row in rows]
+    table = pyarrow.table({"pic": pictures, "text": [row["caption"] for row in rows]})
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=4)
+    return folder / "a.parquet"
+
+
+def test_a_table_with_its_own_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = parquet(tmp_path)
+    assert (
+        pipeline.mmkit(*pipeline.superclass(tmp_path / "run", f"data.train={path}", "data.image=pic", "data.caption=text")) == 0
+    )
+    assert pipeline.manifest(tmp_path / "run")["samples_in_data"] == 10
+    assert pipeline.mmkit(*pipeline.superclass(tmp_path / "other", f"data.train={path}", "data.image=pic")) == 2
+    assert "no column 'caption'; set data.caption; there are pic, text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["superclass", "clipcap"])
+def test_a_mixture_of_pairs(stage: str, tmp_path: Path) -> None:
+    world = pipeline.root() / "world"
+    run = tmp_path / "run"
+    parts = f"[{{path: {world / 'pairs_train.jsonl'}, weight: 3}}, {{path: {world / 'shards'}, weight: 1}}]"
+    arguments = pipeline.STAGES[stage](run, f"data.train={parts}", "data.limit=20", "data.image_root=null", "train.steps=2")
+    assert pipeline.mmkit(*arguments) == 0
+    assert pipeline.manifest(run)["samples_in_data"] == 40
+    assert (run / "model" / "config.json").is_file()
+
+
+def test_a_mixture_of_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = pipeline.root() / "world"
+    files = sorted(path for path in world.glob("*.json") if path.name.startswith("llava"))
+    parts = ", ".join(f"{{path: {path}, weight: {n + 1}}}" for n, path in enumerate(files[:2]))
+    run = tmp_path / "run"
+    assert pipeline.mmkit(*pipeline.align(run, f"data.train=[{parts}]", "data.limit=12", "train.steps=2", "max_length=384")) == 0
+    assert pipeline.manifest(run)["samples_in_data"] == 12 * len(files[:2])
+    bad = f"data.train=[{{path: {files[0]}, type: parquet}}]"
+    assert pipeline.mmkit(*pipeline.align(tmp_path / "bad", bad)) == 2
+    assert "data type 'parquet' holds no conversations; use llava" in capsys.readouterr().err
+
+
+def test_a_window_is_part_of_the_order(tmp_path: Path) -> None:
+    world = pipeline.root() / "world"
+    losses = {}
+    for window in (100, 3):
+        run = tmp_path / str(window)
+        # Row groups of four: with three samples a window each of them is one.
+        arguments = pipeline.superclass(run, f"data.train={parquet(tmp_path)}", "data.image=pic", "data.caption=text")
+        assert pipeline.mmkit(*arguments, f"data.shuffle_window={window}", "train.steps=2", "train.batch_size=4") == 0
+        losses[window] = pipeline.losses(run)
+    assert losses[100] != losses[3]
+    assert world.is_dir()
+
+
+def test_the_loader_gets_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+    real = loop.make_loader
+
+    def watched(*positional: object, **named: object) -> object:
+        seen.update(named)
+        return real(*positional, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "make_loader", watched)
+    arguments = pipeline.superclass(tmp_path / "run", "data.prefetch=5", "data.timeout=77", "data.workers=1", "train.steps=1")
+    assert pipeline.mmkit(*arguments) == 0
+    assert (seen["prefetch"], seen["timeout"], seen["workers"]) == (5, 77.0, 1)
+
+
+def test_readers_get_the_keys(tmp_path: Path) -> None:
+    keys = {"image": "a", "caption": "b", "streaming": True, "shuffle_window": 7, "cache": str(tmp_path), "cache_gib": 0.5}
+    options = options_of(DataConfig.model_validate({"train": "x", **keys}), "hf", "root")
+    assert (options.kind, options.image_root, options.image, options.caption) == ("hf", "root", "a", "b")
+    assert (options.streaming, options.window) == (True, 7)
+    assert (options.cache.folder, options.cache.limit) == (tmp_path, 1 << 29)
