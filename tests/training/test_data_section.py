@@ -55,7 +55,7 @@ def test_a_mixture_of_conversations(tmp_path: Path, capsys: pytest.CaptureFixtur
     files = sorted(path for path in world.glob("*.json") if path.name.startswith("llava"))
     parts = ", ".join(f"{{path: {path}, weight: {n + 1}}}" for n, path in enumerate(files[:2]))
     run = tmp_path / "run"
-    assert pipeline.mmkit(*pipeline.align(run, f"data.train=[{parts}]", "data.limit=12", "train.steps=2", "max_length=384")) == 0
+    assert pipeline.mmkit(*pipeline.finetune(run, f"data.train=[{parts}]", "data.limit=12", "train.steps=2")) == 0
     assert pipeline.manifest(run)["samples_in_data"] == 12 * len(files[:2])
     bad = f"data.train=[{{path: {files[0]}, type: parquet}}]"
     assert pipeline.mmkit(*pipeline.align(tmp_path / "bad", bad)) == 2
