@@ -38,9 +38,11 @@ class Turned(NamedTuple):
 class ConversationSamples:
     """Conversations with their picture; text is encoded when it is asked for, by the loader's workers."""
 
-    def __init__(self, items: list[LlavaItem], source: str, *, encode: Any, size: int, fit: Fit, max_pixels: int) -> None:
+    def __init__(
+        self, items: list[LlavaItem], source: str, *, encode: Any, size: int, fit: Fit, max_pixels: int, max_bytes: int
+    ) -> None:
         self.items, self.source, self.encode = items, source, encode
-        self.size, self.fit, self.max_pixels = size, fit, max_pixels
+        self.size, self.fit, self.max_pixels, self.max_bytes = size, fit, max_pixels, max_bytes
 
     def __len__(self) -> int:
         return len(self.items)
@@ -60,7 +62,7 @@ class ConversationSamples:
             raise SampleError(error.reason) from None
         if item.image is None:
             return Turned(None, encoded, item.id)
-        image = decode_image(ImageRef(str(item.image)).read(), max_pixels=self.max_pixels)
+        image = decode_image(ImageRef(str(item.image)).read(self.max_bytes), max_pixels=self.max_pixels)
         return Turned(fit_square(image, self.size, fit=self.fit), encoded, item.id)
 
 
@@ -155,7 +157,8 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         # Before the model trains a step: a wrong image root leaves everything out.
         check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(path, left_out))
         fit, size = meta["image_fit"], meta["image_size"]
-        samples = ConversationSamples(items[:limit], path, encode=encode, size=size, fit=fit, max_pixels=data.max_pixels)
+        bounds = {"max_pixels": data.max_pixels, "max_bytes": data.max_bytes}
+        samples = ConversationSamples(items[:limit], path, encode=encode, size=size, fit=fit, **bounds)
         return samples, left_out
 
     samples, left_out = samples_of(recipe.data.train, recipe.data.image_root, recipe.data, recipe.data.limit)
