@@ -16,6 +16,7 @@ BENCHMARKS = {
     "superclass-loss": "superclass_loss",
     "superclass-step": "superclass_step",
     "labels": "labels",
+    "loader": "loader",
 }
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
