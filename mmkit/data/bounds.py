@@ -4,7 +4,8 @@ The limit on pixels bounds memory. It does not bound time: a progressive JPEG ma
 a file of empty chunks keeps a reader busy without any. Every bound counts parts of the file. A limit in seconds would make the
 order of the data depend on how busy the machine is.
 
-Together with ``max_pixels`` and ``max_bytes`` the time of a picture is at most linear in pixels x `MAX_SCANS` + bytes + parts.
+Together with ``max_pixels`` and ``max_bytes`` the time of a picture is at most linear in pixels x `MAX_SCANS` + bytes + parts: a
+progressive JPEG with as many scans as are allowed takes about 0.1 s a megapixel, a usual one a tenth of it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ MAX_TAG_COPIES = 16
 
 # Bytes of a value of each TIFF type.
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
+# As Pillow takes them, two of them by the wrong end; those with a plus are BigTIFF.
+_TIFF = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+")
+# Tags of the places of strips and tiles.
+_OFFSETS = {273, 324}
 # A marker of JPEG: neither an escaped 0xFF, nor one of the restart markers within a scan, nor padding.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 # Markers without a length: restarts, start and end of the picture.
@@ -59,8 +64,8 @@ def refuse_costly(data: bytes) -> None:
     """Refuse a picture whose structure would cost more time than its pixels and bytes warrant.
 
     JPEG: more than `MAX_SCANS` scans, or more than `MAX_SEGMENTS` segments before the first. PNG: more than `MAX_CHUNKS` chunks.
-    GIF: more than `MAX_GIF_BLOCKS` blocks before its first frame. TIFF, and Exif in JPEG: tags that claim more than
-    `MAX_TAG_COPIES` times the bytes there are. A damaged structure ends the walk; the decoder says what is wrong with it.
+    GIF: more than `MAX_GIF_BLOCKS` blocks before its first frame. TIFF, and Exif in JPEG: what `refuse_tags` refuses. A damaged
+    structure ends the walk; the decoder says what is wrong with it.
 
     Args:
         data: Encoded bytes.
@@ -75,8 +80,47 @@ def refuse_costly(data: bytes) -> None:
         _at_most(MAX_CHUNKS, _png_chunks(data), "chunks")
     elif data.startswith((b"GIF87a", b"GIF89a")) and len(data) > 2 * MAX_GIF_BLOCKS:
         _at_most(MAX_GIF_BLOCKS, _gif_blocks(data), "blocks before its first frame")
-    elif data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        _check_tags(data)
+    elif data.startswith(_TIFF):
+        refuse_tags(data)
+
+
+def refuse_tags(data: bytes) -> None:
+    """Refuse TIFF tags that give the same bytes again and again, each copy of which takes memory, and millions of strips.
+
+    Args:
+        data: A TIFF file, or an Exif block, which is one.
+
+    Raises:
+        SampleError: They claim more than `MAX_TAG_COPIES` times the bytes there are, or there are more than `MAX_CHUNKS` strips
+            or tags.
+    """
+    data = data.removeprefix(b"Exif\0\0")
+    if not data.startswith(_TIFF):
+        return
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    # BigTIFF counts in 64 bits.
+    wide = b"+" in data[2:4]
+    head, entry, word = (8, 20, 8) if wide else (2, 12, 4)
+
+    def number(place: int, size: int) -> int:
+        return int.from_bytes(data[place : place + size], order)
+
+    start = number(8 if wide else 4, word)
+    if number(start, head) > MAX_CHUNKS:
+        raise _too_many(MAX_CHUNKS, "tags")
+    claimed = 0
+    for place in range(start + head, min(start + head + number(start, head) * entry, len(data) - entry + 1), entry):
+        count = number(place + 4, word)
+        if number(place, 2) in _OFFSETS and count > MAX_CHUNKS:
+            raise _too_many(MAX_CHUNKS, "strips or tiles")
+        size = count * _TAG_BYTES.get(number(place + 2, 2), 0)
+        # Values of one word stand in the entry itself; a reader skips those that are not in the file.
+        if size > word and number(place + 4 + word, word) + size <= len(data):
+            claimed += size
+    if claimed > MAX_TAG_COPIES * len(data):
+        raise SampleError(
+            f"its tags claim {claimed} bytes of a file of {len(data)}, which would take far more memory than its pixels"
+        )
 
 
 def _at_most(limit: int, parts: Iterable[int], what: str) -> None:
@@ -101,7 +145,7 @@ def _check_jpeg(data: bytes) -> None:
             exif += data[place + 10 : _behind(data, place)]
         elif marker == _SOS:
             _check_scans(data, frame, place)
-    _check_tags(exif)
+    refuse_tags(exif)
 
 
 def _header(data: bytes) -> Iterator[tuple[int, int]]:
@@ -169,26 +213,3 @@ def _gif_blocks(data: bytes) -> Iterator[int]:
             yield position
             position += 1 + data[position]
         position += 1
-
-
-def _check_tags(data: bytes) -> None:
-    """Refuse TIFF tags (Exif blocks are such a file) that give the same bytes again and again: each copy takes memory."""
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    # BigTIFF counts in 64 bits.
-    wide = data[2:4] in (b"+\0", b"\0+")
-    head, entry, word = (8, 20, 8) if wide else (2, 12, 4)
-
-    def number(place: int, size: int) -> int:
-        return int.from_bytes(data[place : place + size], order)
-
-    start = number(8 if wide else 4, word)
-    claimed = 0
-    for place in range(start + head, min(start + head + number(start, head) * entry, len(data) - entry + 1), entry):
-        size = number(place + 4, word) * _TAG_BYTES.get(number(place + 2, 2), 0)
-        # Values of one word stand in the entry itself; a reader skips those that are not in the file.
-        if size > word and number(place + 4 + word, word) + size <= len(data):
-            claimed += size
-    if claimed > MAX_TAG_COPIES * len(data):
-        raise SampleError(
-            f"its tags claim {claimed} bytes of a file of {len(data)}, which would take far more memory than its pixels"
-        )

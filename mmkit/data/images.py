@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mmkit.data.bounds import MAX_BYTES, refuse_costly, refuse_long
+from mmkit.data.bounds import MAX_BYTES, refuse_costly, refuse_long, refuse_tags
 from mmkit.data.skipped import SampleError
 
 Fit = Literal["squash", "crop", "pad"]
@@ -119,6 +119,9 @@ def open_picture(data: bytes, *, max_pixels: int = 100_000_000) -> Image.Image:
         raise SampleError(f"is no picture (starts with {start!r})") from None
     if image.width * image.height > max_pixels:
         raise SampleError(f"{image.width} x {image.height} pixels are over the limit of {max_pixels}")
+    # PNG and WebP have their Exif block anywhere; nothing has read its tags yet.
+    if isinstance(exif := image.info.get("exif"), bytes):
+        refuse_tags(exif)
     return image
 
 
