@@ -14,7 +14,7 @@ import simplejpeg
 import torch
 from PIL import ExifTags, Image
 
-from mmkit.data.images import Box, Pixels, draw_box, open_picture, random_resized_crop, upright_rgb
+from mmkit.data.images import DECODING_ERRORS, Box, Pixels, draw_box, open_picture, random_resized_crop, upright_rgb
 
 Decoder = Literal["fast", "exact"]
 
@@ -85,7 +85,7 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
         return True
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RuntimeError):
+    except DECODING_ERRORS:
         # The exact way meets the same fault, and names it.
         return False
 

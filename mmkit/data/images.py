@@ -29,7 +29,7 @@ BACKGROUND = (255, 255, 255)
 # Formats that picture sets hold. Pillow knows 40 more, some of which start a program (EPS) or have no bound on their time.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # What Pillow raises on damaged files: seen on mutated JPEG, PNG, TIFF, WebP, AVIF and on broken EXIF blocks.
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
     AttributeError, IndexError, KeyError, OverflowError, TypeError,
 )  # fmt: skip
@@ -154,7 +154,7 @@ def _reasons() -> Iterator[None]:
         yield
     except (Image.DecompressionBombError, Image.UnidentifiedImageError):
         raise
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise SampleError(f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from None
 
 

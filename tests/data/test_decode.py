@@ -176,9 +176,23 @@ damage = st.lists(
 )
 
 
-@settings(max_examples=250, deadline=None)
+EXIF = Image.Exif()
+EXIF[274], EXIF[315] = 1, "somebody"
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="1"/></x:xmpmeta>'
+OPTIONS = [
+    {},
+    {"progressive": True},
+    {"restart_marker_blocks": 2},
+    {"subsampling": 0, "optimize": True},
+    {"exif": EXIF},
+    {"xmp": XMP},
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of odd tags
+@settings(max_examples=300, deadline=None)
 @given(
-    options=st.sampled_from([{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"subsampling": 0, "optimize": True}]),
+    options=st.sampled_from(OPTIONS),
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     grey=st.booleans(),
     faults=damage,
