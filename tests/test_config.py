@@ -105,7 +105,7 @@ def test_defaults_are_the_published_ones(tmp_path: Path) -> None:
     assert (recipe.seed, recipe.data.labels, recipe.data.crop_scale) == (0, "clip", (0.9, 1.0))
     assert recipe.encoder.mean is None  # OpenAI CLIP's, or those of the weights that training starts from
     assert (recipe.loss.kind, recipe.track.kind, recipe.monitor.every) == (None, "tensorboard", None)
-    assert recipe.data.max_pixels == 100_000_000
+    assert (recipe.data.max_pixels, recipe.data.max_bytes, recipe.data.decoder) == (100_000_000, 64 * 2**20, "fast")
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3
 
@@ -163,6 +163,10 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, stage: str, override: str
         ("superclass", ["train.betas=[0.9]"], "train.betas.1"),
         ("superclass", ["train=5"], "train=5"),
         ("superclass", ["data.crop_scale=[1.0,0.5]"], "crop_scale [1.0, 0.5]"),
+        ("superclass", ["data.decoder=pillow"], "'fast' or 'exact'"),
+        ("superclass", ["data.max_bytes=0"], "data.max_bytes=0"),
+        ("probe", ["data.max_bytes=many"], "data.max_bytes='many'"),
+        ("eval", ["max_bytes=-1"], "max_bytes=-1"),
         ("superclass", ["train.micro_batch_size=3"], "batch_size 8 is no multiple of micro_batch_size 3"),
         ("superclass", ["train.epochs=2"], "exactly one of steps, epochs, samples (given: steps, epochs)"),
         ("superclass", ["train.steps="], "(given: none)"),

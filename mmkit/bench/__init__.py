@@ -17,6 +17,7 @@ BENCHMARKS = {
     "superclass-step": "superclass_step",
     "labels": "labels",
     "reader": "reader",
+    "loader": "loader",
 }
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -24,6 +24,7 @@ from mmkit.config.sections import (
     TrackConfig,
     TrainConfig,
 )
+from mmkit.data.bounds import MAX_BYTES
 
 
 class RunRecipe(Section):
@@ -182,6 +183,7 @@ class FinetuneRecipe(RunRecipe):
     data: LabelledDataConfig
     # Inception's range. Pretraining stays at 0.9 to 1 by default, as the reference does.
     crop_scale: tuple[float, float] = (0.08, 1.0)
+    decoder: Literal["fast", "exact"] = Field("fast", description="of training crops; exact: Pillow's pixels")
     flip: bool = True
     rand_augment: str | None = Field(None, description="timm's name, such as rand-m9-mstd0.5-inc1")
     mixup: float = Field(0.0, ge=0)
@@ -210,6 +212,7 @@ class EvalRecipe(RunRecipe):
     blind: bool = Field(False, description="show every sample another sample's picture: the blind baseline")
     max_skipped: float = Field(0.01, ge=0, le=1)
     max_pixels: int = Field(100_000_000, ge=1)
+    max_bytes: int = Field(MAX_BYTES, ge=1, description="of an encoded picture")
 
 
 # What the training loop takes; a probe and an evaluation train nothing that is kept.

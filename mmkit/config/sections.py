@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mmkit.data.bounds import MAX_BYTES
+
 # OpenAI CLIP's constants (open_clip constants.py), the default of every SuperClass recipe.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -82,6 +84,7 @@ class DataConfig(Section):
     max_skipped: float = Field(0.01, ge=0, le=1, description="share of samples that may be unreadable before the run stops")
     # From the header: by the time the pixels are there, the memory is spent.
     max_pixels: int = Field(100_000_000, ge=1, description="a picture with more is left out from its header alone")
+    max_bytes: int = Field(MAX_BYTES, ge=1, description="a picture whose file is longer is left out unread")
 
     @model_validator(mode="after")
     def _sources_agree(self) -> DataConfig:
@@ -121,6 +124,9 @@ class PairDataConfig(DataConfig):
     idf_file: str | None = Field(None, description="table that `mmkit data inspect --idf` wrote, for idf=file")
     # The reference's, but for its 12.8 B recipe: 0.4 to 1, with jitter at 0.8.
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="area range of RandomResizedCrop")
+    decoder: Literal["fast", "exact"] = Field(
+        "fast", description="of training crops; exact: Pillow's pixels, as validation always has them"
+    )
     color_jitter: tuple[float, float, float, float] | None = Field(
         None, description="largest change of brightness, contrast, saturation, hue; null: none"
     )
@@ -310,6 +316,7 @@ class LabelledDataConfig(Section):
     # Drawn, unlike the limit on pairs: image folders come sorted by class, so the first N could be one class.
     limit: int | None = Field(None, ge=1, description="pictures of each set, drawn once")
     max_pixels: int = Field(100_000_000, ge=1)
+    max_bytes: int = Field(MAX_BYTES, ge=1, description="of an encoded picture")
 
 
 class GenerationConfig(Section):

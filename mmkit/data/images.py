@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import io
 import math
 import struct
 import warnings
 import zlib
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from mmkit.data.bounds import MAX_BYTES, refuse_costly, refuse_long, refuse_tags
 from mmkit.data.reading import read_file, read_range
 from mmkit.data.skipped import SampleError
 
@@ -21,8 +25,10 @@ Fit = Literal["squash", "crop", "pad"]
 Pixels = NDArray[np.uint8]
 # Transparent pixels are shown on white, as a browser would show them.
 BACKGROUND = (255, 255, 255)
+# Formats that picture sets hold. Pillow knows 40 more, some of which start a program (EPS) or have no bound on their time.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # What Pillow raises on damaged files: seen on mutated JPEG, PNG, TIFF, WebP, AVIF and on broken EXIF blocks.
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
     AttributeError, IndexError, KeyError, OverflowError, TypeError,
 )  # fmt: skip
@@ -45,39 +51,56 @@ class ImageRef:
     offset: int = 0
     size: int = -1
 
-    def read(self) -> bytes:
+    def read(self, max_bytes: int = MAX_BYTES) -> bytes:
         """The bytes.
 
+        Args:
+            max_bytes: A longer picture is refused before a byte of it is read.
+
         Raises:
-            SampleError: Missing or unreadable file.
+            SampleError: Missing, unreadable or too long.
         """
-        return read_file(self.path) if self.size < 0 else read_range(self.path, self.offset, self.size)
+        if self.size < 0:
+            return read_file(self.path, self.offset, max_bytes)
+        refuse_long(self.size, max_bytes)
+        return read_range(self.path, self.offset, self.size)
 
 
 def decode_image(data: bytes, *, max_pixels: int = 100_000_000) -> Image.Image:
-    """Decode one picture to upright RGB.
+    """Decode one picture to upright RGB, pixel for pixel as Pillow does: what evaluation and validation see.
 
     EXIF rotation is applied, transparency is composed on white, 16-bit grey is scaled (not clipped), CMYK is converted, an
     animation gives its first frame.
 
     Args:
-        data: Encoded bytes (anything Pillow reads).
+        data: Encoded bytes, of one of `FORMATS`.
         max_pixels: Larger pictures are refused from their header, before any memory is spent.
 
     Raises:
-        SampleError: Empty, no picture, too large, or cut off (a half-grey picture must not be trained on).
+        SampleError: Empty, no picture, too large, too costly for its size (see `mmkit.data.bounds`), or cut off (a half-grey
+            picture must not be trained on).
+    """
+    return upright_rgb(open_picture(data, max_pixels=max_pixels))
+
+
+def open_picture(data: bytes, *, max_pixels: int = 100_000_000) -> Image.Image:
+    """The header of a picture: its size, mode and format are known, no pixel is decoded.
+
+    Args:
+        data: Encoded bytes, of one of `FORMATS`.
+        max_pixels: Larger pictures are refused.
+
+    Raises:
+        SampleError: As `decode_image`, for what the header tells.
     """
     if not data:
         raise SampleError("the file is empty")
+    refuse_costly(data)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _reasons():
             # Our own limit decides, the same way on every run; Pillow's warns once a process.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-        # Image.open has read the header only; no pixel is decoded before this line.
-        if image.width * image.height <= max_pixels:
-            # Pixels are decoded in here, so that a cut-off file raises inside this block.
-            return _to_rgb(ImageOps.exif_transpose(image))
+            image = Image.open(io.BytesIO(data), formats=_known_formats())
     except Image.DecompressionBombError:
         # Pillow has a limit of its own, which holds where max_pixels is higher.
         limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
@@ -86,9 +109,45 @@ def decode_image(data: bytes, *, max_pixels: int = 100_000_000) -> Image.Image:
         # The first bytes tell an HTML error page or a Git LFS pointer at a glance.
         start = data[:15].decode("latin-1").encode("unicode_escape").decode()
         raise SampleError(f"is no picture (starts with {start!r})") from None
-    except _DECODING_ERRORS as error:
+    if image.width * image.height > max_pixels:
+        raise SampleError(f"{image.width} x {image.height} pixels are over the limit of {max_pixels}")
+    # PNG and WebP have their Exif block anywhere; nothing has read its tags yet.
+    if isinstance(exif := image.info.get("exif"), bytes):
+        refuse_tags(exif)
+    return image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened picture: `open_picture` and this are `decode_image`.
+
+    Raises:
+        SampleError: It is damaged or cut off.
+    """
+    try:
+        with _reasons():
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        # A GIF tells the size of its first frame here only.
+        raise SampleError("a part of it claims more pixels than Pillow's limit") from None
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    # init and not preinit: the latter knows five formats.
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@contextlib.contextmanager
+def _reasons() -> Iterator[None]:
+    """What Pillow raises on damaged files becomes the reason of a sample that is left out."""
+    try:
+        yield
+    except (Image.DecompressionBombError, Image.UnidentifiedImageError):
+        raise
+    except DECODING_ERRORS as error:
         raise SampleError(f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from None
-    raise SampleError(f"{image.width} x {image.height} pixels are over the limit of {max_pixels}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -144,22 +203,30 @@ def fit_square(image: Image.Image, size: int, *, fit: Fit, fill: tuple[int, int,
     return to_chw(square)
 
 
-def random_resized_crop(
-    image: Image.Image, size: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: float = 4 / 3
-) -> Pixels:
-    """A crop of random area and aspect, resized to a square (Inception's augmentation, as torchvision's RandomResizedCrop).
+class Box(NamedTuple):
+    """A part of a picture in pixels; fractions are meant as they are."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+def draw_box(width: int, height: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: float = 4 / 3) -> Box:
+    """A box of random area and aspect (Inception's augmentation, as torchvision's RandomResizedCrop).
+
+    The numbers drawn depend on the size of the picture alone, so that the same crop can be cut by any decoder.
 
     Args:
-        image: RGB.
-        size: Side in pixels.
+        width: Of the upright picture, in pixels.
+        height: Likewise.
         rng: Numbers for this sample alone, so that the crop does not depend on the loader's workers.
         scale: Range of the crop's share of the area.
         ratio: Largest aspect ratio; the smallest is its inverse.
 
     Returns:
-        uint8 ``[3, size, size]``.
+        A box within the picture.
     """
-    width, height = image.size
     # Ten attempts, then the centre: torchvision's own rule.
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -168,10 +235,31 @@ def random_resized_crop(
         w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            # One resampling from the fractional box; crop and resize would round the box to whole pixels first.
-            return to_chw(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)))
+            return Box(left, top, left + w, top + h)
     # A very long picture has no such crop: take the centre.
-    return fit_square(image, size, fit="crop")
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return Box(left, top, left + side, top + side)
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: float = 4 / 3
+) -> Pixels:
+    """A random crop, resized to a square with Pillow's bicubic filter.
+
+    Args:
+        image: RGB.
+        size: Side in pixels.
+        rng: Numbers for this sample alone.
+        scale: Range of the crop's share of the area.
+        ratio: Largest aspect ratio; the smallest is its inverse.
+
+    Returns:
+        uint8 ``[3, size, size]``.
+    """
+    box = draw_box(*image.size, rng, scale=scale, ratio=ratio)
+    # One resampling from the fractional box; crop and resize would round the box to whole pixels first.
+    return to_chw(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def to_chw(image: Image.Image) -> Pixels:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmkit.config import LabelledDataConfig
+from mmkit.data.bounds import MAX_BYTES
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import safe_image_path
 from mmkit.data.sources.columns import data_roots, follow_picture, load_rows
@@ -77,12 +78,13 @@ class _Files:
     """Pictures in files, or in slices of tars."""
 
     refs: list[ImageRef]
+    max_bytes: int = MAX_BYTES
 
     def read(self, index: int) -> bytes:
-        return self.refs[index].read()
+        return self.refs[index].read(self.max_bytes)
 
     def take(self, kept: list[int]) -> _Files:
-        return _Files([self.refs[i] for i in kept])
+        return dataclasses.replace(self, refs=[self.refs[i] for i in kept])
 
     def stamps(self) -> tuple[list[str], list[str]]:
         """Place and size of each picture, and the time its file was written; a missing file has neither."""
@@ -106,13 +108,14 @@ class _Column:
     column: str
     numbers: list[int]
     roots: tuple[Path, ...]
+    max_bytes: int = MAX_BYTES
 
     def read(self, index: int) -> bytes:
         # An undecoded picture is {"bytes", "path"}, either of which may be None.
-        return follow_picture(self.rows[self.numbers[index]][self.column], self.roots)
+        return follow_picture(self.rows[self.numbers[index]][self.column], self.roots, self.max_bytes)
 
     def take(self, kept: list[int]) -> _Column:
-        return _Column(self.rows, self.column, [self.numbers[i] for i in kept], self.roots)
+        return dataclasses.replace(self, numbers=[self.numbers[i] for i in kept])
 
     def stamps(self) -> tuple[list[str], list[str]]:
         """Row numbers; the data set's own fingerprint stands for the content."""
@@ -134,7 +137,7 @@ def open_labelled(location: str, data: LabelledDataConfig) -> LabelledSource:
     Args:
         location: Image folder with a sub-folder a class; ``.jsonl`` rows; tar shards with ``.cls`` (a number or a name) beside
             each picture; or ``hf:NAME_OR_FOLDER[@SPLIT]``.
-        data: Kind, keys, root folder and limit.
+        data: Kind, keys, root folder and limits.
 
     Raises:
         InputError: Nothing there, a bad row or shard, or a picture outside the data folder.
@@ -147,7 +150,7 @@ def open_labelled(location: str, data: LabelledDataConfig) -> LabelledSource:
         raise InputError("no labelled picture", where=location, mend=mend)
     # Before the limit: class numbers must not depend on which pictures are drawn.
     classes = found.classes or sort_classes(found.labels)
-    pictures, keys, labels = found.pictures, found.keys, found.labels
+    pictures, keys, labels = dataclasses.replace(found.pictures, max_bytes=data.max_bytes), found.keys, found.labels
     if data.limit is not None and data.limit < len(keys):
         # Image folders come sorted by class: the first N would be one class.
         # A fixed seed, not the recipe's: runs that differ in their seed must still be measured on the same pictures.

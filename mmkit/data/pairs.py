@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mmkit.data.bounds import MAX_BYTES
 from mmkit.data.layout import Layout, Part
 from mmkit.data.skipped import LeftOut, SampleError
 
@@ -33,8 +34,8 @@ class Picture(Protocol):
         """The file that holds it; another time of writing may mean other pixels."""
         ...
 
-    def read(self) -> bytes:
-        """The bytes. Raises SampleError when they cannot be had."""
+    def read(self, max_bytes: int = MAX_BYTES) -> bytes:
+        """The bytes. Raises SampleError when they cannot be had, or are more than ``max_bytes``."""
         ...
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from mmkit.data.bounds import MAX_BYTES, refuse_long
 from mmkit.data.skipped import SampleError
 
 T = TypeVar("T")
@@ -58,15 +59,17 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     return with_retries(lambda: os.pread(_files.get(path), size, offset))
 
 
-def read_file(path: str) -> bytes:
-    """A whole file.
+def read_file(path: str, offset: int = 0, max_bytes: int = MAX_BYTES) -> bytes:
+    """A file from ``offset`` to its end.
 
     Raises:
-        SampleError: It cannot be read, also not after some more tries.
+        SampleError: It cannot be read, also not after some more tries, or is longer than ``max_bytes``.
     """
 
     def work() -> bytes:
         with open(path, "rb") as file:  # noqa: PTH123  as above
+            refuse_long(os.fstat(file.fileno()).st_size - offset, max_bytes)
+            file.seek(offset)
             return file.read()
 
     return with_retries(work)
@@ -88,6 +91,8 @@ def with_retries(work: Callable[[], T]) -> T:
             if seconds is None:
                 raise SampleError(f"cannot be read, also at try {len(BACK_OFF) + 1} ({reason})") from None
             time.sleep(seconds)
+        except SampleError:  # is a ValueError too
+            raise
         except ValueError as error:  # a name with a NUL or a lone surrogate
             raise SampleError(f"cannot be read ({error})") from None
     raise AssertionError("the last try returns or raises")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmkit.data.bounds import MAX_BYTES
 from mmkit.data.images import ImageRef
 from mmkit.data.reading import BACK_OFF
 from mmkit.data.skipped import SampleError
@@ -125,9 +126,9 @@ class RemoteRef:
     offset: int
     size: int
 
-    def read(self) -> bytes:
-        """The bytes. Raises SampleError when the shard cannot be fetched."""
-        return ImageRef(str(self.cache.local(self.path)), self.offset, self.size).read()
+    def read(self, max_bytes: int = MAX_BYTES) -> bytes:
+        """The bytes. Raises SampleError when the shard cannot be fetched, or they are more than ``max_bytes``."""
+        return ImageRef(str(self.cache.local(self.path)), self.offset, self.size).read(max_bytes)
 
 
 def remote_glob(pattern: str) -> list[str]:

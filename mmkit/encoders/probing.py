@@ -133,7 +133,7 @@ def _features(
     # Beside the run, not inside: starting anew empties the run, and other probes of the same encoder find it here.
     cache = FeatureCache(Path(recipe.run).parent / ".features")
     # What changes a feature; batch size and number of workers do not.
-    settings = f"pooled {encoder.image_size} crop {recipe.precision} {recipe.data.max_pixels}"
+    settings = f"pooled {encoder.image_size} crop {recipe.precision} {recipe.data.max_pixels} {recipe.data.max_bytes}"
 
     def make() -> Tensor:
         batches = pixel_batches(

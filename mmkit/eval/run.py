@@ -74,7 +74,7 @@ def _run_task(
     # Only what the model sees changes: ids, questions and references stay those of the true picture.
     shown = shuffle_pictures(examples, recipe.seed) if recipe.blind else examples
     began = time.monotonic()
-    predictions = generate(shown, model, task, max_pixels=recipe.max_pixels, run=run, max_skipped=recipe.max_skipped)
+    predictions = generate(shown, model, task, recipe, run)
     seconds = time.monotonic() - began
     results = run.path / "results" / f"{name}.json"
     # Scored from the written file, not from memory: the score is that of what can be handed to an evaluation server.
@@ -119,9 +119,7 @@ def _run_task(
     return found
 
 
-def generate(
-    examples: list[Example], model: Predictor, task: TaskConfig, *, max_pixels: int, run: Run, max_skipped: float
-) -> dict[int, str]:
+def generate(examples: list[Example], model: Predictor, task: TaskConfig, recipe: EvalRecipe, run: Run) -> dict[int, str]:
     """Predictions by id, in the order of the examples.
 
     Batches are formed by prompt length, so that little is padded. An unreadable picture is listed in skipped.jsonl and its
@@ -139,16 +137,16 @@ def generate(
         batch, images = [], []
         for example in order[start : start + size]:
             try:
-                images.append(_open(example, max_pixels))
+                images.append(_open(example, recipe))
                 batch.append(example)
             except SampleError as error:
                 run.skip([LeftOut(str(example.image), str(example.id), str(error))])
                 predictions[example.id] = ""
                 lost += 1
         # After every batch: a wrong image_root ends the run at once, not after the last picture.
-        if lost > max_skipped * len(examples):
+        if lost > recipe.max_skipped * len(examples):
             raise InputError(
-                f"{lost} of {len(examples)} pictures cannot be used, over the limit of {max_skipped:.2%}",
+                f"{lost} of {len(examples)} pictures cannot be used, over the limit of {recipe.max_skipped:.2%}",
                 where=run.path / "skipped.jsonl",
                 mend="check image_root and image_name, or raise max_skipped",
             )
@@ -163,6 +161,6 @@ def generate(
     return {e.id: predictions[e.id] for e in examples}
 
 
-def _open(example: Example, max_pixels: int) -> Image.Image:
+def _open(example: Example, recipe: EvalRecipe) -> Image.Image:
     """The picture of an example."""
-    return decode_image(ImageRef(str(example.image)).read(), max_pixels=max_pixels)
+    return decode_image(ImageRef(str(example.image)).read(recipe.max_bytes), max_pixels=recipe.max_pixels)

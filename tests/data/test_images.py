@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmkit.data.bounds import MAX_BYTES
 from mmkit.data.images import ImageRef, Pixels, decode_image, fit_square, random_resized_crop, to_chw
 from mmkit.data.skipped import SampleError
 
@@ -132,6 +133,27 @@ def test_missing_file_and_odd_names(tmp_path: Path) -> None:
             ImageRef(str(tmp_path / name)).read()
     with pytest.raises(SampleError, match="cannot be read"):
         ImageRef(str(tmp_path)).read()
+
+
+def test_long_files_are_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(100))
+    assert ImageRef(str(path)).read(100) == bytes(100)
+    assert ImageRef(str(path), 90, 10).read(10) == bytes(10)
+    for ref, size in ((ImageRef(str(path)), 100), (ImageRef(str(path), 20), 80), (ImageRef(str(path), 20, 70), 70)):
+        with pytest.raises(SampleError, match=rf"^{size} bytes are over the limit of 60$"):
+            ref.read(60)
+    # The default too: the file has a hole, so that it takes no space.
+    with path.open("r+b") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(SampleError, match="over the limit of 67108864"):
+        ImageRef(str(path)).read()
+
+
+def test_programs_are_not_started() -> None:
+    # Pillow hands EPS to Ghostscript.
+    with pytest.raises(SampleError, match=r"is no picture \(starts with '%!PS"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
 
 
 def test_slices_of_a_file(tmp_path: Path) -> None:

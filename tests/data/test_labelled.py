@@ -96,6 +96,18 @@ def test_a_limit_is_drawn_over_all_classes_and_stays(four: dict[str, tuple[str, 
     assert open_labelled(location, config.model_copy(update={"limit": 100})).keys == full.keys
 
 
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "webdataset", "hf"])
+def test_a_long_picture_is_refused_unread(four: dict[str, tuple[str, LabelledDataConfig]], kind: str) -> None:
+    location, config = four[kind]
+    longest = max(len(png(number)) for number in range(9))
+    allowed, small = (
+        open_labelled(location, config.model_copy(update={"max_bytes": size, "limit": 4})) for size in (longest, longest // 2)
+    )
+    assert allowed.pictures.read(0).startswith(b"\x89PNG") and allowed.fingerprint == small.fingerprint
+    with pytest.raises(SampleError, match=rf"bytes are over the limit of {longest // 2}$"):
+        small.pictures.read(0)
+
+
 def test_fingerprints_follow_labels_and_pictures(four: dict[str, tuple[str, LabelledDataConfig]], tmp_path: Path) -> None:
     location, config = four["jsonl"]
     before = open_labelled(location, config)

@@ -144,6 +144,13 @@ def test_unreadable_pictures_score_as_wrong_and_are_listed(tmp_path, broken_pict
     assert "of 8 pictures cannot be used, over the limit of 1.00%" in error and "max_skipped" in error
 
 
+def test_long_pictures_are_not_read(tmp_path):
+    run = tmp_path / "run"
+    assert evaluate("captioner", run, "max_bytes=99", "max_skipped=1") == 0
+    rows = pipeline.rows(run / "skipped.jsonl")
+    assert len(rows) == 8 and all("bytes are over the limit of 99" in row["reason"] for row in rows)
+
+
 def test_unreadable_pictures_are_counted_for_all_tasks_together(tmp_path, broken_pictures):
     # Two bad pictures with several questions each: every question is listed, and the limit is a share of the questions.
     roots = [f"tasks.{i}.image_root={broken_pictures}" for i in (0, 1)]

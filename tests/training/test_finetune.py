@@ -253,6 +253,19 @@ def test_augmentation_depends_on_the_sample_alone(world: Path, tmp_path: Path) -
     assert any(not np.array_equal(a, b) for a, b in zip(found["flip"], found["all"], strict=True))
 
 
+def test_the_decoder_changes_pixels_of_training_alone(tmp_path: Path) -> None:
+    small = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.fromarray(small).resize((100, 80), Image.Resampling.BICUBIC).save(tmp_path / "train" / "a" / "0.jpg")
+    fast, exact = (samples(tmp_path, Augment((0.5, 1.0), True, None, decoder)) for decoder in ("fast", "exact"))
+    errors = [
+        np.abs(fast.load(0, np.random.default_rng(i)).pixels.astype(int) - exact.load(0, np.random.default_rng(i)).pixels).mean()
+        for i in range(8)
+    ]
+    # The same crops: others would be 40 away.
+    assert min(errors) > 0 and max(errors) < 10
+
+
 @pytest.mark.parametrize("name", ["rand-m0", "rand-m10-n8-inc1", "rand-m9-mstd0.5-inc1"])
 def test_every_strength_of_rand_augment_works(world: Path, name: str) -> None:
     # timm's posterize asks for no bits at all at its strongest.

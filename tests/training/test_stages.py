@@ -296,6 +296,15 @@ def test_unreadable_pictures_are_listed_once_and_training_goes_on(stage, dirty, 
     assert not (tmp_path / "strict" / "model").exists()
 
 
+@pytest.mark.parametrize("stage", ["superclass", "clipcap", "align", "finetune"])
+def test_the_limit_on_bytes_reaches_every_stage(stage, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert pipeline.mmkit(*pipeline.STAGES[stage](run, "data.max_bytes=99")) == 2
+    said = capsys.readouterr().err
+    listed = run / "skipped.jsonl"
+    assert "bytes are over the limit of 99" in said + (listed.read_text() if listed.is_file() else "")
+
+
 @pytest.mark.parametrize("stage", ["superclass", "finetune"])
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(stage, tmp_path, capsys):
     assert pipeline.mmkit(*pipeline.STAGES[stage](tmp_path / "run", "train.lr=1e30")) == 2

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmkit.config import LossConfig, load_recipe
+from mmkit.data.images import decode_image, fit_square
 from mmkit.data.sources import open_pairs
 from mmkit.encoders.idf import OnlineIDF, load_table
 from mmkit.encoders.labels import CaptionLabels
@@ -289,6 +290,45 @@ def test_colours_change_in_training_only(tmp_path):
     seen = PairSamples(pairs, size=32, max_pixels=10**8, augmentation=how).load(0, np.random.default_rng(0)).pixels
     whole = PairSamples(pairs, size=32, max_pixels=10**8).load(0, np.random.default_rng(0)).pixels
     assert (seen[0] == seen[1]).all() and not (whole[0] == whole[1]).all()
+
+
+def photographs(folder, count: int = 6):
+    """Pairs of JPEGs that are large enough to be decoded shrunk."""
+    folder.mkdir()
+    rows = []
+    for i in range(count):
+        small = np.random.default_rng(i).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((160, 120), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+        rows.append(json.dumps({"image": f"{i}.jpg", "caption": f"picture {i}"}))
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+    return open_pairs(str(folder / "pairs.jsonl"))
+
+
+def test_the_decoder_changes_pixels_of_training_alone(tmp_path):
+    pairs = photographs(tmp_path / "data")
+    fast, exact = (
+        PairSamples(pairs, size=32, max_pixels=10**8, augmentation=Augmentation((0.5, 1.0), None, 0.0, 4, 0.5, decoder))
+        for decoder in ("fast", "exact")
+    )
+    for index in range(len(pairs)):
+        a, b = (part.load(index, np.random.default_rng(index)) for part in (fast, exact))
+        error = np.abs(a.pixels.astype(int) - b.pixels)
+        assert 0 < error.mean() < 10  # the same crop; another would be 40 away
+        assert (a.keep == b.keep).all()  # and the same numbers drawn after it
+        whole = PairSamples(pairs, size=32, max_pixels=10**8).load(index, np.random.default_rng(0)).pixels
+        assert np.array_equal(whole, fit_square(decode_image(pairs.read(index).image.read()), 32, fit="squash"))
+
+
+def test_the_recipe_chooses_decoder_and_limits(tmp_path):
+    photographs(tmp_path / "data")
+    data = [f"data.train={tmp_path / 'data' / 'pairs.jsonl'}", "train.steps=2", "train.batch_size=4", "data.crop_scale=[0.5,1]"]
+    losses = [pipeline.losses(run(tmp_path / way, *data, f"data.decoder={way}")) for way in ("fast", "exact")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+    sizes = sorted((tmp_path / "data" / f"{i}.jpg").stat().st_size for i in range(6))
+    limited = run(tmp_path / "limited", *data, f"data.max_bytes={sizes[-2]}", "data.max_skipped=1", "train.steps=4")
+    assert {row["reason"] for row in pipeline.rows(limited / "skipped.jsonl")} == {
+        f"{sizes[-1]} bytes are over the limit of {sizes[-2]}"
+    }
 
 
 def test_loss_chunks_change_no_number(tmp_path):

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from mmkit.data.bounds import MAX_BYTES, refuse_long
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import Pair, clean_caption
 from mmkit.data.remote import ShardCache, is_remote
@@ -64,9 +65,9 @@ class GroupRef:
         except (OSError, pyarrow.ArrowException) as error:
             raise SampleError(f"row group {self.group} cannot be read ({' '.join(str(error).split())})") from None
 
-    def read(self) -> bytes:
-        """The bytes. Raises SampleError when there are none."""
-        return picture_bytes(self.table().column(self.columns[0])[self.row].as_py())
+    def read(self, max_bytes: int = MAX_BYTES) -> bytes:
+        """The bytes. Raises SampleError when there are none, or more than ``max_bytes``."""
+        return picture_bytes(self.table().column(self.columns[0])[self.row].as_py(), max_bytes)
 
 
 class GroupShard:
@@ -92,35 +93,37 @@ class GroupShard:
         return self.path, f"group {self.group} row {row}"
 
 
-def picture_bytes(value: Any) -> bytes:
+def picture_bytes(value: Any, max_bytes: int = MAX_BYTES) -> bytes:
     """Bytes of a picture as Hugging Face and others store it: bytes, or ``{"bytes", "path"}``.
 
     Raises:
-        SampleError: There are none. A path alone is not followed: data must not name files outside their set.
+        SampleError: There are none, or more than ``max_bytes``. A path alone is not followed: data must not name files elsewhere.
     """
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         raise SampleError("the row has no picture" if data is None else f"the picture is {type(data).__name__}, not bytes")
+    refuse_long(len(data), max_bytes)
     return data
 
 
-def follow_picture(value: Any, roots: tuple[Path, ...]) -> bytes:
+def follow_picture(value: Any, roots: tuple[Path, ...], max_bytes: int = MAX_BYTES) -> bytes:
     """As `picture_bytes`, but a row may name a file below one of some folders.
 
     Args:
         value: Bytes, or ``{"bytes", "path"}``.
         roots: From `data_roots`.
+        max_bytes: A longer picture is refused.
 
     Raises:
         SampleError: There is no picture, or its file lies elsewhere: data must not name files outside their set.
     """
     if not isinstance(value, dict) or value.get("bytes") is not None or not value.get("path"):
-        return picture_bytes(value)
+        return picture_bytes(value, max_bytes)
     # Resolved, unlike the names in an index file: these are whole paths, in which `..` or a link may hide.
     path = Path(value["path"]).resolve()
     if not any(path.is_relative_to(root) for root in roots):
         raise SampleError(f"image {value['path']!r} points outside the data folder")
-    return ImageRef(str(path)).read()
+    return ImageRef(str(path)).read(max_bytes)
 
 
 def data_roots(name: str) -> tuple[Path, ...]:
@@ -182,9 +185,9 @@ class HubRef:
     column: str = dataclasses.field(compare=False, default="image")
     roots: tuple[Path, ...] = dataclasses.field(compare=False, default=())
 
-    def read(self) -> bytes:
-        """The bytes. Raises SampleError when there are none."""
-        return follow_picture(self.rows[self.row][self.column], self.roots)
+    def read(self, max_bytes: int = MAX_BYTES) -> bytes:
+        """The bytes. Raises SampleError when there are none, or more than ``max_bytes``."""
+        return follow_picture(self.rows[self.row][self.column], self.roots, max_bytes)
 
 
 class HubShard:

@@ -23,6 +23,7 @@ from mmkit.distributed.engine import Engine
 from mmkit.encoders.features import FeatureCache, extract_features
 from mmkit.encoders.save import load_encoder, save_encoder
 from mmkit.encoders.vit import VisionEncoder
+from mmkit.errors import InputError
 from mmkit.files import hash_text, new_folder
 from mmkit.models.clipcap import ClipCap, save_captioner
 from mmkit.models.clipcap import build_clipcap as build_captioner
@@ -127,14 +128,19 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
     # No augmentation, hence one feature a picture: the encoder runs once a picture, not once a caption and epoch.
     def samples_of(source: PairSource, limit: int | None) -> tuple[FeatureSamples, list[LeftOut], Layout]:
         pairs, readable, unreadable = source.usable()
-        key = f"{encoder_parent.fingerprint} {source.fingerprint} {limit} {recipe.mapper.feature_kind} {recipe.data.max_pixels}"
+        data, kind = recipe.data, recipe.mapper.feature_kind
+        key = f"{encoder_parent.fingerprint} {source.fingerprint} {limit} {kind} {data.max_pixels} {data.max_bytes}"
         files = sorted({Path(p.image.path) for p in pairs})
         # The same index over other pictures, or over repaired ones, must not find the old features.
         key += "".join(f"\n{file} {file.stat().st_mtime_ns if file.exists() else 0}" for file in files)
-        work = FeatureWork(encoder, pairs, kind=recipe.mapper.feature_kind, max_pixels=recipe.data.max_pixels)
+        work = FeatureWork(encoder, pairs, kind=kind, max_pixels=data.max_pixels, max_bytes=data.max_bytes)
         # The other ranks wait, then read the cached file, instead of each running the encoder over everything.
         features = engine.main_first(lambda: cache.get(hash_text(key), lambda: work.extract(engine.device)))
         good, left_out = work.usable(features)
+        if not good.any():
+            first = (unreadable + left_out)[0]
+            what = f"none of {len(source)} pictures can be used; the first, {first.key}: {first.reason}"
+            raise InputError(what, where=first.source, mend="check data.image_root, data.max_bytes and data.max_pixels")
         # All at once: a fast tokenizer works on a list in parallel, and the ids are few beside the features.
         kept = [pair for pair, sound in zip(pairs, good, strict=True) if sound]
         ids = [encode_caption(t, tokenizer.eos_token_id, recipe.max_length) for t in _token_ids(tokenizer, kept)]
@@ -212,8 +218,9 @@ def _token_ids(tokenizer: object, pairs: list[Pair]) -> list[list[int]]:
 class FeatureWork:
     """Extracts the features of each different picture once; an unreadable picture gets NaN, and its pairs are left out."""
 
-    def __init__(self, encoder: VisionEncoder, pairs: list[Pair], *, kind: str, max_pixels: int) -> None:
-        self.encoder, self.pairs, self.kind, self.max_pixels = encoder, pairs, kind, max_pixels
+    def __init__(self, encoder: VisionEncoder, pairs: list[Pair], *, kind: str, max_pixels: int, max_bytes: int) -> None:
+        self.encoder, self.pairs, self.kind = encoder, pairs, kind
+        self.max_pixels, self.max_bytes = max_pixels, max_bytes
         # A row a picture, though COCO has five captions for each; dict.fromkeys keeps the order of the file.
         self.row = {ref: i for i, ref in enumerate(dict.fromkeys(p.image for p in pairs))}
 
@@ -234,7 +241,7 @@ class FeatureWork:
         for i, ref in enumerate(self.row):
             try:
                 # The view that prediction uses too.
-                pixels = fit_square(decode_image(ref.read(), max_pixels=self.max_pixels), size, fit="squash")
+                pixels = fit_square(decode_image(ref.read(self.max_bytes), max_pixels=self.max_pixels), size, fit="squash")
                 batch.append(torch.from_numpy(pixels))
             except SampleError:
                 bad.append(i)
@@ -253,7 +260,7 @@ class FeatureWork:
         for pair in self.pairs:
             if not good[self.row[pair.image]]:
                 try:
-                    decode_image(pair.image.read(), max_pixels=self.max_pixels)
+                    decode_image(pair.image.read(self.max_bytes), max_pixels=self.max_pixels)
                     reason = "the picture could not be read when its features were extracted"
                 except SampleError as error:
                     reason = str(error)

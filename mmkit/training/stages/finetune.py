@@ -106,7 +106,7 @@ def build_finetune(recipe: FinetuneRecipe, engine: Engine) -> Stage:
             encoder, len(classes), label_smoothing=recipe.label_smoothing, mixup=recipe.mixup, cutmix=recipe.cutmix
         )
     size, max_pixels = encoder.image_size, recipe.data.max_pixels
-    how = Augment(recipe.crop_scale, recipe.flip, recipe.rand_augment)
+    how = Augment(recipe.crop_scale, recipe.flip, recipe.rand_augment, recipe.decoder)
 
     def save_product(folder: Path) -> None:
         def write_classifier(inside: Path) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
-from mmkit.data.images import Pixels, decode_image, fit_square, random_resized_crop, to_chw
+from mmkit.data.decode import Decoder, training_crop
+from mmkit.data.images import Pixels, decode_image, fit_square, to_chw
 from mmkit.data.labelled import LabelledSource
 from mmkit.errors import InputError
 from mmkit.training.objective import Batch
@@ -72,11 +73,12 @@ class FinetuneSample(NamedTuple):
 
 
 class Augment(NamedTuple):
-    """How a training picture is varied: area of the crop, flip, and timm's RandAugment by its name."""
+    """How a training picture is varied: area of the crop, flip, timm's RandAugment by its name, and the crop's decoder."""
 
     crop_scale: tuple[float, float]
     flip: bool
     rand_augment: str | None
+    decoder: Decoder = "fast"
 
 
 class FinetuneSamples:
@@ -97,12 +99,13 @@ class FinetuneSamples:
 
     def load(self, index: int, rng: np.random.Generator) -> FinetuneSample:
         """Decode and augment one picture."""
-        image = decode_image(self.source.pictures.read(index), max_pixels=self.max_pixels)
+        data = self.source.pictures.read(index)
         key, target = self.source.keys[index], self.targets[index]
-        if self.augment is None:
-            return FinetuneSample(fit_square(image, self.size, fit="crop"), target, key)
-        pixels = random_resized_crop(image, self.size, rng, scale=self.augment.crop_scale)
-        if self.augment.flip and rng.random() < 0.5:
+        how = self.augment
+        if how is None:
+            return FinetuneSample(fit_square(decode_image(data, max_pixels=self.max_pixels), self.size, fit="crop"), target, key)
+        pixels = training_crop(data, self.size, rng, scale=how.crop_scale, decoder=how.decoder, max_pixels=self.max_pixels)
+        if how.flip and rng.random() < 0.5:
             # A view with negative stride cannot become a tensor.
             pixels = np.ascontiguousarray(pixels[:, :, ::-1])
         if self._policy is not None:

@@ -41,9 +41,11 @@ class Turned(NamedTuple):
 class ConversationSamples:
     """Conversations with their picture; text is encoded when it is asked for, by the loader's workers."""
 
-    def __init__(self, items: list[tuple[LlavaItem, str]], *, encode: Any, size: int, fit: Fit, max_pixels: int) -> None:
+    def __init__(
+        self, items: list[tuple[LlavaItem, str]], *, encode: Any, size: int, fit: Fit, max_pixels: int, max_bytes: int
+    ) -> None:
         self.items, self.encode = items, encode
-        self.size, self.fit, self.max_pixels = size, fit, max_pixels
+        self.size, self.fit, self.max_pixels, self.max_bytes = size, fit, max_pixels, max_bytes
 
     def __len__(self) -> int:
         return len(self.items)
@@ -64,7 +66,7 @@ class ConversationSamples:
             raise SampleError(error.reason) from None
         if item.image is None:
             return Turned(None, encoded, item.id)
-        image = decode_image(ImageRef(str(item.image)).read(), max_pixels=self.max_pixels)
+        image = decode_image(ImageRef(str(item.image)).read(self.max_bytes), max_pixels=self.max_pixels)
         return Turned(fit_square(image, self.size, fit=self.fit), encoded, item.id)
 
 
@@ -157,7 +159,8 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         read = [_read_items(source, recipe.data, limit) for source in sources]
         items = [(item, source.path) for source, (found, _) in zip(sources, read, strict=True) for item in found]
         fit, size = meta["image_fit"], meta["image_size"]
-        samples = ConversationSamples(items, encode=encode, size=size, fit=fit, max_pixels=recipe.data.max_pixels)
+        bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
+        samples = ConversationSamples(items, encode=encode, size=size, fit=fit, **bounds)
         layout = join([Layout.flat(len(found)) for found, _ in read], [source.weight for source in sources])
         return samples, [row for _, left_out in read for row in left_out], layout
 

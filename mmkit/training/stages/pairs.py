@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 
 from mmkit.config import PairDataConfig
 from mmkit.data.augment import ColorJitter, gray_scale
-from mmkit.data.images import Pixels, decode_image, fit_square, random_resized_crop
+from mmkit.data.bounds import MAX_BYTES
+from mmkit.data.decode import Decoder, training_crop
+from mmkit.data.images import Pixels, decode_image, fit_square
 from mmkit.data.pairs import PairSource
 from mmkit.data.sources import open_pairs, open_training_pairs, options_of
 from mmkit.encoders.vit import VisionEncoder
@@ -37,6 +40,7 @@ class Augmentation(NamedTuple):
         gray_scale_prob: Share of pictures shown without colour.
         num_tokens: Patches N of the tower.
         patch_drop: Share of them left out.
+        decoder: How the crop is decoded.
     """
 
     crop_scale: tuple[float, float]
@@ -44,6 +48,7 @@ class Augmentation(NamedTuple):
     gray_scale_prob: float
     num_tokens: int
     patch_drop: float
+    decoder: Decoder = "fast"
 
     def kept_patches(self, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
         """The patches a picture keeps, i64 ``[K]`` in ascending order; None keeps all.
@@ -62,9 +67,17 @@ class Augmentation(NamedTuple):
 class PairSamples:
     """Pairs as pictures with captions; augmented for training, the whole picture for validation."""
 
-    def __init__(self, pairs: PairSource, *, size: int, max_pixels: int, augmentation: Augmentation | None = None) -> None:
+    def __init__(
+        self,
+        pairs: PairSource,
+        *,
+        size: int,
+        max_pixels: int,
+        max_bytes: int = MAX_BYTES,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         self.pairs, self.size = pairs, size
-        self.max_pixels, self.augmentation = max_pixels, augmentation
+        self.max_pixels, self.max_bytes, self.augmentation = max_pixels, max_bytes, augmentation
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -76,13 +89,14 @@ class PairSamples:
     def load(self, index: int, rng: np.random.Generator) -> PairSample:
         """Decode and augment one pair."""
         pair = self.pairs.read(index)
-        image = decode_image(pair.image.read(), max_pixels=self.max_pixels)
+        data = pair.image.read(self.max_bytes)
         how = self.augmentation
         # Validation sees every picture whole and always the same.
         if how is None:
+            image = decode_image(data, max_pixels=self.max_pixels)
             return PairSample(fit_square(image, self.size, fit="squash"), pair.caption, pair.key, None)
         # The crop draws first: a recipe without jitter cuts the same crops as one with it.
-        pixels = random_resized_crop(image, self.size, rng, scale=how.crop_scale)
+        pixels = training_crop(data, self.size, rng, scale=how.crop_scale, decoder=how.decoder, max_pixels=self.max_pixels)
         # On the small crop and not on the picture: fewer pixels to change.
         if how.jitter is not None:
             pixels = how.jitter(pixels, rng)
@@ -101,14 +115,14 @@ def open_samples(
     """
     source = open_training_pairs(data)
     jitter = ColorJitter(*data.color_jitter, probability=data.color_jitter_prob) if data.color_jitter else None
-    how = Augmentation(data.crop_scale, jitter, data.gray_scale_prob, encoder.num_tokens, patch_drop)
-    size, max_pixels = encoder.image_size, data.max_pixels
-    train = PairSamples(source, size=size, max_pixels=max_pixels, augmentation=how)
+    how = Augmentation(data.crop_scale, jitter, data.gray_scale_prob, encoder.num_tokens, patch_drop, data.decoder)
+    samples_of = functools.partial(PairSamples, size=encoder.image_size, max_pixels=data.max_pixels, max_bytes=data.max_bytes)
+    train = samples_of(source, augmentation=how)
     validation = None
     if data.val:
         held = open_pairs(data.val, options_of(data, "auto", data.val_image_root))
         source.left_out.extend(held.left_out)  # one list for the user to look at
-        validation = PairSamples(held, size=size, max_pixels=max_pixels)
+        validation = samples_of(held)
     return train, validation, source
 
 
