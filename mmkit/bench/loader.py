@@ -55,6 +55,7 @@ def run(
     Raises:
         InputError: A size that is none, no JPEG in the folder, or webdataset is not installed.
     """
+    # Whole batches only: open_clip's training pipeline drops the rest.
     batch = min(batch, images)
     count = images // batch * batch
     sources, kind = (read_photographs(pictures, count), "of the folder") if pictures else (make_photographs(count), "synthetic")
@@ -63,6 +64,7 @@ def run(
         f"{_SCALE[0]} to {_SCALE[1]} of the area to {size} px, batches of {batch}, one thread, median of {repeats}",
         "output": "mmkit uint8, normalised on the device; the peers float32, normalised",
     }
+    # Pillow cannot use more than one thread, so torch's resize may not either.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -103,6 +105,7 @@ def _of_one_size(encoded: list[bytes], *, repeats: int, batch: int, size: int) -
         for name, epoch in epochs.items():
             # Rates of different work could not be compared.
             assert sum(len(pixels) for pixels in epoch()) == count, f"{name} left pictures out"
+        # Epochs and not batches in turns: each side pays for its start as often as in training.
         seconds = interleaved({name: partial(_exhaust, epoch) for name, epoch in epochs.items()}, repeats=repeats)
     found: dict[str, Any] = {"kB a picture": round(sum(map(len, encoded)) / count / 1000)}
     found |= {f"{name}, images/s": round(count / took) for name, took in seconds.items()}
@@ -120,12 +123,14 @@ def _exhaust(epoch: Callable[[], Iterator[Tensor]]) -> None:
 
 def _our_samples(shards: list[Path], size: int, decoder: Decoder) -> PairSamples:
     """The training samples of a SuperClass run without colour jitter."""
+    # No jitter and no dropped patches: the peers have neither by default.
     how = Augmentation(_SCALE, None, 0.0, num_tokens=1, patch_drop=0.0, decoder=decoder)
     return PairSamples(open_pairs(str(shards[0].parent)), size=size, max_pixels=100_000_000, augmentation=how)
 
 
 def _our_batches(samples: PairSamples, batch: int) -> Iterator[Tensor]:
     """One epoch as the training loop reads it, uint8 ``[B, 3, S, S]``."""
+    # In random order, where the peers read one after the other.
     steps = len(samples) // batch
     plan = make_order(samples.pairs.layout, 0).micro_batches(
         first_step=0, last_step=steps, batch_size=batch, micro_batch_size=batch, rank=0, world_size=1
@@ -185,6 +190,7 @@ def _datasets_batches(shards: list[Path], size: int, batch: int, folder: str) ->
 
 def _closeness(encoded: list[bytes], size: int) -> dict[str, Any]:
     """How far our views are from Pillow's."""
+    # Both from the same numbers, hence the same boxes.
     ratios = []
     for number, data in enumerate(encoded):
         fast, exact = (
@@ -202,6 +208,7 @@ def _closeness(encoded: list[bytes], size: int) -> dict[str, Any]:
 
 def _pillows_view(data: bytes, size: int) -> Pixels:
     """The centre of a picture by Pillow alone, uint8 ``[3, size, size]``."""
+    # Written out and not by our functions: what they do is what is compared.
     image = Image.open(io.BytesIO(data)).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -214,6 +221,7 @@ def _milliseconds(encoded: list[bytes], size: int, repeats: int) -> dict[str, fl
     boxes = []
     for number, data in enumerate(encoded):
         boxes.append(draw_box(*open_picture(data).size, np.random.default_rng(number), scale=_SCALE))
+    # All pictures have one size.
     whole = open_picture(encoded[0]).size
     decoded = [_decode_part(data, whole, box, size) for data, box in zip(encoded, boxes, strict=True)]
 

@@ -31,6 +31,7 @@ def make_photographs(count: int, seed: int = 0, *, size: tuple[int, int] = (1024
     width, height = size
     pictures = []
     for number in range(count):
+        # Each from its own generator: more pictures leave the first ones as they are.
         rng = np.random.default_rng([seed, number])
         canvas = Image.new("RGB", size, _colour(rng.normal(128, 45) + rng.normal(0, 18, 3)))
         draw = ImageDraw.Draw(canvas)
@@ -41,6 +42,7 @@ def make_photographs(count: int, seed: int = 0, *, size: tuple[int, int] = (1024
             # Grey on the whole, as most surfaces are.
             colour = rng.normal(128, 45) + rng.normal(0, 18, 3)
             draw.ellipse((x - radius * stretch, y - radius, x + radius * stretch, y + radius), fill=_colour(colour))
+        # The second part is the noise of a sensor, which has no neighbours.
         texture = _pink_noise(width, height, rng)[..., None] * 10 + rng.normal(0, 1, (height, width, 1))
         pictures.append(Image.fromarray(np.clip(np.asarray(canvas) + texture, 0, 255).astype(np.uint8)))
     return pictures
@@ -73,6 +75,7 @@ def read_photographs(folder: str, count: int) -> list[Image.Image]:
     Raises:
         InputError: There is none.
     """
+    # By name and not at random, so that a figure can be measured again.
     files = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:count]
     if not files:
         raise InputError("no JPEG here", where=folder, mend="give a folder with .jpg files as pictures=FOLDER")
@@ -91,6 +94,7 @@ def encode_photographs(pictures: list[Image.Image], size: tuple[int, int], *, qu
     encoded = []
     for picture in pictures:
         buffer = io.BytesIO()
+        # Subsampled as nearly all photographs on the web are; Pillow's default depends on the quality.
         ImageOps.fit(picture, size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
         encoded.append(buffer.getvalue())
     return encoded
@@ -110,6 +114,7 @@ def write_shards(encoded: list[bytes], folder: Path) -> list[Path]:
     shards = [folder / f"{number:05d}.tar" for number in range(min(_SHARDS, len(encoded)))]
     for number, shard in enumerate(shards):
         with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+            # In turn, so that shards differ by one picture at most.
             for index in range(number, len(encoded), len(shards)):
                 for suffix, content in ((".jpg", encoded[index]), (".txt", f"photograph {index}".encode())):
                     member = tarfile.TarInfo(f"{index:06d}{suffix}")

@@ -96,7 +96,7 @@ def _decode_part(data: bytes, whole: tuple[int, int], box: Box, size: int) -> tu
     None where libjpeg has anything to object: Pillow overlooks some of these faults and refuses others.
     """
     factor = shrink_factor(box, size)
-    # libjpeg's size of a shrunk picture.
+    # libjpeg's size of a shrunk picture; asked for as the least size, it allows no smaller factor.
     width, height = (math.ceil(side / factor) for side in whole)
     try:
         # strict: a warning of libjpeg, such as a premature end, raises too.
@@ -114,5 +114,6 @@ def _resize(pixels: Pixels, box: Box, size: int) -> Pixels:
     left, top = min(round(box.left), width - 1), min(round(box.top), height - 1)
     part = pixels[top : max(top + 1, round(box.bottom)), left : max(left + 1, round(box.right))]
     channels_first = torch.from_numpy(part).permute(2, 0, 1)[None]
+    # Antialiased as Pillow's, so that a fine pattern does not alias where the crop is several times the square.
     square = torch.nn.functional.interpolate(channels_first, size=(size, size), mode="bicubic", antialias=True)
     return np.ascontiguousarray(square[0].numpy())
