@@ -227,7 +227,7 @@ def draw_box(width: int, height: int, rng: np.random.Generator, *, scale: tuple[
     Returns:
         A box within the picture.
     """
-    # Ten attempts, then the centre: torchvision's own rule.
+    # Ten attempts, then the largest box of an allowed aspect from the centre: torchvision's own rule.
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         # Uniform in the logarithm: 4:3 and 3:4 are equally likely.
@@ -236,10 +236,10 @@ def draw_box(width: int, height: int, rng: np.random.Generator, *, scale: tuple[
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
             return Box(left, top, left + w, top + h)
-    # A very long picture has no such crop: take the centre.
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return Box(left, top, left + side, top + side)
+    # With areas near the whole it is common: for 4:3 pictures at 0.9 to 1 four in ten, which are then seen whole.
+    w, h = min(width, height * ratio), min(height, width * ratio)
+    left, top = (width - w) / 2, (height - h) / 2
+    return Box(left, top, left + w, top + h)
 
 
 def random_resized_crop(

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision import transforms
 
 from mmkit.data.bounds import MAX_BYTES
-from mmkit.data.images import ImageRef, Pixels, decode_image, fit_square, random_resized_crop, to_chw
+from mmkit.data.images import ImageRef, Pixels, decode_image, draw_box, fit_square, random_resized_crop, to_chw
 from mmkit.data.skipped import SampleError
 
 
@@ -265,10 +267,13 @@ def test_random_crop_covers_the_asked_area() -> None:
     assert 0.43 < max(shares) < 0.53
 
 
-def test_long_picture_falls_back_to_its_centre() -> None:
-    image = noise(200, 10)
-    view = random_resized_crop(image, 8, np.random.default_rng(0), scale=(0.9, 1.0))
-    assert np.array_equal(view, fit_square(image, 8, fit="crop"))
+@pytest.mark.parametrize(("width", "height"), [(200, 10), (10, 200), (640, 480), (500, 400), (7, 7)])
+def test_a_picture_without_such_a_crop_is_seen_from_its_centre_as_torchvision_does(width: int, height: int) -> None:
+    # An area beyond the picture never fits, so both always fall back.
+    box = draw_box(width, height, np.random.default_rng(0), scale=(2.0, 3.0))
+    i, j, h, w = transforms.RandomResizedCrop.get_params(torch.zeros(3, height, width), scale=[2.0, 3.0], ratio=[3 / 4, 4 / 3])
+    # torchvision rounds to whole pixels.
+    assert np.abs(np.asarray(box) - [j, i, j + w, i + h]).max() < 1
 
 
 def test_chw() -> None:
