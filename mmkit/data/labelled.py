@@ -18,7 +18,7 @@ from mmkit.data.images import ImageRef
 from mmkit.data.pairs import safe_image_path
 from mmkit.data.sources.columns import data_roots, follow_picture, load_rows
 from mmkit.data.sources.locate import HUB, expand
-from mmkit.data.sources.tars import IMAGE_SUFFIXES, group_members, map_file
+from mmkit.data.sources.tars import IMAGE_SUFFIXES, FileBytes, group_members
 from mmkit.errors import InputError
 from mmkit.files import hash_text
 
@@ -245,7 +245,7 @@ def _read_shards(location: str, data: LabelledDataConfig) -> _Read:
     mend = "write the shard again, each picture with its class in a .cls beside it"
     for shard in expand(location, ".tar"):
         left_out: list[tuple[str, str]] = []
-        for key, members in group_members(map_file(Path(shard)), left_out):
+        for key, members in group_members(FileBytes(Path(shard)), left_out):
             where = f"{shard}:{key}"
             image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
             # Refused, where pairs leave the sample out: a score over the remaining ones would be another score.

@@ -13,7 +13,6 @@ from mmkit.data.reading import read_range
 from mmkit.data.sidecar import Index, make_index
 from mmkit.data.skipped import SampleError
 from mmkit.data.sources.indexed import Indexed, ShardFile
-from mmkit.data.sources.tars import map_file
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -53,26 +52,25 @@ class RowReader:
         keys: list[str] = []
         left_out: list[tuple[str, str]] = []
         offsets, sizes = [], []
-        data = map_file(path)
-        number, size = 0, len(data)
-        at = len(_BOM) if data[: len(_BOM)] == _BOM else 0
-        # Split at \n only: str.splitlines would also split inside captions (U+2028 is legal in JSON strings).
-        while at < size:
-            number += 1
-            end = data.find(b"\n", at)
-            line = data[at : end if end >= 0 else size]
-            start, at = at, at + len(line) + 1
-            if not line.strip():
-                continue
-            key = f"{path.name}:{number}"
-            try:
-                image, _ = self.parse(line)
-            except ValueError as error:
-                left_out.append((key, " ".join(str(error).split())))
-                continue
-            keys.append(f"{key} {image}")
-            offsets.append(start)
-            sizes.append(len(line))
+        at = 0
+        with path.open("rb") as file:
+            # Lines end at \n only: str.splitlines would also split inside captions (U+2028 is legal in JSON strings).
+            for number, line in enumerate(file, start=1):
+                start, at = at, at + len(line)
+                if number == 1 and line.startswith(_BOM):
+                    start, line = len(_BOM), line[len(_BOM) :]
+                row = line.rstrip(b"\n")
+                if not row.strip():
+                    continue
+                key = f"{path.name}:{number}"
+                try:
+                    image, _ = self.parse(row)
+                except ValueError as error:
+                    left_out.append((key, " ".join(str(error).split())))
+                    continue
+                keys.append(f"{key} {image}")
+                offsets.append(start)
+                sizes.append(len(row))
         return make_index(keys, left_out, offset=offsets, size=sizes)
 
 

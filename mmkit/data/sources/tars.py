@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import Pair, Picture, decode_caption
@@ -17,6 +18,18 @@ from mmkit.data.sources.indexed import Indexed, ShardFile
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _BLOCK = 512
+
+
+class Bytes(Protocol):
+    """What can be cut like bytes."""
+
+    def __len__(self) -> int:
+        """Number of bytes."""
+        ...
+
+    def __getitem__(self, place: slice, /) -> bytes:
+        """A range of them; shorter where they end."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +94,7 @@ def index_tar(path: Path) -> Index:
     keys: list[str] = []
     left_out: list[tuple[str, str]] = []
     columns: dict[str, list[int]] = {"offset": [], "size": [], "text_offset": [], "text_size": []}
-    data = map_file(path)
+    data = FileBytes(path)
     for key, members in group_members(data, left_out):
         image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
         # By key and never by neighbourhood: with one member missing, every later caption would slip to the next picture.
@@ -100,14 +113,25 @@ def index_tar(path: Path) -> Index:
     return make_index(keys, left_out, **columns)
 
 
-def map_file(path: Path) -> bytes | mmap.mmap:
-    """A file as bytes that are read where they are touched: of a terabyte of pictures only headers and captions."""
-    with path.open("rb") as file:
-        # An empty file cannot be mapped.
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+class FileBytes:
+    """A file as bytes that are read where they are asked for: of a terabyte of pictures only headers and captions.
+
+    Not mapped: a disk that fails under a map kills the process, where a read raises OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: slice) -> bytes:
+        start, stop, _ = place.indices(self._size)
+        return os.pread(self._file.fileno(), max(0, stop - start), start)
 
 
-def group_members(data: bytes | mmap.mmap, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Member]]]:
+def group_members(data: Bytes, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Members of a tar grouped by key (webdataset's rule: the name up to the first dot), each key once.
 
     Yields:
@@ -143,7 +167,7 @@ def split_key(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", f".{suffix.lower()}"
 
 
-def walk_tar(data: bytes | mmap.mmap) -> Iterator[Member | TarFault]:
+def walk_tar(data: Bytes) -> Iterator[Member | TarFault]:
     """Files of an uncompressed tar in order (POSIX ustar and pax, GNU long names), then a fault if it does not end well.
 
     Python's tarfile takes a missing end mark and a damaged header for the end and says nothing, and is seven times slower.
@@ -219,7 +243,7 @@ def _extension(kind: bytes, content: bytes) -> dict[str, str]:
     return found
 
 
-def _ending(data: bytes | mmap.mmap, at: int, header: bytes, last: str) -> Iterator[TarFault]:
+def _ending(data: Bytes, at: int, header: bytes, last: str) -> Iterator[TarFault]:
     """What is wrong where the headers end; nothing when that is the end of a whole shard."""
     # 1 MiB: tar pads with zeros to a record (10 KiB by default); more than that is another archive joined on.
     rest = data[at + _BLOCK : at + _BLOCK + (1 << 20)]

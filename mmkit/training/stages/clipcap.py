@@ -147,7 +147,8 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         readable[readable] = good
         return FeatureSamples(kept, ids, features, work.row), unreadable + left_out, source.layout.keep(readable)
 
-    source = open_training_pairs(recipe.data)
+    # The main process first: on first use it writes the indexes that the others then find.
+    source = engine.main_first(lambda: open_training_pairs(recipe.data))
     samples, left_out, layout = samples_of(source, recipe.data.limit)
     validation = None
     # Validation has its own features and its own key; the limit is for training.

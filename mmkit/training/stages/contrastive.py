@@ -273,11 +273,9 @@ def _build(recipe: ClipRecipe | LitRecipe, engine: Engine, *, frozen_encoder: bo
         frozen_encoder=frozen_encoder,
         chunk_rows=recipe.loss.chunk_rows,
     )
-    samples, validation, source = open_samples(
-        recipe.data,
-        encoder,
-        patch_drop=0.0 if frozen_encoder else recipe.encoder.patch_drop,
-    )
+    patch_drop = 0.0 if frozen_encoder else recipe.encoder.patch_drop
+    # The main process first: on first use it writes the indexes that the others then find.
+    samples, validation, source = engine.main_first(lambda: open_samples(recipe.data, encoder, patch_drop=patch_drop))
 
     def save_product(folder: Path) -> None:
         extra: dict[str, Any] = {"stage": recipe.stage, "loss": kind, "seed": recipe.seed}

@@ -146,7 +146,8 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
         # The paper's figure is for the whole batch in one piece as far as can be told; here the pieces are smaller.
         logger.warning("two_way compares the %d pictures of a micro-batch, not the whole batch", engine.micro_batch_size)
     objective = SuperclassObjective(encoder, head, idf, loss=make_loss(recipe.loss), chunk_rows=recipe.loss.chunk_rows)
-    samples, validation, source = open_samples(data, encoder, patch_drop=recipe.encoder.patch_drop)
+    # The main process first: on first use it writes the indexes that the others then find.
+    samples, validation, source = engine.main_first(lambda: open_samples(data, encoder, patch_drop=recipe.encoder.patch_drop))
 
     # The same captions under other labels, or a table counted anew under the same name: a head's rows would come to mean others.
     readings = {"labels": hash_text(labels.sha256(), *labels.stop_word_list)}
