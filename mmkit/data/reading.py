@@ -7,7 +7,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from mmkit.data.bounds import MAX_BYTES, refuse_long
 from mmkit.data.skipped import SampleError
@@ -19,33 +19,56 @@ PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, err
 BACK_OFF = (0.5, 2.0, 8.0)
 # A window of shards and some more; the usual limit of a process is 1,024.
 _OPEN_FILES = 128
+# How long a file is taken to be the one that it was.
+_LOOK_SECONDS = 2.0
+
+
+class _Open(NamedTuple):
+    """An open file: descriptor, what told it from others of its name, and when that was looked at last."""
+
+    descriptor: int
+    stamp: tuple[int, int, int]
+    seen: float
 
 
 class _OpenFiles:
     """Descriptors of files that are read again and again, the least used one closed first."""
 
     def __init__(self) -> None:
-        self._open: collections.OrderedDict[str, tuple[int, tuple[int, int, int]]] = collections.OrderedDict()
+        self._open: collections.OrderedDict[str, _Open] = collections.OrderedDict()
 
     def get(self, path: str) -> int:
         """A descriptor for reading. Raises OSError."""
-        stat = os.stat(path)  # noqa: PTH116  Path.stat costs twice as much, at every read
-        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         found = self._open.get(path)
-        if found is not None and found[1] == stamp:
+        now = time.monotonic()
+        # Not at every read: on a network disk each look is a message to a server.
+        if found is not None and now - found.seen < _LOOK_SECONDS:
             self._open.move_to_end(path)
-            return found[0]
-        # Another file under the old name: the old descriptor would go on giving the old bytes.
-        if found is not None:
-            os.close(self._open.pop(path)[0])
-        descriptor = os.open(path, os.O_RDONLY)
-        self._open[path] = (descriptor, stamp)
+            return found.descriptor
+        stat = os.stat(path)  # noqa: PTH116  Path.stat costs twice as much
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if found is not None and found.stamp != stamp:
+            # Another file under the old name: the old descriptor would go on giving the old bytes.
+            os.close(self._open.pop(path).descriptor)
+            found = None
+        self._open[path] = _Open(os.open(path, os.O_RDONLY) if found is None else found.descriptor, stamp, now)
+        self._open.move_to_end(path)
         if len(self._open) > _OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1][0])
-        return descriptor
+            os.close(self._open.popitem(last=False)[1].descriptor)
+        return self._open[path].descriptor
+
+    def look_again(self) -> None:
+        """Look at every file anew before its next read."""
+        for path, found in self._open.items():
+            self._open[path] = found._replace(seen=float("-inf"))
 
 
 _files = _OpenFiles()
+
+
+def look_again() -> None:
+    """Forget that files were looked at a moment ago: called when a data set is opened, whose shards may have been rewritten."""
+    _files.look_again()
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:

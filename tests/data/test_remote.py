@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import pyarrow
+import pyarrow.parquet
 import pytest
 import shards
 
 from mmkit.data import remote
-from mmkit.data.loader import ReplacingSet
-from mmkit.data.order import Position
+from mmkit.data.loader import ReplacingSet, make_loader
+from mmkit.data.order import Position, make_order
 from mmkit.data.pairs import PairSource
 from mmkit.data.remote import ShardCache, is_remote
 from mmkit.data.sidecar import SUFFIX
@@ -224,3 +226,60 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert remote.default_cache() == tmp_path / "x" / "mmkit"
     assert [is_remote(n) for n in ("s3://a/b", "hf:name@split", "/a/b", "a{0..1}.tar")] == [True, False, False, False]
     assert os.environ.get("XDG_CACHE_HOME")
+
+
+class Captions:
+    """The captions of a source, as a loader's samples."""
+
+    def __init__(self, source: PairSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int, rng: object) -> tuple[str, int]:
+        pair = self.source.read(index)
+        return pair.caption, len(pair.image.read())
+
+    def describe(self, index: int) -> tuple[str, str]:
+        return self.source.describe(index)
+
+
+def _as_batch(samples: list[tuple[str, int]]) -> dict[str, list[str]]:
+    return {"captions": [caption for caption, _ in samples]}
+
+
+def test_loader_processes_fetch_what_they_need(tmp_path: Path, served: tuple[Path, str, type[Recording]]) -> None:
+    folder, address, handler = served
+    for n in range(6):
+        shards.write_shard(folder / f"{n}.tar", 4 * n, 4)
+    source = open_pairs(f"{address}/{{0..5}}.tar", SourceOptions(cache=ShardCache(tmp_path / "cache", 20_000), window=8))
+    order = make_order(source.layout, 0)
+    found = {}
+    for workers in (0, 2):
+        handler.asked.clear()
+        batches = [order.positions(4 * step, 4) for step in range(12)]
+        # Fetched by the workers, who were forked from a process that has spoken to the server: its threads are not theirs.
+        loader = make_loader(Captions(source), _as_batch, batches, seed=0, workers=workers, pin_memory=False, timeout=60)
+        found[workers] = [(batch["captions"], left) for batch, left in loader]
+        # The cache is smaller than the set, so shards have to come again.
+        assert sum(path.endswith(".tar") for verb, path in handler.asked if verb == "GET") >= 6
+    assert found[0] == found[2]
+    assert sorted(c for batch, _ in found[2][:6] for c in batch) == sorted(f"caption {i}" for i in range(24))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hub"])
+def test_loader_processes_read_tables(kind: str, tmp_path: Path) -> None:
+    pictures = [shards.jpeg(i) for i in range(40)]
+    table = pyarrow.table({"image": pictures, "caption": [f"caption {i}" for i in range(40)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    source = open_pairs(str(tmp_path / "a.parquet") if kind == "parquet" else f"hf:{tmp_path}@train")
+    batches = [make_order(source.layout, 0).positions(8 * step, 8) for step in range(5)]
+    found = [
+        [
+            batch["captions"]
+            for batch, _ in make_loader(Captions(source), _as_batch, batches, seed=0, workers=w, pin_memory=False, timeout=60)
+        ]
+        for w in (0, 2)
+    ]
+    assert found[0] == found[1] and len({c for batch in found[0] for c in batch}) == 40

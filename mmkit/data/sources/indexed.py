@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmkit.data.reading import look_again
 from mmkit.data.remote import ShardCache, is_remote, remote_bytes, remote_size
 from mmkit.data.sidecar import SMALLEST, SUFFIX, Index, read_sidecar, sidecar_path, write_sidecar
 from mmkit.data.skipped import LeftOut, SampleError
@@ -76,6 +77,7 @@ class Indexed:
         Raises:
             InputError: A remote shard is not there.
         """
+        look_again()
         sizes, written = _stamps(names)
         path = self.cache.folder / "catalogues" / f"{hash_text(_name_of(self.build), *map(_absolute, names))}.json"
         known = _read_catalogue(path, names, sizes, written)
