@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
+__all__ = ["shared", "small_disk"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
