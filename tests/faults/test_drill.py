@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,6 @@ STEPS = 70
 # How far a life gets before it is killed; in turns, so that every kind comes in every drill.
 AIMS = ("rows", "save", "rows", "save", "start", "rows")
 TIMINGS = {"samples_per_second", "data_wait", "memory_gib", "seconds", "save_stall_seconds", "save_write_seconds"}
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    for stage in ("superclass", "align"):
-        pipeline.trained(stage)
-    made = Zygote(pipeline.environment())
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ Run as a script it obeys lines of JSON on standard input; :class:`Zygote` is the
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -31,8 +32,11 @@ class Zygote:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, arguments: list[str], log: Path, *, processes: int = 1) -> list[int]:
-        """Process ids of a start by hand, rank after rank; both output streams go to ``log``."""
+    def start(self, arguments: list[str], log: Path, *, processes: int = 1, before: str = "") -> list[int]:
+        """Process ids of a start by hand, rank after rank; both output streams go to ``log``.
+
+        ``before`` is Python that each child runs first, to put something in the way of the command.
+        """
         worlds: list[dict[str, str]] = [{}]
         if processes > 1:
             with socket.socket() as free:
@@ -40,7 +44,8 @@ class Zygote:
                 port = str(free.getsockname()[1])
             shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             worlds = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
-        found = [int(self._ask(arguments=list(map(str, arguments)), env=world, log=str(log))) for world in worlds]
+        arguments = list(map(str, arguments))
+        found = [int(self._ask(arguments=arguments, env=world, log=str(log), before=before)) for world in worlds]
         self._alive.update(found)
         return found
 
@@ -72,16 +77,18 @@ def _child(order: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     from mmkit import cli
 
+    exec(order["before"], {})
     cli.main(order["arguments"])
 
 
 def _serve() -> None:
     """Import what every stage needs, then fork as told."""
-    import deepspeed  # noqa: F401
     import torch
     import torch.utils.tensorboard
     import torchvision  # noqa: F401
 
+    # By name: outside mmkit/distributed nothing may import it, and what a start needs most time for is just that.
+    importlib.import_module("deepspeed")
     import mmkit.commands
     import mmkit.distributed.engine
     import mmkit.training.loop
