@@ -119,10 +119,11 @@ class Liveness:
             said = b""
         rank = self._peers.pop(peer)
         peer.close()
-        if said != _GOODBYE:
+        in_order = said == _GOODBYE or self._closing.is_set()
+        if not in_order:
             self._who = f"process {rank} of {self._world_size}"
             self.lost.set()
-        return said == _GOODBYE
+        return in_order
 
     def _end(self) -> None:
         """Give the main thread time to end by itself; it may hang in a collective for ever."""
@@ -151,6 +152,8 @@ class Liveness:
         if self._closing.is_set():
             return
         if self._rank != 0:
+            # First of all: from the goodbye on rank 0 may be gone at any moment, and that is no loss.
+            self._closing.set()
             # A copy: the watching thread may take rank 0 off it.
             for peer in list(self._peers):
                 with contextlib.suppress(OSError):

@@ -32,5 +32,7 @@ def test_zero_goes_on_bit_equal(zygote, tmp_path, stage, precision):
     assert "going on from the checkpoint at step 2 of 4" in log.read_text()
     after = pipeline.weights(run)
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert [(r["loss"], r["grad_norm"]) for r in pipeline.rows(run / "metrics.jsonl")] == [(r["loss"], r["grad_norm"]) for r in rows]
+    assert [(r["loss"], r["grad_norm"]) for r in pipeline.rows(run / "metrics.jsonl")] == [
+        (r["loss"], r["grad_norm"]) for r in rows
+    ]
     assert all(row["grad_norm"] > 0 for row in rows)
