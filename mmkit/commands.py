@@ -140,9 +140,7 @@ def _train_on(engine: Engine, recipe: Any, run: Run, config: TrainConfig, *, res
             raise
         # Every process enters, since gathering is a collective; one writes.
         with engine.gathered():
-            if engine.is_main:
-                stage.save_product(run.model)
-        engine.barrier()
+            engine.on_main(lambda: stage.save_product(run.model))
         # Between two barriers: not before the product is there, and no process goes on before the run counts as done.
         run.finish("done")
         engine.barrier()

@@ -287,6 +287,8 @@ class Engine:
             except InputError as caught:
                 error = caught
                 told = [str(caught)]
+        # First without a timeout: saving a product may take long.
+        self.barrier()
         # Gathered, or the others would go on to wait for a process that is gone.
         told = self.gather(told)
         if told:

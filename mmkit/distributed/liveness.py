@@ -84,12 +84,14 @@ class Liveness:
             while len(self._peers) < self._world_size - 1:
                 try:
                     peer, _ = server.accept()
-                    found, rank = _HELLO.unpack(_receive(peer, _HELLO.size))
-                except (OSError, struct.error):
-                    # Its own failure to connect is logged there; without a connection NCCL's timeout is what is left.
+                except TimeoutError:
+                    # Who could not connect says so there; without a connection the collectives' timeout is what is left.
                     break
-                if found == token:
-                    self._peers[_kept_alive(peer)] = rank
+                hello = _receive(peer, _HELLO.size)
+                if hello[:16] == token and len(hello) == _HELLO.size:
+                    self._peers[_kept_alive(peer)] = _HELLO.unpack(hello)[1]
+                else:
+                    peer.close()
 
     def _connect(self, store: Store) -> None:
         """Another rank: connect to rank 0, which the launcher's address names."""
@@ -187,9 +189,11 @@ def _kept_alive(peer: socket.socket) -> socket.socket:
 
 
 def _receive(peer: socket.socket, size: int) -> bytes:
-    """Exactly ``size`` bytes, fewer only when the other end closed."""
-    peer.settimeout(_CONNECT_SECONDS)
+    """Exactly ``size`` bytes; fewer when the other end closed, broke off or has nothing to say."""
+    # Short: whoever belongs to the run says hello at once, and the others of the run are waiting.
+    peer.settimeout(5)
     found = b""
-    while len(found) < size and (more := peer.recv(size - len(found))):
-        found += more
+    with contextlib.suppress(OSError):
+        while len(found) < size and (more := peer.recv(size - len(found))):
+            found += more
     return found

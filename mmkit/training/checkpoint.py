@@ -83,7 +83,10 @@ class Saver:
         written = self._pool.submit(self._write_files, files, step)
         completed = self._pool.submit(self._complete, step, written) if self.engine.is_main else None
         self._job = _Job(step, written, completed)
-        if not (copied and self.background):
+        if not copied:
+            # Only for what this process writes itself: the others may have had the memory and be on their way to the next step.
+            written.exception()
+        if not self.background:
             self._finish(self._job)
         self._job.stall = time.monotonic() - began
 

@@ -27,6 +27,7 @@ class FakeEngine:
         self.value, self.ballast = 0, torch.zeros(ballast, dtype=torch.uint8)
         # Called before a file is written, in the thread that writes.
         self.before: Callable[[], None] = lambda: None
+        self.copied = True
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -49,7 +50,7 @@ class FakeEngine:
                 super().write(folder)
 
         ballast = {"ballast": self.ballast.clone()}
-        return [File("zero/ballast.safetensors", ballast), File("value.pt", {"value": self.value, **ballast})], True
+        return [File("zero/ballast.safetensors", ballast), File("value.pt", {"value": self.value, **ballast})], self.copied
 
     def load(self, folder: Path) -> None:
         self.value = torch.load(folder / "value.pt", weights_only=True)["value"]
@@ -105,6 +106,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     saver.close()
     state = torch.load(tmp_path / "step-00000001" / "value.pt", weights_only=True)
     assert state["value"] == 10 and not state["ballast"].any()
+
+
+def test_without_copies_the_files_are_written_before_training_goes_on(tmp_path):
+    engine, written = FakeEngine(), []
+    engine.copied, engine.before = False, lambda: written.append(1)
+    saver = Saver(engine, tmp_path, keep=2)
+    saver.save(1)
+    assert len(written) == 2
+    saver.wait()
+    saver.close()
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_the_twin_in_the_foreground_writes_the_same_bytes(tmp_path):
