@@ -35,6 +35,7 @@ class FolderLock:
             return
         with Writing(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Appending: opened for writing, it would lose its holder's name before anyone knows who has the lock.
             file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,12 +45,14 @@ class FolderLock:
                 logger.warning("%s: no lock (%s)", self._path, error.strerror)
                 self._file = file
                 return
+            # The holder wrote itself down after it had the lock; a reader in between finds nothing.
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
             what = f"{holder} is at work in this run directory"
             raise InputError(what, where=self._path.parent, mend="wait for it or end it, or use another run=DIR") from None
         with Writing(self._path):
+            # What a killed holder left.
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

@@ -63,12 +63,14 @@ class Liveness:
         self._who = "another process"
         self._closing = threading.Event()
         self._peers: dict[socket.socket, int] = {}
-        # A pipe, so that the thread, which sleeps in select, hears of the end.
+        # A pair of sockets, so that the thread, which sleeps in select, hears of the end.
         self._wake_read, self._wake_write = socket.socketpair()
+        # A star and not a net: when any process is lost rank 0 ends, and by that all others.
         if rank == 0:
             self._accept(store)
         else:
             self._connect(store)
+        # A daemon: it must not keep a process alive that has nothing else to do.
         self._thread = threading.Thread(target=self._watch, name="mmkit-liveness", daemon=True)
         self._thread.start()
 
@@ -76,6 +78,7 @@ class Liveness:
         """Rank 0: wait for the others."""
         # The token keeps out whatever else looks for open ports on a shared network.
         token = os.urandom(16)
+        # Both kinds of address where the machine can: the launcher may have given either.
         six = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if six else socket.AF_INET
         with socket.create_server(("", 0), family=family, dualstack_ipv6=six, backlog=self._world_size) as server:
@@ -118,6 +121,7 @@ class Liveness:
         try:
             said = peer.recv(1)
         except OSError:
+            # A reset, or keepalive had no answer: as good as closed.
             said = b""
         rank = self._peers.pop(peer)
         peer.close()

@@ -38,6 +38,7 @@ class StateFile:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
+            # Its own writer: an error of the system comes with its number in the text, which disk_trouble() reads.
             save_file(self.state, path)
         else:
             with path.open("wb") as file:
@@ -104,6 +105,7 @@ class HostCopies:
     def _tensor(self, tensor: Tensor, name: str) -> Tensor:
         kept = self._kept.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            # From a GPU the copy can only run by itself into memory that the system does not move.
             pinned = tensor.device.type == "cuda"
             kept = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
         return kept.copy_(tensor, non_blocking=True)
@@ -162,6 +164,7 @@ def deepspeed_files(root: Path, copied: Callable[[Any, str], Any]) -> Any:
 
         def save(self, state_dict: Any, path: str) -> None:
             """Keep a copy of a file's state."""
+            # Copied at once: DeepSpeed hands out views of what the next step changes.
             name = Path(path).relative_to(root).as_posix()
             self.files.append(StateFile(name, copied(state_dict, name)))
 

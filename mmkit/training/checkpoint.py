@@ -79,6 +79,7 @@ class Saver:
         began = time.monotonic()
         # One at a time: two would need twice the memory, and the older one could overtake the newer.
         self.wait()
+        # The only part that training has to wait for.
         files, copied = self.engine.snapshot()
         written = self._pool.submit(self._write_files, files, step)
         completed = self._pool.submit(self._complete, step, written) if self.engine.is_main else None
@@ -132,6 +133,7 @@ class Saver:
             # No process writes any more: all of them have come here. The space may be what is missing.
             shutil.rmtree(self._temporary(job.step), ignore_errors=True)
         self._job = None
+        # In words for the user where the disk is to blame; anything else is a bug and keeps its traceback.
         trouble = disk_trouble(error, self.folder) or (error if isinstance(error, InputError) else None)
         line = "" if trouble is None else self._line(trouble, job.step)
         told = [text for text in self.engine.gather([line]) if text]
@@ -160,6 +162,7 @@ class Saver:
     def close(self) -> None:
         """Let what is being written come to its end, for a while; not collective, so that it may follow any error."""
         job, self._job = self._job, None
+        # A process that was lost will never write its part.
         deadline = time.monotonic() + _PATIENCE
         while job is not None and not job.ending.done() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -197,8 +200,10 @@ class Saver:
         # Last: a folder without it is no checkpoint, whatever else is in it.
         state = {"step": step, "world_size": self.engine.world_size, "files": files}
         write_json(temporary / "state.json", {**state, "checksum": _checksum(state)})
+        # They have done their work, and are no part of the checkpoint.
         for path in lists:
             path.unlink()
+        # The files are flushed already, by who wrote them; a folder's names are data too.
         for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
             sync(path)
         if target.exists():
@@ -231,6 +236,7 @@ def _remove(checkpoint: Path) -> None:
 
 def _put_aside(checkpoint: Path) -> Path:
     """Rename a checkpoint that cannot be used, so that it is never counted again and can still be looked at."""
+    # The same step may be damaged twice, and neither may overwrite the other.
     taken = [checkpoint.with_name(checkpoint.name + _ASIDE + (f".{n}" if n else "")) for n in range(1000)]
     return checkpoint.replace(next(path for path in taken if not path.exists()))
 
@@ -292,6 +298,7 @@ def put_aside_unsound(engine: Engine, folder: Path) -> list[str]:
     # Taken before anything is renamed, so that all processes go through the same list.
     for checkpoint in reversed(engine.gather([_named(folder)] if engine.is_main else [])[0]):
         reasons = engine.gather(faults(checkpoint, share=slice(engine.rank, None, engine.world_size)))
+        # Older ones are not read: they are looked at when they are needed.
         if not reasons:
             break
         aside.append(f"{checkpoint.name} ({reasons[0]})")
@@ -306,6 +313,7 @@ def _clean(folder: Path) -> None:
     """Remove what kills left half-written; refuse a folder in which only damaged checkpoints are left."""
     if not folder.is_dir():
         return
+    # Before any process writes: a stale list of files would pass for one of the next save.
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
     damaged = sorted(p.name for p in folder.glob(f"step-*{_ASIDE}*"))

@@ -380,6 +380,27 @@ def test_a_failed_write_of_one_process_stops_all_at_the_same_step(zygote, tmp_pa
 
 @ZERO
 @pytest.mark.slow
+def test_a_product_that_cannot_be_saved_ends_all_processes_alike(zygote, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    before = (
+        "from mmkit import files\n"
+        "made = files._new_folder\n"
+        "def full(path):\n"
+        "    if path.name == 'model': raise OSError(28, 'full')\n"
+        "    return made(path)\n"
+        "files._new_folder = full\n"
+    )
+    arguments = pipeline.superclass(run, *SIX)
+    codes = [zygote.wait(p) for p in zygote.start(arguments, log, processes=2, before=before)]
+    assert codes == [2, 2] and log.read_text().count(f"{run}/model: cannot be written (No space left on device)") == 1
+    # Another number of processes goes on: all steps are done, only the product is missing.
+    codes = [zygote.wait(p) for p in zygote.start(arguments, log)]
+    assert codes == [0] and pipeline.manifest(run)["status"] == "done"
+    assert "going on from the checkpoint at step 6 of 6" in log.read_text()
+
+
+@ZERO
+@pytest.mark.slow
 def test_a_second_start_of_a_run_is_refused(zygote, tmp_path):
     run, log, second = tmp_path / "run", tmp_path / "log", tmp_path / "second"
     more = ["train.steps=100000", "train.checkpoint_every=2", "train.keep_checkpoints=9", "track.kind=none"]
