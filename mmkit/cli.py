@@ -14,7 +14,8 @@ import typer
 
 import mmkit
 from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, dump_recipe, load_recipe
-from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError, StoppedError
+from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError, LostError, StoppedError
+from mmkit.files import disk_trouble
 from mmkit.recipes import copy_recipe, describe, find_recipe, list_recipes
 from mmkit.run import Run
 
@@ -68,7 +69,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         code = EXIT_INTERRUPTED
-    # Only those that come of a path the user chose; a full disk or a lost mount keeps its traceback.
+    except LostError as error:
+        # From whichever process is left: the main one may be the one that was lost.
+        _complain(str(error), everywhere=True)
+        code = EXIT_BUG
+    # Those that come of a path the user chose.
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         _complain(f"{error.filename2 or error.filename}: {error.strerror}; choose another place, or mend its rights")
         code = EXIT_INPUT
@@ -80,16 +85,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
     # The one broad except: a traceback to report, and an exit code that tells a bug from wrong input.
-    except Exception:
-        traceback.print_exc()
-        _complain("this is a bug in mmkit; please report it with the lines above")
-        code = EXIT_BUG
+    except Exception as error:
+        # Writes of mmkit's own say this themselves; a tracker's or another library's come here.
+        trouble = disk_trouble(error, getattr(error, "filename", None))
+        if trouble is None:
+            traceback.print_exc()
+        _complain(str(trouble or "this is a bug in mmkit; please report it with the lines above"))
+        code = EXIT_BUG if trouble is None else EXIT_INPUT
     sys.exit(code)
 
 
-def _complain(text: str, *, hint: str = "") -> None:
-    """One line on standard error, from the main process only."""
-    if int(os.environ.get("RANK", "0")) == 0:
+def _complain(text: str, *, hint: str = "", everywhere: bool = False) -> None:
+    """One line on standard error, from the main process only unless ``everywhere``."""
+    if everywhere or int(os.environ.get("RANK", "0")) == 0:
         # Messages of libraries bring line breaks; whoever reads a log of many processes reads by line.
         line = " ".join(text.split())
         print(f"mmkit: {line}{f' (see {hint})' if hint else ''}", file=sys.stderr)

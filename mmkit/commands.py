@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, TrainConfig
-from mmkit.errors import InputError
+from mmkit.errors import InputError, StoppedError
 from mmkit.recipes import find_deepspeed
 from mmkit.run import Parent, Run, one_process, resolve_parent
+
+if TYPE_CHECKING:
+    from mmkit.distributed.engine import Engine
+    from mmkit.training.objective import Stage
+    from mmkit.training.step_log import LoopSettings
+    from mmkit.training.track import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +77,8 @@ def parents_of(recipe: Recipe) -> list[Parent]:
 
 def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
     """The part of :func:`run_train` that needs torch."""
-    import torch
-
     from mmkit.distributed.engine import Engine
-    from mmkit.errors import StoppedError
-    from mmkit.training.checkpoint import newest_step
-    from mmkit.training.loop import total_steps, train
-    from mmkit.training.stages import build_stage
-    from mmkit.training.step_log import LoopSettings, check_skipped
-    from mmkit.training.track import check_tracker, make_tracker
+    from mmkit.training.track import check_tracker
 
     # Before data and weights are read: a missing package should show at once.
     check_tracker(recipe.track)
@@ -89,6 +89,31 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         micro_batch_size=config.micro_batch_size,
         clip=config.clip_grad_norm,
     )
+    try:
+        # Before anything is read or written: of two starts of one run the second must not disturb the first.
+        engine.on_main(run.lock)
+        _train_on(engine, recipe, run, config, restart=restart)
+    except StoppedError:
+        raise
+    except RuntimeError as error:
+        # Each library reports a lost process in its own words, from wherever it was.
+        explained = engine.explain(error)
+        if explained is error:
+            raise
+        raise explained from None
+    finally:
+        run.unlock()
+    return run
+
+
+def _train_on(engine: Engine, recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> None:
+    """Train a stage on the processes of an engine, and save its product."""
+    import torch
+
+    from mmkit.distributed.preemption import Preemption
+    from mmkit.training.loop import train
+    from mmkit.training.stages import build_stage
+
     # For the parts that take no seed of their own.
     torch.manual_seed(recipe.seed)
     stage = build_stage(recipe, engine)
@@ -104,45 +129,54 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         readings=stage.readings,
     )
     engine.barrier()
+    settings = _settings(stage, engine, recipe, run, config)
+    # Held to the very end: a signal while the product is being saved must not leave half of it.
+    with Preemption() as preemption:
+        try:
+            train(stage, engine, run, config, settings, _tracker(recipe, run) if engine.is_main else None, preemption)
+        except StoppedError:
+            run.finish("stopped")
+            engine.close()
+            raise
+        # Every process enters, since gathering is a collective; one writes.
+        with engine.gathered():
+            engine.on_main(lambda: stage.save_product(run.model))
+        # Between two barriers: not before the product is there, and no process goes on before the run counts as done.
+        run.finish("done")
+        engine.barrier()
+        engine.close()
+
+
+def _settings(stage: Stage, engine: Engine, recipe: Any, run: Run, config: TrainConfig) -> LoopSettings:
+    """What the loop needs besides the train section; the manifest gets its facts about data and model on the way."""
+    from mmkit.training.loop import total_steps
+    from mmkit.training.step_log import LoopSettings, check_skipped
+
     run.skip(stage.left_out)
     size = len(stage.samples) + len(stage.left_out)
     # Labelled sets have no limit of their own: elsewhere nothing of them may be missing.
     max_skipped = recipe.max_skipped if isinstance(recipe, FinetuneRecipe) else recipe.data.max_skipped
     check_skipped(len(stage.left_out), size, max_skipped, where=run.path / "skipped.jsonl")
-    trainable = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
     run.note(
         world_size=engine.world_size,
         steps=total_steps(config, len(stage.samples)),
         samples_in_data=len(stage.samples),
         parameters=sum(p.numel() for p in stage.objective.parameters()),
-        trainable_parameters=trainable,
+        trainable_parameters=sum(p.numel() for p in stage.objective.parameters() if p.requires_grad),
     )
-    data = recipe.data
-    settings = LoopSettings(
+    return LoopSettings(
         seed=recipe.seed,
-        workers=data.workers,
+        workers=recipe.data.workers,
         max_skipped=max_skipped,
         title="/".join(run.path.parts[-2:]),
-        prefetch=data.prefetch,
-        timeout=data.timeout,
+        prefetch=recipe.data.prefetch,
+        timeout=recipe.data.timeout,
     )
-    tracker = None
-    if engine.is_main:
-        plain = recipe.model_dump(mode="json")
-        tracker = make_tracker(recipe.track, run.path, start=lambda: newest_step(run.checkpoints), settings=plain)
-    try:
-        train(stage, engine, run, config, settings, tracker)
-    except StoppedError:
-        run.finish("stopped")
-        engine.close()
-        raise
-    # Every process enters, since gathering is a collective; one writes.
-    with engine.gathered():
-        if engine.is_main:
-            stage.save_product(run.model)
-    engine.barrier()
-    # Between two barriers: not before the product is there, and no process goes on before the run counts as done.
-    run.finish("done")
-    engine.barrier()
-    engine.close()
-    return run
+
+
+def _tracker(recipe: Any, run: Run) -> Callable[[int], Tracker]:
+    """Opens the run's tracker when it is known from which step the run goes on."""
+    from mmkit.training.track import make_tracker
+
+    plain = recipe.model_dump(mode="json")
+    return lambda start: make_tracker(recipe.track, run.path, start=lambda: start, settings=plain)

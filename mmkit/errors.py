@@ -1,4 +1,4 @@
-"""The two ways a command ends early on purpose, and the exit codes that go with them.
+"""The ways a command ends early other than by a bug, and the exit codes that go with them.
 
 Everything else that escapes is a bug and exits with 1 and a traceback.
 """
@@ -30,3 +30,10 @@ class InputError(ValueError):
 
 class StoppedError(RuntimeError):
     """A signal asked the run to stop and a checkpoint was written; the same command continues (exit code 75)."""
+
+
+class LostError(RuntimeError):
+    """Another process of the run is gone, so this one cannot go on (exit code 1; the same command continues).
+
+    Not 75: a scheduler that starts again on 75 would do so for ever where the other process ends by a bug.
+    """

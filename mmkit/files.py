@@ -3,20 +3,72 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from mmkit.errors import InputError
 
+# What the place is to blame for, and what the user can do about it. Missing rights are the command line's.
+_MEND_DISK = {
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some of your quota, then run the same command again",
+    errno.EROFS: "choose another place, or have it mounted writable",
+    errno.EIO: "look at the disk, or choose another place, then run the same command again",
+    errno.ESTALE: "look at the network mount, then run the same command again",
+}
+
+
+def disk_trouble(error: BaseException | None, where: object) -> InputError | None:
+    """The one line for an error that the disk is to blame for; None for any other.
+
+    Args:
+        error: What came out of a write. safetensors wraps the system's error and leaves only its number in the text.
+        where: The file or folder that was written.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    if number not in _MEND_DISK:
+        return None
+    return InputError(f"cannot be written ({os.strerror(number)})", where=where, mend=_MEND_DISK[number])
+
+
+class Writing:
+    """A block that writes: a full, read-only or broken disk becomes an :class:`InputError` that names the place."""
+
+    # A class, because it has to look at errors of every type (safetensors has its own) without catching any.
+    def __init__(self, where: object) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if (trouble := disk_trouble(error, self.where)) is not None:
+            raise trouble from None
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside, fsync, rename: a reader sees the old text or the new one, never half of it."""
+    """Write beside, fsync, rename: a reader sees the old text or the new one, never half of it.
+
+    Raises:
+        InputError: The disk is full, read-only or broken.
+    """
+    with Writing(path):
+        _write_text(path, text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """The work of :func:`write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder: a rename is atomic only within one file system. The dot keeps a leftover out of hash_folder.
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -62,7 +114,18 @@ def read_json(path: Path, *, mend: str = "") -> Any:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears at ``path`` only when the block ends well; an older one there is replaced."""
+    """A folder that appears at ``path`` only when the block ends well; an older one there is replaced.
+
+    Raises:
+        InputError: The disk is full, read-only or broken; the half-written folder is gone.
+    """
+    with Writing(path), _new_folder(path) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """The work of :func:`new_folder`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     # mkdtemp's folders are closed to everybody else.
@@ -88,8 +151,17 @@ def sync_folder(folder: Path) -> None:
     """Flush every file below a folder to the disk, so that a rename cannot outrun the data."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    # Through the system's own call: a folder cannot be opened as a file.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:

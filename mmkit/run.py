@@ -23,9 +23,13 @@ import mmkit
 from mmkit.config import Recipe, dump_recipe
 from mmkit.data.skipped import LeftOut
 from mmkit.errors import InputError
-from mmkit.files import hash_file, hash_folder, read_json, write_json, write_text
+from mmkit.files import Writing, hash_file, hash_folder, read_json, write_json, write_text
+from mmkit.lock import NAME as LOCK
+from mmkit.lock import FolderLock
 
 State = Literal["new", "continue", "done"]
+# What a kill leaves of a file or folder that was being written beside its place: .NAME.xxxxxxxx.
+_LEFTOVERS = tuple(f".{name}." for name in ("recipe.yaml", "manifest.json", "metrics.jsonl", "nonfinite.json", "model"))
 # Those that can change a number; listed, so that a manifest stays short and two of them can be compared.
 _PACKAGES = (
     "torch",
@@ -107,6 +111,7 @@ class Run:
         self._seconds_before = 0.0
         self._skipped: set[tuple[str, str]] = set()
         self.manifest: dict[str, Any] = {}
+        self._lock = FolderLock(path)
 
     @property
     def model(self) -> Path:
@@ -126,8 +131,8 @@ class Run:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError("is a file, not a run directory", where=self.path, mend="choose another run=DIR")
-        # An empty folder counts as new: a scheduler's script may have made it for its log.
-        if not self.path.exists() or not any(self.path.iterdir()):
+        # An empty folder counts as new: a scheduler's script may have made it for its log, or a kill left it so.
+        if not self.path.exists() or all(_is_leftover(path) for path in self.path.iterdir()):
             return "new"
         # Before `restart`: emptying a folder that mmkit did not make could cost the user everything in it.
         if not (self.path / "recipe.yaml").is_file():
@@ -180,7 +185,7 @@ class Run:
             readings: Fingerprints of what the data are read with, such as their labels.
 
         Raises:
-            InputError: The run goes on, but with other data or readings.
+            InputError: The run goes on, but with other data or readings; or another process is at work in the folder.
         """
         data = {"fingerprint": data_fingerprint, **(readings or {})}
         if state == "continue":
@@ -196,10 +201,8 @@ class Run:
             self._skipped.update((row["source"], row["key"]) for row in read_jsonl(self.path / "skipped.jsonl"))
         if not self.write:
             return
-        if state == "new" and self.path.exists():
-            # Only ever a folder that state() has found to be a run.
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        self._clear(everything=state == "new")
         # The recipe first: it marks the folder as a run, which a restart after a kill here relies on.
         write_text(self.path / "recipe.yaml", dump_recipe(recipe))
         self.manifest = {
@@ -220,6 +223,33 @@ class Run:
         }
         write_json(self.path / "manifest.json", self.manifest)
 
+    def lock(self) -> None:
+        """Keep other processes out of the folder until the run is finished or the process ends; on the main process only.
+
+        Raises:
+            InputError: Another process is at work there, or nothing can be written.
+        """
+        if self.write:
+            self._lock.take()
+
+    def unlock(self) -> None:
+        """Let others in; a folder in which nothing but the lock was made goes again."""
+        self._lock.give_back()
+        if self.write and self.path.is_dir() and [path.name for path in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
+            self.path.rmdir()
+
+    def _clear(self, *, everything: bool) -> None:
+        """Empty the folder but for its lock, or remove only what a kill left half-written. Only ever a run's folder."""
+        found = [p for p in self.path.iterdir() if p.name != LOCK and (everything or _is_leftover(p))]
+        # The manifest first and the recipe last: whenever a kill comes, what is left is a run that has not begun.
+        order = {"manifest.json": 0, "recipe.yaml": 2}
+        for path in sorted(found, key=lambda p: order.get(p.name, 1)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
     def note(self, **fields: Any) -> None:
         """Add fields to the manifest (parameter counts, world size, ...)."""
         self.manifest.update(fields)
@@ -231,6 +261,11 @@ class Run:
             # Nine digits give any fp32 back exactly; more would be digits of the conversion.
             short = {k: float(f"{v:.9g}") if isinstance(v, float) else v for k, v in row.items()}
             append_jsonl(self.path / "metrics.jsonl", [short])
+
+    def record(self, name: str, value: Any) -> None:
+        """Write a JSON file of its own beside the manifest."""
+        if self.write:
+            write_json(self.path / name, value)
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget rows past the checkpoint that the run goes on from, so that no step is logged twice."""
@@ -267,6 +302,7 @@ class Run:
         # The status last of all: "done" stands for a product that is complete on disk.
         self.manifest.update(fields, status=status)
         self._write_manifest()
+        self.unlock()
 
     def _write_manifest(self) -> None:
         if self.write:
@@ -274,6 +310,11 @@ class Run:
             self.manifest["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 1)
             self.manifest["skipped"] = self.skipped
             write_json(self.path / "manifest.json", self.manifest)
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file or folder is the lock, or half of something that a kill cut off."""
+    return path.name == LOCK or path.name.startswith(_LEFTOVERS)
 
 
 def one_process(command: str, *, mend: str = "start it without torchrun or deepspeed") -> None:
@@ -288,7 +329,17 @@ def one_process(command: str, *, mend: str = "start it without torchrun or deeps
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a JSON-lines file; a last line that a kill cut off is dropped first."""
+    """Append rows to a JSON-lines file; a last line that a kill cut off is dropped first.
+
+    Raises:
+        InputError: The disk is full, read-only or broken.
+    """
+    with Writing(path):
+        _append_jsonl(path, rows)
+
+
+def _append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The work of :func:`append_jsonl`."""
     if path.exists() and path.stat().st_size:
         with path.open("r+b") as old:
             old.seek(-1, os.SEEK_END)

@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
+__all__ = ["shared", "small_disk"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Indexes and fetched shards of the tests are nobody's to keep.

@@ -17,7 +17,7 @@ import typer
 import mmkit
 import mmkit.cli
 import mmkit.commands
-from mmkit.errors import StoppedError
+from mmkit.errors import LostError, StoppedError
 from mmkit.recipes import list_recipes
 
 # Every command, its arguments and its options. A change here is a change for users: CHANGELOG, README, deprecation.
@@ -277,6 +277,9 @@ def test_synth_says_what_it_made(call: Call, tmp_path: Path) -> None:
     assert "choose another --out" in refused(call, *words, "--seed", 1)
 
 
+MEND_FULL = "free some space, then run the same command again"
+
+
 def raiser(error: BaseException) -> Callable[..., NoReturn]:
     def fail(*arguments: object, **options: object) -> NoReturn:
         raise error
@@ -287,6 +290,8 @@ def raiser(error: BaseException) -> Callable[..., NoReturn]:
 @pytest.mark.parametrize(
     ("error", "code", "last"),
     [
+        (LostError("process 1 of 2 was lost"), 1, "mmkit: process 1 of 2 was lost"),
+        (OSError(28, "", "events.1"), 2, "mmkit: events.1: cannot be written (No space left on device); " + MEND_FULL),
         (RuntimeError("boom"), 1, "mmkit: this is a bug in mmkit; please report it with the lines above"),
         (KeyError("x"), 1, "mmkit: this is a bug in mmkit; please report it with the lines above"),
         (StoppedError("stopped at step 5"), 75, "mmkit: stopped at step 5"),
@@ -298,12 +303,15 @@ def test_exit_codes(call: Call, monkeypatch: pytest.MonkeyPatch, error: BaseExce
     found, out, err = call("train", "demo-superclass")
     assert (found, out) == (code, "")
     assert err.splitlines()[-1] == last
-    assert ("Traceback" in err) == (code == 1)
+    assert ("Traceback" in err) == ("bug" in last)
 
 
 def test_only_the_main_process_complains(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert call("train", "no-such-recipe") == (2, "", "")
+    # But for the loss of a process, which may be the main one.
+    monkeypatch.setattr(mmkit.commands, "run_train", raiser(LostError("process 0 of 2 was lost")))
+    assert call("train", "demo-superclass") == (1, "", "mmkit: process 0 of 2 was lost\n")
 
 
 def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:

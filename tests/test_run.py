@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_disk import fill
 
 import mmkit
 from mmkit.config import Recipe, check_recipe
@@ -94,7 +98,7 @@ def test_restart_empties_the_folder(tmp_path: Path) -> None:
     run.skip([LeftOut("a", "b", "c")])
     assert run.state(recipe(run.path, lr=0.5), [PARENT], restart=True) == "new"
     again = begin(run.path, lr=0.5)
-    assert sorted(p.name for p in again.path.iterdir()) == ["manifest.json", "recipe.yaml"]
+    assert sorted(p.name for p in again.path.iterdir()) == [".lock", "manifest.json", "recipe.yaml"]
     assert again.skipped == 0
 
 
@@ -112,6 +116,97 @@ def test_start_killed_before_the_manifest_is_new(tmp_path: Path) -> None:
     run = begin(tmp_path / "run")
     (run.path / "manifest.json").unlink()
     assert run.state(recipe(run.path), [PARENT]) == "new"
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", ".recipe.yaml.x1"], []])
+def test_start_killed_before_the_recipe_is_new(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        (tmp_path / name).write_text("")
+    run = Run(tmp_path)
+    assert run.state(recipe(tmp_path), [PARENT]) == "new"
+    run = begin(tmp_path)
+    assert sorted(p.name for p in run.path.iterdir()) == [".lock", "manifest.json", "recipe.yaml"]
+
+
+def test_a_restart_killed_half_way_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begin(tmp_path / "run")
+    (run.checkpoints / "step-00000001").mkdir(parents=True)
+    (run.path / "wandb").mkdir()
+    run.unlock()
+
+    class Killed(BaseException):
+        pass
+
+    def die(path: Path) -> None:
+        raise Killed
+
+    # Whatever goes first, the manifest has gone before it: half of the old run is never gone on with.
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", die)
+        with pytest.raises(Killed):
+            begin(run.path)
+    assert not (run.path / "manifest.json").exists() and (run.path / "recipe.yaml").exists()
+    assert Run(run.path).state(recipe(run.path), [PARENT]) == "new"
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    (run.path / ".model.ab12").mkdir()
+    (run.path / ".model.ab12" / "model.safetensors").write_text("half a product")
+    (run.path / ".manifest.json.cd34").write_text("{")
+    (run.path / "notes.txt").write_text("the user's")
+    begin(run.path, "continue")
+    assert sorted(p.name for p in run.path.iterdir()) == [".lock", "manifest.json", "notes.txt", "recipe.yaml"]
+
+
+HOLD = "import sys, time; from pathlib import Path; from mmkit.lock import FolderLock\nlock = FolderLock(Path(sys.argv[1]))\n"
+HOLD += "lock.take(); print('held', flush=True); time.sleep(60)"
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    run.unlock()
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=rf"run: process {holder.pid} on \S+ is at work in this run directory; wait for it"):
+            begin(run.path, "continue")
+        # Killed, it cannot give anything back; the system does.
+        holder.kill()
+    begin(run.path, "continue").finish("stopped")
+
+
+def test_a_folder_made_for_the_lock_alone_goes_again(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.lock()
+    assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    run.unlock()
+    assert not run.path.exists()
+
+
+@pytest.mark.parametrize("write", ["log", "skip", "note", "record"])
+def test_a_full_disk_is_one_line(tmp_path: Path, small_disk: Path, write: str) -> None:
+    run = begin(small_disk / "run")
+    fill(small_disk)
+    with pytest.raises(InputError, match=r"\.jsonl?: cannot be written \(No space left on device\); free some space"):
+        for step in range(1000):
+            if write == "log":
+                run.log({"step": step, "loss": 1.0})
+            elif write == "skip":
+                run.skip([LeftOut("a", str(step), "b" * 100)])
+            elif write == "note":
+                run.note(**{f"n{step}": "x" * 100})
+            else:
+                run.record(f"{step}.json", "x" * 100)
+    assert json.loads((run.path / "manifest.json").read_text())["status"] == "running"
+    (small_disk / "filler").unlink()
+    run.log({"step": 1000, "loss": 2.0})
+    assert read_jsonl(run.path / "metrics.jsonl")[-1]["step"] == 1000
+
+
+def test_a_read_only_disk_is_refused_at_the_start(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(InputError, match=r"run: cannot be written \(Read-only file system\); choose another place"):
+        Run(small_disk / "run").lock()
 
 
 def test_parents(tmp_path: Path) -> None:

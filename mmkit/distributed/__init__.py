@@ -1,1 +1,1 @@
-"""Everything that knows of processes: engines (one process, DDP, DeepSpeed ZeRO) and preemption."""
+"""Everything that knows of processes: engines (one process, DDP, DeepSpeed ZeRO), preemption, the loss of a process."""

@@ -8,6 +8,7 @@ else in mmkit scales a loss, and ``tests/distributed`` holds one process equal t
 
 from __future__ import annotations
 
+import datetime
 import os
 import socket
 import warnings
@@ -19,9 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmkit.distributed.liveness import Liveness
 from mmkit.distributed.settings import deepspeed_settings
+from mmkit.distributed.snapshot import HostCopies, StateFile, deepspeed_files, room_for, state_size
 from mmkit.errors import InputError
 from mmkit.files import read_json
+
+# A folder that does not exist and never will: DeepSpeed is told to save there, and its files are kept in memory.
+_NOWHERE = Path("/mmkit")
 
 
 class Engine:
@@ -32,6 +38,8 @@ class Engine:
         world_size: Number of processes.
         device: Where this process computes.
     """
+
+    _made = 0
 
     def __init__(
         self, *, precision: str, deepspeed: Path | None, batch_size: int, micro_batch_size: int | None, clip: float | None
@@ -95,6 +103,17 @@ class Engine:
         self.module: nn.Module = nn.Identity()
         self.optimizer: Any = None
         self._broken: Tensor | None = None
+        self._copies = HostCopies()
+        self._meetings = 0
+        self._store: Any = None
+        self._liveness: Liveness | None = None
+        if self.world_size > 1:
+            Engine._made += 1
+            # torch has no public name for the store that it found the other processes by.
+            default = torch.distributed.distributed_c10d._get_default_store()
+            # torchrun's store outlives an engine: another one in these processes must not find the keys of the first.
+            self._store = torch.distributed.PrefixStore(f"mmkit/{Engine._made}", default)
+            self._liveness = Liveness(self.rank, self.world_size, self._store)
 
     @property
     def is_main(self) -> bool:
@@ -108,6 +127,8 @@ class Engine:
                 # torch has a new name for broadcast_buffers, which Accelerate does not know yet.
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
                 self.module, self.optimizer = self._accelerator.prepare(module, optimizer)
+            if self.uses_deepspeed:
+                self._take_over_saving()
         else:
             self.module, self.optimizer = module.to(self.device), optimizer
 
@@ -158,25 +179,46 @@ class Engine:
 
         Args:
             lr_scale: Factor on the base learning rates.
-            broken: bool scalar on the device. Where it is true the weights stay as they are, now and at every later step: the
-                host hears of it a step late, and must find the weights from before. DeepSpeed cannot do this.
+            broken: bool scalar on the device, the same on all processes. Where it is true the weights stay as they are, now and
+                at every later step: the host hears of it a step late, and must find the weights from before.
 
         Returns:
-            DeepSpeed's gradient norm, or 0 where :meth:`gradient_norm` gave it.
+            DeepSpeed's gradient norm, infinite where it left the update out; 0 where :meth:`gradient_norm` gave it.
         """
         for group in self.optimizer.param_groups:
             # From the base rate and not from the last one: what a loaded optimizer state says of lr has no effect.
             group["lr"] = group["base_lr"] * lr_scale
-        if self.uses_deepspeed:
-            self.module.step()  # type: ignore[operator]
-            return torch.as_tensor(float(self.module.get_global_grad_norm() or 0.0), device=self.device)  # type: ignore[operator]
         self._broken = broken.float() if self._broken is None else torch.maximum(self._broken, broken.float())
+        if self.uses_deepspeed:
+            return self._deepspeed_step()
         # The fused AdamW's own switch, made for loss scaling: the decision stays on the device.
         getattr(self.optimizer, "optimizer", self.optimizer).found_inf = self._broken
         self.optimizer.step()
         # None and not zeros: a pass over all gradients less, and unused ones stay recognisable.
         self.optimizer.zero_grad(set_to_none=True)
         return torch.zeros((), device=self.device)
+
+    def _deepspeed_step(self) -> Tensor:
+        """DeepSpeed's update unless loss or gradient are broken, and its gradient norm.
+
+        The loss is looked at here, which waits for the device, as DeepSpeed does in any case for its norm. The gradient is
+        DeepSpeed's to look at, in pieces over the processes: ZeRO-1, 2, 3 and its bf16 optimizer leave the update out when
+        the norm is not finite. Its stage 0 in fp32 does not; there the gradients lie whole in the parameters.
+        """
+        assert self._broken is not None
+        engine: Any = self.module
+        norm = torch.zeros((), device=self.device)
+        if not hasattr(engine.optimizer, "overflow"):
+            gradients = [p.grad for p in engine.parameters() if p.requires_grad and p.grad is not None]
+            # Already summed over the processes, so the answer is the same on all.
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self._broken = torch.maximum(self._broken, (~norm.isfinite()).float())
+        if bool(self._broken):
+            return norm
+        engine.step()
+        if not hasattr(engine.optimizer, "overflow"):
+            return norm
+        return torch.as_tensor(float(engine.get_global_grad_norm() or 0.0), device=self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all processes."""
@@ -212,13 +254,49 @@ class Engine:
         return found.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else found.to(self.device)
 
     def barrier(self) -> None:
-        """Wait for all processes."""
-        self._accelerator.wait_for_everyone()
+        """Wait for all processes, as long as it takes; a process that is lost ends the waiting all the same."""
+        if self._store is None:
+            return
+        # By the store and not by a collective, which has a timeout: rank 0 may extract features or save for hours.
+        self._meetings += 1
+        key = f"barrier/{self._meetings}"
+        if self._store.add(key, 1) == self.world_size:
+            self._store.set(f"{key}/open", "1")
+        self._store.wait([f"{key}/open"], datetime.timedelta(days=30))
 
     def main_first(self, work: Callable[[], Any]) -> Any:
         """Do something on the main process, then on the others (which find its cached result)."""
-        with self._accelerator.main_process_first():
-            return work()
+        if self.is_main:
+            found = work()
+            self.barrier()
+            return found
+        self.barrier()
+        return work()
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do something on the main process only; where it cannot be done, all processes end alike.
+
+        Raises:
+            InputError: What the main process raised.
+        """
+        told: list[str] = []
+        error: InputError | None = None
+        if self.is_main:
+            try:
+                work()
+            except InputError as caught:
+                error = caught
+                told = [str(caught)]
+        # First without a timeout: saving a product may take long.
+        self.barrier()
+        # Gathered, or the others would go on to wait for a process that is gone.
+        told = self.gather(told)
+        if told:
+            raise error or InputError(told[0])
+
+    def explain(self, error: RuntimeError) -> RuntimeError:
+        """What an error really means: :class:`LostError` where another process is gone, the error itself otherwise."""
+        return error if self._liveness is None else self._liveness.explain(error)
 
     def unwrapped(self) -> nn.Module:
         """The objective itself."""
@@ -265,19 +343,44 @@ class Engine:
         gathered: Tensor = AllGather.apply(features)
         return gathered, self.rank * len(features)
 
-    def save(self, folder: Path) -> None:
-        """Write trainable weights, buffers and optimizer state into a folder (a collective call)."""
-        if self.uses_deepspeed:
-            self.module.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)  # type: ignore[operator]
-            return
-        if self.is_main:
-            from safetensors.torch import save_file
+    def snapshot(self) -> tuple[list[StateFile], bool]:
+        """Trainable weights, buffers and optimizer state, to be written later (a collective call).
 
-            save_file(_changing_state(self.unwrapped()), folder / "model.safetensors")
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        Returns:
+            The files that this process has to write, and whether they hold copies. Without copies, for which the host had no
+            memory, they must be written before training goes on.
+        """
+        copied = True
+
+        def take(state: Any, name: str) -> Any:
+            nonlocal copied
+            if not self._copies.has(name) and not room_for(state_size(state)):
+                copied = False
+                return state
+            return self._copies.of(state, name)
+
+        if self.uses_deepspeed:
+            engine: Any = self.module
+            engine.checkpoint_engine = saver = deepspeed_files(_NOWHERE, take)
+            engine.save_checkpoint(str(_NOWHERE), tag="zero", exclude_frozen_parameters=True, save_latest=False)
+            files = saver.files
+        elif self.is_main:
+            states = {"model.safetensors": _changing_state(self.unwrapped()), "optimizer.pt": self.optimizer.state_dict()}
+            files = [StateFile(name, take(state, name)) for name, state in states.items()]
+        else:
+            files = []
+        self._copies.finish(self.device)
+        return files, copied
+
+    def _take_over_saving(self) -> None:
+        """Have DeepSpeed load with our reader, and write nothing by itself when it saves."""
+        engine: Any = self.module
+        engine.checkpoint_engine = deepspeed_files(_NOWHERE, lambda state, name: state)
+        # It copies scripts that put its pieces together into every checkpoint, at once; the product is whole already.
+        engine._copy_recovery_script = lambda save_path: None
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote.
+        """Read the files of :meth:`snapshot`.
 
         Raises:
             InputError: The checkpoint was written in another mode, or by another number of ZeRO processes.
@@ -310,6 +413,8 @@ class Engine:
         """Leave the process group, so that another run in this process can choose another mode."""
         from accelerate.state import AcceleratorState
 
+        if self._liveness is not None:
+            self._liveness.close()
         self._accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

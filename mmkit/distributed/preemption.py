@@ -10,18 +10,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preemption:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT came; a second SIGINT ends the process at once."""
+    """Remembers that SIGTERM, SIGUSR1 or SIGINT came; a second SIGINT ends the process at once. May be entered again inside."""
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
+        self._depth = 0
 
     def __enter__(self) -> Preemption:
+        self._depth += 1
+        if self._depth > 1:
+            return self
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         # Put back: after the loop nobody reads the flag, and the signals would have no effect at all.
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from mmkit.encoders.head import SuperClassHead
 from mmkit.encoders.labels import CaptionLabels
 from mmkit.encoders.vit import CLIP_MEAN, CLIP_STD, VisionEncoder, build_encoder, create_backbone
 from mmkit.errors import InputError
+from mmkit.files import new_folder
 
 # The rest of timm's own config speaks of weights (urls, tags, label names) that are not these.
 _KEPT_CFG = ("interpolation", "crop_pct", "first_conv", "classifier", "pool_size", "fixed_input_size", "license")
@@ -49,29 +49,24 @@ def save_encoder(
         The folder.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, because rename is atomic within one file system only; the pid keeps two writers apart.
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    _write_json(temporary / "config.json", timm_config(encoder))
-    _write_weights(temporary / "model.safetensors", encoder.backbone)
-    if head is not None:
-        _write_weights(temporary / "head.safetensors", head)
     note: dict[str, Any] = {"kind": "encoder"}
-    if labels is not None:
-        note["labels"] = labels.describe()
-        if labels.name != "clip":
-            note["labels"]["file"] = "labels.model" if labels.file.suffix == ".model" else "labels.json"
-            # The user's file may be gone or changed when the model is opened.
-            shutil.copyfile(labels.file, temporary / note["labels"]["file"])
-    if extra is not None:
-        note["extra"] = extra
-    # A file of its own, so that config.json holds what timm knows and nothing else.
-    _write_json(temporary / "mmkit.json", note)
-    if write_more is not None:
-        write_more(temporary)
-    _replace(temporary, folder)
+    with new_folder(folder) as temporary:
+        _write_json(temporary / "config.json", timm_config(encoder))
+        _write_weights(temporary / "model.safetensors", encoder.backbone)
+        if head is not None:
+            _write_weights(temporary / "head.safetensors", head)
+        if labels is not None:
+            note["labels"] = labels.describe()
+            if labels.name != "clip":
+                note["labels"]["file"] = "labels.model" if labels.file.suffix == ".model" else "labels.json"
+                # The user's file may be gone or changed when the model is opened.
+                shutil.copyfile(labels.file, temporary / note["labels"]["file"])
+        if extra is not None:
+            note["extra"] = extra
+        # A file of its own, so that config.json holds what timm knows and nothing else.
+        _write_json(temporary / "mmkit.json", note)
+        if write_more is not None:
+            write_more(temporary)
     return folder
 
 
@@ -244,12 +239,3 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise InputError(f"not readable JSON ({error})", where=file, mend="write the folder again") from error
     assert isinstance(value, dict), f"{file} must hold a JSON object"
     return value
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Put a finished folder in its place; an old one is moved aside first, because rename needs a free name."""
-    old = folder.parent / f".{folder.name}.{os.getpid()}.old"
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

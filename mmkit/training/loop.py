@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -19,10 +19,11 @@ from mmkit.distributed.engine import Engine
 from mmkit.distributed.preemption import Preemption
 from mmkit.errors import InputError, StoppedError
 from mmkit.run import Run
-from mmkit.training.checkpoint import load_newest, save_checkpoint
+from mmkit.training.checkpoint import Saver, load_newest, newest_step, put_aside_unsound
 from mmkit.training.objective import Batch, Stage, to_device
 from mmkit.training.optim import lr_scale, make_optimizer, parameter_groups, warmup_steps
-from mmkit.training.step_log import Launched, LoopSettings, Readback, StepLog
+from mmkit.training.space import check_space
+from mmkit.training.step_log import Launched, LoopSettings, Readback, StepLog, batch_digest
 from mmkit.training.track import Tracker
 
 logger = logging.getLogger(__name__)
@@ -38,14 +39,21 @@ def total_steps(config: TrainConfig, samples: int) -> int:
 
 
 def train(
-    stage: Stage, engine: Engine, run: Run, config: TrainConfig, settings: LoopSettings, tracker: Tracker | None = None
+    stage: Stage,
+    engine: Engine,
+    run: Run,
+    config: TrainConfig,
+    settings: LoopSettings,
+    tracker: Callable[[int], Tracker] | None = None,
+    preemption: Preemption | None = None,
 ) -> None:
     """Train a stage to the end, from the newest checkpoint if the run has one.
 
     A step: read its micro-batches, count what is supervised over all ranks, forward and backward with the global count, check
     that loss and gradient are finite, update. On a GPU the host never waits for the device within a step: what it has to know
     of a step (loss, faults, a signal anywhere) it reads while the next one runs. DeepSpeed is the exception: it hands its
-    gradient norm to the host in every step, and updates before anyone can look at it.
+    gradient norm to the host in every step. Checkpoints are written in the background; the one after the last step is complete
+    when this returns, so that nothing is lost while the product is being saved.
 
     Args:
         stage: Objective, data and product writer.
@@ -53,11 +61,12 @@ def train(
         run: Where metrics and checkpoints go.
         config: The recipe's train section.
         settings: Seed, loader workers, limits.
-        tracker: Where curves and pictures go besides; main process only.
+        tracker: Opens the place where curves and pictures go besides, from the step the run goes on from; main process only.
+        preemption: Where signals are noted; None notes them while this runs.
 
     Raises:
         StoppedError: A signal came; a checkpoint is written.
-        InputError: Too many unreadable samples, or loss or gradient not finite.
+        InputError: Too many unreadable samples, loss or gradient not finite, no space for checkpoints, or none that is sound.
     """
     # Before the optimiser is made: it must hold the parameters where they stay.
     objective = stage.objective.to(engine.device)
@@ -74,6 +83,10 @@ def train(
     # Before wrapping: DDP and DeepSpeed then see the compiled parts as they are.
     if config.compile:
         objective.compile_parts()
+    aside = put_aside_unsound(engine, run.checkpoints)
+    if aside:
+        run.note(checkpoints_set_aside=aside)
+    engine.on_main(lambda: check_space(objective, config, run.checkpoints, start=newest_step(run.checkpoints), total=total))
     engine.prepare(objective, optimizer)
     start = load_newest(engine, run.checkpoints)
     # Rows of steps that will be made again.
@@ -81,13 +94,15 @@ def train(
     if start:
         logger.info("going on from the checkpoint at step %d of %d", start, total)
     batches = _batches(stage, engine, config, settings, start, total)
-    log = StepLog(stage, engine, run, config, settings, tracker, start=start, total=total)
+    saver = Saver(engine, run.checkpoints, keep=config.keep_checkpoints)
+    opened = tracker(start) if tracker is not None else None
+    log = StepLog(stage, engine, run, config, settings, opened, saver=saver, start=start, total=total)
     readback = Readback(engine.device)
     objective.train()
     checkpoint_every = config.checkpoint_every or max(1, total)
 
-    # Closed however the run ends: a tracker that is not keeps its last rows to itself.
-    with Preemption() as preemption, contextlib.closing(log):
+    # Closed however the run ends: a tracker that is not keeps its last rows to itself, a checkpoint may be half written.
+    with preemption or Preemption() as preemption, contextlib.closing(log), contextlib.closing(saver):
         for step in range(start, total):
             # Dropout and the like: the same numbers at this step whatever happened before it.
             # No two of (seed, step, rank) share a number below a million steps and 4,096 ranks.
@@ -100,7 +115,8 @@ def train(
             keys = [str(k) for b in micro for k in b.get("keys", [])]
             micro = [to_device(b, engine.device) for b in micro]
             # float64 holds any token count exactly, and one tensor means one collective a step before the forward.
-            facts = engine.sum(engine.numbers(counted, len(left_out), bool(preemption.requested)))
+            signals = bool(preemption.requested)
+            facts = engine.sum(engine.numbers(counted, len(left_out), signals, saver.failed, batch_digest(keys)))
             # After the other sum and not before it: collectives of a group run in order, so this one has the forward pass to
             # run beside, and nothing waits behind it.
             statistics = objective.statistics(micro)
@@ -130,10 +146,13 @@ def train(
                 stopping = any([stopping, *(log.step(*read) for read in readback.ready(everything=True))])
             if looks:
                 log.looks(done)
-            if done < total and (stopping or ends):
-                save_checkpoint(engine, run.checkpoints, done, keep=config.keep_checkpoints)
+            if stopping or ends:
+                saver.save(done)
             if stopping and done < total:
+                saver.wait()
                 raise StoppedError(f"stopped by a signal after step {done} of {total}; run the same command to go on")
+        saver.wait()
+        run.note(saves={name: round(value, 3) for name, value in saver.totals.items()})
 
 
 def _look_every(stage: Stage, config: TrainConfig) -> list[int]:

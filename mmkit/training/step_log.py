@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import math
 import time
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,7 @@ from mmkit.data.skipped import LeftOut
 from mmkit.distributed.engine import Engine
 from mmkit.errors import InputError
 from mmkit.run import Run
+from mmkit.training.checkpoint import Saver
 from mmkit.training.objective import Stage
 from mmkit.training.progress import ProgressLine
 from mmkit.training.track import NoTracker, Tracker
@@ -87,9 +89,11 @@ class StepLog:
         settings: LoopSettings,
         tracker: Tracker | None,
         *,
+        saver: Saver,
         start: int,
         total: int,
     ) -> None:
+        self.saver = saver
         self.stage, self.engine, self.run, self.config, self.settings = stage, engine, run, config, settings
         self.tracker = tracker or NoTracker()
         self._progress = ProgressLine(settings.title, total, start=start, show=engine.is_main)
@@ -97,17 +101,22 @@ class StepLog:
         self._window, self._waited, self._counted = time.monotonic(), 0.0, 0.0
 
     def step(self, values: list[float], launched: Launched) -> bool:
-        """Take in the numbers of a step: loss, gradient norm, what was counted, skipped, and signals, over all ranks.
+        """Take in the numbers of a step, over all ranks.
+
+        Args:
+            values: Loss, gradient norm, what was counted, left out, signals, failed saves, sum of the keys' checksums.
+            launched: What this process knows of the step.
 
         Returns:
             Whether some process was asked to stop.
 
         Raises:
-            InputError: Loss or gradient not finite, or too many samples left out.
+            InputError: Loss or gradient not finite, too many samples left out, or a checkpoint that could not be written.
         """
-        loss, norm, counted, skipped, signals = values
+        loss, norm, counted, skipped, signals, unsaved, digest = values
         # First of all: a row of NaN in metrics.jsonl would spoil the curves of the whole run.
-        check_finite(loss, norm, launched)
+        if not math.isfinite(loss + norm):
+            self._not_finite(loss, norm, launched)
         self._waited += launched.waited
         self._counted += counted
         if skipped:  # the same on every rank, so all of them gather
@@ -117,10 +126,25 @@ class StepLog:
             check_skipped(self.run.skipped, size, self.settings.max_skipped, where=self.run.path / "skipped.jsonl")
         # The last step is always shown: a run shorter than log_every would leave no curve.
         if launched.done % self.config.log_every == 0 or launched.done == self._total:
-            self._row(loss, norm, launched)
+            self._row(loss, norm, int(digest), launched)
+        if unsaved:
+            # Every rank sees the same sum, so all of them come here at the same step; it raises.
+            self.saver.wait()
         return bool(signals)
 
-    def _row(self, loss: float, norm: float, launched: Launched) -> None:
+    def _not_finite(self, loss: float, norm: float, launched: Launched) -> None:
+        """Write down the whole batch, then stop.
+
+        Raises:
+            InputError: Always.
+        """
+        ranks = self.engine.gather([launched.keys])
+        # As text: JSON has no nan.
+        facts = {"step": launched.done, "loss": str(loss), "grad_norm": str(norm)}
+        self.run.record("nonfinite.json", {**facts, "keys": {str(rank): keys for rank, keys in enumerate(ranks)}})
+        check_finite(loss, norm, launched, where=self.run.path / "nonfinite.json")
+
+    def _row(self, loss: float, norm: float, digest: int, launched: Launched) -> None:
         """A row of metrics.jsonl over the steps since the last one."""
         now = time.monotonic()
         # Since the last row and not since the last multiple of log_every: a continued run begins in between.
@@ -132,11 +156,14 @@ class StepLog:
             "lr": self.config.lr * launched.lr_scale,
             "grad_norm": norm,
             "counted": self._counted / steps,
+            # The step's own and not a sum since the last row: two runs that log differently can still be compared.
+            "batch_digest": digest,
             "samples_per_second": steps * self.config.batch_size / seconds,
             # A share of the time, so that it can be read without knowing the speed.
             "data_wait": self._waited / seconds,
             "memory_gib": _memory_gib(self.engine.device),
             "seconds": now - self._window,
+            **self.saver.times(),
         }
         self._write(launched.done, row)
         self._progress.update(launched.done, row)
@@ -173,8 +200,20 @@ class StepLog:
         self.tracker.close()
 
 
-def check_finite(loss: float, norm: float, launched: Launched) -> None:
+def batch_digest(keys: list[str]) -> int:
+    """Sum of the CRC-32 of the keys of a batch: the same in any order, and summed over ranks that of the global batch."""
+    # Below 2**53 for two million samples, so float64 carries it exactly through the sum over ranks.
+    return sum(zlib.crc32(key.encode(errors="backslashreplace")) for key in keys)
+
+
+def check_finite(loss: float, norm: float, launched: Launched, *, where: object = None) -> None:
     """Stop rather than train on with broken weights; the device has left out the update already.
+
+    Args:
+        loss: Of the global batch.
+        norm: Of the gradient.
+        launched: Names step and samples.
+        where: The file in which all samples are listed.
 
     Raises:
         InputError: Loss or gradient norm is not finite; names the step and its samples.
@@ -185,6 +224,7 @@ def check_finite(loss: float, norm: float, launched: Launched) -> None:
         keys = launched.keys
         raise InputError(
             f"{broken} is not finite at step {launched.done} (samples: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})",
+            where=where,
             mend="lower train.lr, set train.clip_grad_norm, or look at these samples",
         )
 

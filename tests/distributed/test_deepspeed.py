@@ -31,8 +31,10 @@ def settings(stage: int, folder: Path) -> str:
 
 
 def rewind(run: Path) -> None:
-    """Make a finished run look as if it had been killed after its last checkpoint."""
+    """Make a finished run look as if it had been killed after its last checkpoint but one."""
     shutil.rmtree(run / "model")
+    # The last one is that of the last step, after which there is nothing left to train.
+    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
     state = pipeline.manifest(run)
     (run / "manifest.json").write_text(json.dumps({**state, "status": "running"}))
 

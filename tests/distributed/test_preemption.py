@@ -27,3 +27,15 @@ def test_handlers_are_put_back():
     with Preemption():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_entered_again_inside_it_goes_on_listening_until_the_outer_end():
+    before = signal.getsignal(signal.SIGTERM)
+    preemption = Preemption()
+    with preemption:
+        with preemption as inner:
+            assert inner is preemption
+        # The loop is over, the product is being saved.
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested is signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
