@@ -400,7 +400,9 @@ class Engine:
             return
         from safetensors.torch import load_file
 
-        state = load_file(folder / "model.safetensors", device=str(self.device))
+        # Accelerate numbers CPUs too, which safetensors does not know.
+        device = "cpu" if self.device.type == "cpu" else str(self.device)
+        state = load_file(folder / "model.safetensors", device=device)
         expected = _changing_state(self.unwrapped())
         # Strict about what changes in training; frozen weights come from the parent again.
         if state.keys() != expected.keys():

@@ -41,6 +41,13 @@ def arguments(run: Path, *more: str) -> list[str]:
     return pipeline.superclass(run, *STEPS, *data, *more)
 
 
+def torchrun(*words: str) -> int:
+    """The exit code of two processes; what they said is shown when a test fails."""
+    done = pipeline.torchrun(*words)
+    print(done.stderr[-3000:])
+    return done.returncode
+
+
 def digests(run: Path) -> dict[int, int]:
     """Step to the digest of its global batch."""
     return {row["step"]: row["batch_digest"] for row in pipeline.rows(run / "metrics.jsonl")}
@@ -78,7 +85,7 @@ def test_two_processes_and_continuing_on_another_number_of_them(tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-3000:]
     assert digests(run) == digests(reference())
     # What two processes began, one continues from step 4, and the other way round.
-    for began, goes_on in ((run, lambda *a: pipeline.mmkit(*a)), (reference(), lambda *a: pipeline.torchrun(*a).returncode)):
+    for began, goes_on in ((run, pipeline.mmkit), (reference(), torchrun)):
         again = tmp_path / f"again-{began.name}"
         shutil.copytree(began, again)
         shutil.rmtree(again / "model")
