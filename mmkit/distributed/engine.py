@@ -409,7 +409,7 @@ class Engine:
             raise InputError("checkpoint holds other parameters than the model", where=folder, mend="--restart")
         self.unwrapped().load_state_dict(state, strict=False)
         # weights_only: a checkpoint is data, it must not be able to run code.
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True))
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
 
     def close(self) -> None:
         """Leave the process group, so that another run in this process can choose another mode."""
