@@ -77,6 +77,7 @@ def parents_of(recipe: Recipe) -> list[Parent]:
 
 def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
     """The part of :func:`run_train` that needs torch."""
+    from mmkit.data.loader import explain_worker
     from mmkit.distributed.engine import Engine
     from mmkit.training.track import check_tracker
 
@@ -97,7 +98,7 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         raise
     except RuntimeError as error:
         # Each library reports a lost process in its own words, from wherever it was.
-        explained = engine.explain(error)
+        explained = explain_worker(error) or engine.explain(error)
         if explained is error:
             raise
         raise explained from None

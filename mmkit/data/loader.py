@@ -117,7 +117,8 @@ def make_loader(
         timeout: Seconds to wait for a batch of the workers before the run ends; 0 waits for ever.
 
     Raises:
-        SampleError: While iterating: the data set is broken, or a worker died or hangs.
+        SampleError: While iterating: the data set is broken, or a worker hangs.
+        RuntimeError: At any time: a worker died (`explain_worker`).
         InputError: While iterating, as the data set raises it.
     """
     loader: DataLoader[Any] = DataLoader(
@@ -149,6 +150,17 @@ class _Guarded(Dataset[Any]):
             return error
 
 
+def explain_worker(error: RuntimeError) -> InputError | None:
+    """What to tell the user where torch found a loader worker dead; None for any other error.
+
+    torch tells of it from a signal handler, so from wherever the main process was, not only while it waited for a batch.
+    """
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    what = f"a loader worker died ({str(error).split('.')[0]})"
+    return InputError(what, where="data.workers", mend="if memory ran out, use fewer; the same command goes on")
+
+
 def _unguarded(batches: Iterator[Any], timeout: float) -> Iterator[tuple[dict[str, Any], list[LeftOut]]]:
     """Batches; what a worker handed over as an error is raised here."""
     while True:
@@ -157,14 +169,10 @@ def _unguarded(batches: Iterator[Any], timeout: float) -> Iterator[tuple[dict[st
         except StopIteration:
             return
         except RuntimeError as error:
-            # torch's own words for a worker that the system killed, and for one that gives no batch.
-            if str(error).startswith("DataLoader worker"):
-                what = f"a loader worker died ({str(error).split('.')[0]}); out of memory? fewer data.workers need less"
-            elif "DataLoader timed out" in str(error):
-                what = f"no batch for {timeout:.0f} s (data.timeout): a disk or a server does not answer"
-            else:
-                raise
-            raise SampleError(what) from None
+            # torch's own words for a worker that gives no batch.
+            if "DataLoader timed out" in str(error):
+                raise SampleError(f"no batch for {timeout:.0f} s (data.timeout): a disk or a server does not answer") from None
+            raise
         if isinstance(batch, Exception):
             raise batch
         yield batch

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkit.data.layout import Layout
-from mmkit.data.loader import Drawn, ReplacingSet, _collate_drawn, make_loader
+from mmkit.data.loader import Drawn, ReplacingSet, _collate_drawn, explain_worker, make_loader
 from mmkit.data.order import Order, Position, make_order
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.errors import InputError
@@ -220,15 +220,25 @@ class Failing(Numbers):
 @pytest.mark.parametrize(
     ("act", "kind", "message"),
     [
-        ("die", SampleError, r"a loader worker died \(DataLoader worker \(pid.*fewer data.workers need less"),
         ("hang", SampleError, r"no batch for 1 s \(data.timeout\): a disk or a server does not answer"),
         ("refuse", InputError, r"^s3://a: no package s3fs; install it$"),
     ],
 )
-def test_a_worker_that_fails_ends_the_run_in_one_line(act: str, kind: type[Exception], message: str) -> None:
+def test_a_worker_that_meets_wrong_input_or_hangs_ends_the_run_in_one_line(act: str, kind: type[Exception], message: str) -> None:
     batches = [[Position(0, i)] for i in range(5)]
     loader = make_loader(Failing(8, act), collate, batches, seed=0, workers=1, pin_memory=False, timeout=1, prefetch=1)
     with pytest.raises(kind, match=message) as caught:
         for _ in loader:
             pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_worker_that_dies_is_told_from_a_bug() -> None:
+    loader = make_loader(Failing(8, "die"), collate, [[Position(0, i)] for i in range(5)], seed=0, workers=1, pin_memory=False)
+    with pytest.raises(RuntimeError) as caught:
+        for _ in loader:
+            pass
+    found = explain_worker(caught.value)
+    assert str(found).startswith("data.workers: a loader worker died (DataLoader worker (pid")
+    assert "use fewer; the same command goes on" in str(found) and "\n" not in str(found)
+    assert explain_worker(RuntimeError("shapes do not fit")) is None

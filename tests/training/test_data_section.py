@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pipeline
@@ -95,3 +97,24 @@ def test_readers_get_the_keys(tmp_path: Path) -> None:
     assert (options.kind, options.image_root, options.image, options.caption) == ("hf", "root", "a", "b")
     assert (options.streaming, options.window) == (True, 7)
     assert (options.cache.folder, options.cache.limit) == (tmp_path, 1 << 29)
+
+
+def test_a_killed_loader_worker_is_one_line_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from mmkit.data.sources import tars
+
+    read = tars.TarShard.read
+    main = os.getpid()
+
+    def read_or_die(self: tars.TarShard, row: int) -> object:
+        # As the system ends a process that takes too much memory.
+        if os.getpid() != main and row == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, row)
+
+    monkeypatch.setattr(tars.TarShard, "read", read_or_die)
+    arguments = pipeline.superclass(tmp_path / "run", "data.workers=1", "train.steps=12")
+    assert pipeline.mmkit(*arguments) == 2
+    told = capsys.readouterr().err
+    assert "data.workers: a loader worker died" in told and "bug in mmkit" not in told
+    monkeypatch.undo()
+    assert pipeline.mmkit(*arguments) == 0
