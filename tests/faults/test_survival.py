@@ -17,7 +17,8 @@ import torch
 from small_disk import fill
 
 from mmkit import files
-from mmkit.data.order import Order
+from mmkit.data.layout import Layout
+from mmkit.data.order import make_order
 from mmkit.distributed import snapshot
 from mmkit.recipes import recipe_folders
 from mmkit.training import loop, space
@@ -280,7 +281,7 @@ def test_broken_numbers_are_written_down_with_the_whole_batch(tmp_path, capsys):
     found = json.loads((run / "nonfinite.json").read_text())
     assert f"{run / 'nonfinite.json'}: " in line and f"is not finite at step {found['step']} (samples: " in line
     assert set(found) == {"step", "loss", "grad_norm", "keys"} and {found["loss"], found["grad_norm"]} & {"nan", "inf"}
-    order = Order(80, 0).positions((found["step"] - 1) * 8, 8)
+    order = make_order(Layout.flat(80), 0).positions((found["step"] - 1) * 8, 8)
     assert len(found["keys"]["0"]) == len(order) == 8
 
 

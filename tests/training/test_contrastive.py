@@ -214,7 +214,8 @@ def test_lit_leaves_the_encoder_as_it_was(tmp_path, caplog):
 def test_patch_dropping_and_accumulation_leave_the_run_the_same(tmp_path):
     for micro in (8, 2):
         run = tmp_path / str(micro)
-        assert pipeline.mmkit(*clip(run, "encoder.patch_drop=0.5", f"train.micro_batch_size={micro}")) == 0
+        # eps: with Adam's 1e-8 the rounding of gradients near zero would be blown up to whole steps.
+        assert pipeline.mmkit(*clip(run, "encoder.patch_drop=0.5", "train.eps=1e-3", f"train.micro_batch_size={micro}")) == 0
     assert pipeline.losses(tmp_path / "2") == pytest.approx(pipeline.losses(tmp_path / "8"), abs=1e-6)
     assert pipeline.mmkit(*clip(tmp_path / "all")) == 0
     assert pipeline.losses(tmp_path / "all") != pytest.approx(pipeline.losses(tmp_path / "8"), abs=1e-4)
