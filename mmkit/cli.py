@@ -35,6 +35,14 @@ app.add_typer(data_app, name="data")
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name (`mmkit ls`).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.lr=1e-3.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the run directory holds and start anew.")]
+# What `data inspect` and `data pack` read, by the names of a recipe's data section.
+PairData = Annotated[str, typer.Argument(metavar="DATA", help="Pairs, as data.train of a recipe: file, folder, shards, hf:NAME.")]
+PairKind = Annotated[str, typer.Option("--type", help="As data.type of a recipe: auto, pairs, coco, webdataset, ...")]
+ImageRoot = Annotated[Path | None, typer.Option(help="Folder that image names are relative to.")]
+ImageKey = Annotated[str, typer.Option(help="Key or column of the picture, as data.image.")]
+CaptionKey = Annotated[str, typer.Option(help="Key or column of the caption, as data.caption.")]
+Streaming = Annotated[bool, typer.Option("--streaming", help="Read the files behind a Hugging Face data set, as data.streaming.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; without it one for each core.")]
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -291,9 +299,12 @@ def synth(
 
 @data_app.command("inspect")
 def inspect(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Pairs: .jsonl, COCO .json, tar shards, or a folder of them.")],
-    kind: Annotated[str, typer.Option("--type", help="auto, pairs, coco or webdataset.")] = "auto",
-    image_root: Annotated[Path | None, typer.Option(help="Folder that image names are relative to.")] = None,
+    data: PairData,
+    kind: PairKind = "auto",
+    image_root: ImageRoot = None,
+    image: ImageKey = "image",
+    caption: CaptionKey = "caption",
+    streaming: Streaming = False,
     labels: Annotated[str, typer.Option(help="As data.labels of a recipe.")] = "clip",
     context_length: Annotated[int | None, typer.Option(min=3, help="As data.context_length of a recipe.")] = None,
     stop_words: Annotated[str | None, typer.Option(help="As data.stop_words of a recipe.")] = None,
@@ -302,14 +313,17 @@ def inspect(
     words_size: Annotated[int, typer.Option(min=1, help="Words in it, the most frequent ones.")] = 40_000,
     min_count: Annotated[int, typer.Option(min=1, help="Captions that a word must be in.")] = 5,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first N pairs only.")] = None,
+    no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Captions only: a hundred times faster.")] = False,
+    workers: Workers = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the findings as HTML, Markdown and JSON.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Pictures shown on the page, drawn at random.")] = 24,
 ) -> None:
-    """What the captions of a data set hold: counts, labels, what cannot be used; writes IDF tables and word vocabularies."""
+    """What a data set holds: counts, sizes, labels, what cannot be used, what comes twice; writes IDF tables and vocabularies."""
     from mmkit.data.inspect import inspect_pairs
 
     found = inspect_pairs(
         data,
-        kind=kind,
-        image_root=None if image_root is None else str(image_root),
+        options=_source_options(kind, image_root, image, caption, streaming),
         labels=labels,
         context_length=context_length,
         stop_words=stop_words,
@@ -318,9 +332,20 @@ def inspect(
         words_size=words_size,
         min_count=min_count,
         limit=limit,
+        pictures=not no_pictures,
+        workers=workers,
+        out=out,
+        sample=sample,
     )
     for line in found.lines():
         _say(line)
+
+
+def _source_options(kind: str, image_root: Path | None, image: str, caption: str, streaming: bool) -> Any:
+    """How a data set is read, from the options that `inspect` and `pack` share."""
+    from mmkit.data.sources import SourceOptions
+
+    return SourceOptions(kind, None if image_root is None else str(image_root), image, caption, streaming)
 
 
 @app.command()

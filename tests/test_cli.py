@@ -36,8 +36,8 @@ SURFACE = {
     "validate": ["RECIPE", "[KEY=VALUE]...", "--show"],
     "data": [],
     "data inspect": [
-        "DATA", "--type", "--image-root", "--labels", "--context-length", "--stop-words", "--idf", "--words", "--words-size",
-        "--min-count", "--limit",
+        "DATA", "--type", "--image-root", "--image", "--caption", "--streaming", "--labels", "--context-length", "--stop-words",
+        "--idf", "--words", "--words-size", "--min-count", "--limit", "--no-pictures", "--workers", "--out", "--sample",
     ],
     "export": ["RUN", "OUT", "--format"],
     "bench": ["NAME", "[KEY=VALUE]..."],
