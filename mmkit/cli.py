@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Make the demo world; look into a data set.", no_args_is_help=True)
+data_app = typer.Typer(help="Make the demo world; look into a data set; write shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name (`mmkit ls`).")]
@@ -336,6 +336,32 @@ def inspect(
         workers=workers,
         out=out,
         sample=sample,
+    )
+    for line in found.lines():
+        _say(line)
+
+
+@data_app.command("pack")
+def pack(
+    data: PairData,
+    out: Annotated[Path | None, typer.Option(help="Folder for the shards; without it only the index of shards is made.")] = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Samples of a shard; 10,000 without it.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=1, help="Make pictures smaller whose longer side has more pixels.")] = None,
+    quality: Annotated[int | None, typer.Option(min=1, max=100, help="JPEG quality of those; 90 without it.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Pack the first N pairs only.")] = None,
+    kind: PairKind = "auto",
+    image_root: ImageRoot = None,
+    image: ImageKey = "image",
+    caption: CaptionKey = "caption",
+    streaming: Streaming = False,
+    workers: Workers = None,
+) -> None:
+    """Write pairs as webdataset shards with their index; without --out make the index of shards that exist."""
+    from mmkit.data.pack import pack as run
+
+    reading = _source_options(kind, image_root, image, caption, streaming)
+    found = run(
+        data, out, shard_size=shard_size, max_side=max_side, quality=quality, limit=limit, reading=reading, workers=workers
     )
     for line in found.lines():
         _say(line)

@@ -39,6 +39,10 @@ SURFACE = {
         "DATA", "--type", "--image-root", "--image", "--caption", "--streaming", "--labels", "--context-length", "--stop-words",
         "--idf", "--words", "--words-size", "--min-count", "--limit", "--no-pictures", "--workers", "--out", "--sample",
     ],
+    "data pack": [
+        "DATA", "--out", "--shard-size", "--max-side", "--quality", "--limit", "--type", "--image-root", "--image", "--caption",
+        "--streaming", "--workers",
+    ],
     "export": ["RUN", "OUT", "--format"],
     "bench": ["NAME", "[KEY=VALUE]..."],
     "data synth": ["--out", "--train", "--heldout", "--image-size", "--seed"],
