@@ -221,24 +221,43 @@ def inspect_pairs(
         skipped.add(source.left_out)
         seen = survey(source, skipped, counter.take, pictures=pictures, workers=workers)
         counter.finish()
-    shown = np.where(_mask(vocabulary), 0, counter.counts.df)
-    # Stable: among equal counts the lower id comes first, on every machine.
-    top = [int(i) for i in np.argsort(-shown, kind="stable")[:_TOP] if shown[i]]
-    pairs = len(seen.usable())
-    written = []
+    found = _conclude(location, whole.fingerprint, limit, vocabulary, counter, skipped, seen, pictures=pictures)
     if idf is not None:
         # A limit is part of the table's source: document counts of some captions must not pass for those of all.
         name = whole.fingerprint if limit is None else f"{whole.fingerprint}[:{limit}]"
-        written.append(_write_idf(idf, counter.counts, vocabulary, name))
+        found.written.append(_write_idf(idf, counter.counts, vocabulary, name))
     if words is not None:
-        written.append(_write_words(words, counter.frequencies, vocabulary, words_size, min_count, pairs))
-    found = Inspection(
+        found.written.append(_write_words(words, counter.frequencies, vocabulary, words_size, min_count, found.pairs))
+    if out is not None:
+        # jinja2 and Pillow's encoders only where there is a page to make.
+        from mmkit.data.scan.page import write_pages
+
+        found.written.append(f"wrote {write_pages(out, found, source, sample=sample)}")
+    return found
+
+
+def _conclude(
+    location: str,
+    fingerprint: str,
+    limit: int | None,
+    vocabulary: CaptionLabels,
+    counter: _Counter,
+    skipped: SkippedRows,
+    seen: Survey,
+    *,
+    pictures: bool,
+) -> Inspection:
+    """The findings from what was counted; nothing is written yet."""
+    shown = np.where(_mask(vocabulary), 0, counter.counts.df)
+    # Stable: among equal counts the lower id comes first, on every machine.
+    top = [int(i) for i in np.argsort(-shown, kind="stable")[:_TOP] if shown[i]]
+    return Inspection(
         location=location,
-        fingerprint=whole.fingerprint,
+        fingerprint=fingerprint,
         limit=limit,
-        vocabulary=labels,
+        vocabulary=vocabulary.name,
         vocab_size=vocabulary.vocab_size,
-        pairs=pairs,
+        pairs=len(seen.usable()),
         skipped=skipped,
         # Captions of length 0 after the stop words: they give no gradient in training.
         unlabelled=int(counter.counts.kept.counts[:1].sum()),
@@ -248,14 +267,8 @@ def inspect_pairs(
         survey=seen,
         pictures=picture_facts(seen) if pictures else None,
         repeated=repeated_captions(seen),
-        written=written,
+        written=[],
     )
-    if out is not None:
-        # jinja2 and Pillow's encoders only where there is a page to make.
-        from mmkit.data.scan.page import write_pages
-
-        written.append(f"wrote {write_pages(out, found, source, sample=sample)}")
-    return found
 
 
 class _Counter:

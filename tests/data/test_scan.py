@@ -129,6 +129,14 @@ def test_a_killed_worker_ends_the_scan_with_one_line() -> None:
         survey(source, SkippedRows(), lambda captions: None, pictures=True, workers=2)
 
 
+def test_workers_that_cannot_start_end_it_too() -> None:
+    # A main program from standard input is one that no other process can import; the data are longer than a pipe holds.
+    code = "from mmkit.data.scan.crew import map_in_order\nlist(map_in_order(max, 'x' * 10**6, ['a', 'b', 'c'], 2))"
+    env = {**os.environ, "PYTHONPATH": str(Path(mmkit.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, check=False, env=env, timeout=60)
+    assert "InputError: a worker process was killed" in done.stderr
+
+
 def fail(shared: int, job: int) -> int:
     if job == 3:
         raise SampleError("three")

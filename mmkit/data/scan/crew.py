@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mmkit.errors import InputError
@@ -47,10 +49,20 @@ def map_in_order(work: Callable[[T, J], R], shared: T, jobs: Sequence[J], worker
         for job in jobs:
             yield work(shared, job)
         return
+    with tempfile.NamedTemporaryFile(prefix="mmkit-task-") as file:
+        # Through a file: a process that dies while it starts leaves its parent for ever in the write of a long argument.
+        pickle.dump((work, shared), file)
+        file.flush()
+        yield from _in_pool(file.name, jobs, workers)
+
+
+def _in_pool(task: str, jobs: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Results of the jobs in order, by processes that take their task from a file."""
     # Spawned, not forked: this process may hold a GPU or threads. What they import is light; torch is not in it.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(pickle.dumps((work, shared)), _level()))
-    waiting: collections.deque[Future[R]] = collections.deque()
+    level = logging.getLogger("mmkit").level
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(task, level))
+    waiting: collections.deque[Future[Any]] = collections.deque()
     try:
         for job in jobs:
             waiting.append(pool.submit(_run, job))
@@ -67,18 +79,15 @@ def map_in_order(work: Callable[[T, J], R], shared: T, jobs: Sequence[J], worker
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _level() -> int:
-    return logging.getLogger("mmkit").level
-
-
-def _start(pickled: bytes, level: int) -> None:
+def _start(task: str, level: int) -> None:
     """Make a process ready for jobs."""
     global _task
     # Ctrl-C goes to the whole group: the main process says so once, the others go without a traceback each.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     logging.getLogger("mmkit").setLevel(level)
-    _task = pickle.loads(pickled)
+    with Path(task).open("rb") as file:
+        _task = pickle.load(file)
 
 
 def _leave_with_parent() -> None:
