@@ -36,8 +36,12 @@ SURFACE = {
     "validate": ["RECIPE", "[KEY=VALUE]...", "--show"],
     "data": [],
     "data inspect": [
-        "DATA", "--type", "--image-root", "--labels", "--context-length", "--stop-words", "--idf", "--words", "--words-size",
-        "--min-count", "--limit",
+        "DATA", "--type", "--image-root", "--image", "--caption", "--streaming", "--labels", "--context-length", "--stop-words",
+        "--idf", "--words", "--words-size", "--min-count", "--limit", "--no-pictures", "--workers", "--out", "--sample",
+    ],
+    "data pack": [
+        "DATA", "--out", "--shard-size", "--max-side", "--quality", "--limit", "--type", "--image-root", "--image", "--caption",
+        "--streaming", "--workers",
     ],
     "export": ["RUN", "OUT", "--format"],
     "bench": ["NAME", "[KEY=VALUE]..."],
@@ -359,3 +363,53 @@ def test_export_and_bench_are_wired(call: Call, tmp_path: Path) -> None:
     assert code == 0 and "memory, mmkit / published" in said and "B=4 D=4 V=9" in said
     assert "is not of the form key=value" in refused(call, "bench", "labels", "threads")
     assert "known: superclass-loss" in refused(call, "bench", "speed")
+
+
+@pytest.fixture
+def few(shared: Path, tmp_path: Path) -> Path:
+    """Two pairs under unusual keys, the second with a bad picture."""
+    rows = [{"picture": name, "text": "a red bus"} for name in ("good.jpg", "zero_bytes.jpg")]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "few.jsonl"
+
+
+def test_inspect_options_reach_their_place(call: Call, shared: Path, few: Path, tmp_path: Path) -> None:
+    words = ["data", "inspect", few, "--image-root", shared / "broken", "--image", "picture", "--caption", "text"]
+    code, said, _ = call(*words, "--workers", 2, "--sample", 0, "--out", tmp_path / "out", "--type", "pairs")
+    assert code == 0
+    assert "pairs: 1\nleft out: 1\n  1 x the file is empty\n" in said and "pictures: 1\n" in said
+    assert said.endswith(f"wrote {tmp_path / 'out/inspect.html'}\n")
+    assert "<img" not in (tmp_path / "out/inspect.html").read_text()
+    code, said, _ = call(*words, "--no-pictures")
+    assert code == 0 and "pairs: 2\nleft out: 0\n" in said and "pictures: " not in said
+    assert "no usable sample (2 left out" in refused(call, "data", "inspect", few)
+
+
+def test_pack_options_reach_their_place(call: Call, shared: Path, few: Path, tmp_path: Path) -> None:
+    keys = ["--image-root", shared / "broken", "--image", "picture", "--caption", "text"]
+    words = ["data", "pack", few, *keys, "--out", tmp_path / "out"]
+    options = ["--type", "pairs", "--max-side", 50, "--quality", 80, "--shard-size", 1, "--workers", 2]
+    said = f"samples: 1\nshards: 1\nleft out: 1\n  1 x the file is empty\ndone: {tmp_path / 'out'}\n"
+    assert call(*words, *options)[:2] == (0, said)
+    record = json.loads((tmp_path / "out/pack.json").read_text())
+    assert record["settings"].items() >= {"max_side": 50, "quality": 80, "shard_size": 1, "pairs": 2, "caption": "text"}.items()
+    assert "pairs 2, now 1" in refused(call, *words, *options, "--limit", 1)
+    assert call("data", "pack", tmp_path / "out")[1] == f"samples: 1\nshards: 1\nleft out: 0\ndone: {tmp_path / 'out'}\n"
+    assert "--limit has no effect" in refused(call, "data", "pack", tmp_path / "out", "--limit", 1)
+    assert "leave the keys out" in refused(call, "data", "pack", tmp_path / "out", "--streaming")
+
+
+def test_streaming_reads_the_files_behind_a_data_set(call: Call, shared: Path, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pictures = [{"bytes": (shared / "broken" / name).read_bytes(), "path": None} for name in ("good.jpg", "truncated.jpg")]
+    (tmp_path / "set").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"image": pictures, "caption": ["a", "b"]}), tmp_path / "set/train.parquet")
+    # Which way it was read shows in the keys.
+    for words, key in (([], "row 1"), (["--streaming"], "group 0 row 1")):
+        data = f"hf:{tmp_path / 'set'}@train"
+        assert call("data", "inspect", data, "--workers", 1, "--out", tmp_path / f"i{len(words)}", *words)[0] == 0
+        assert call("data", "pack", data, "--workers", 1, "--out", tmp_path / f"p{len(words)}", *words)[0] == 0
+        for folder in ("i", "p"):
+            assert json.loads((tmp_path / f"{folder}{len(words)}/skipped.jsonl").read_text())["key"] == key

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+# Reasons name lines, bytes and files; without them equal faults are counted together.
+_PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,3 +35,55 @@ class LeftOut:
 # Apart from InputError, which ends the command: one bad picture in a million must not.
 class SampleError(ValueError):
     """One sample cannot be used; the loader replaces it and counts it."""
+
+
+class SkippedRows:
+    """Left-out samples counted by reason, the first few kept, all of them written to a file where there is one.
+
+    Attributes:
+        reasons: Reason without its particulars to number of samples.
+        first: The first of them.
+    """
+
+    def __init__(self, file: TextIO | None = None, *, keep: int = 50) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.first: list[LeftOut] = []
+        self._file, self._keep = file, keep
+
+    @property
+    def total(self) -> int:
+        """Samples left out."""
+        return sum(self.reasons.values())
+
+    def add(self, rows: Iterable[LeftOut]) -> None:
+        """Take in some samples. Raises OSError: the file cannot be written."""
+        for row in rows:
+            self.reasons[_PARTICULARS.sub("...", row.reason)] += 1
+            # Not all of them: of a hundred million pairs a tenth may be bad.
+            if len(self.first) < self._keep:
+                self.first.append(row)
+            if self._file is not None:
+                self._file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+
+
+@contextlib.contextmanager
+def skipped_file(path: Path | None, *, keep: int = 50) -> Iterator[SkippedRows]:
+    """Rows as ``skipped.jsonl`` of a run has them; the file appears when the block ends well. Without a path they are counted.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if path is None:
+        yield SkippedRows(keep=keep)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            yield SkippedRows(file, keep=keep)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)

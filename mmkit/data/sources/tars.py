@@ -176,20 +176,29 @@ def walk_tar(data: Bytes) -> Iterator[Member | TarFault]:
     extended: dict[str, str] = {}
     while True:
         header = data[at : at + _BLOCK]
-        if len(header) < _BLOCK or not any(header[:1]) or not _sound(header):
+        # By the sum and not by an empty name: ustar puts the whole name of a folder into the prefix where it just fits there.
+        if len(header) < _BLOCK or not _sound(header):
             yield from _ending(data, at, header, last)
             return
-        length, kind = _number(header[124:136]), header[156:157]
-        start, name = at + _BLOCK, ""
-        at = start + -(-length // _BLOCK) * _BLOCK
-        if kind in b"xgLK" and start + length <= size:
-            extended.update(_extension(kind, data[start : start + length]))
-            continue
+        start, name, kind = at + _BLOCK, "", header[156:157]
+        try:
+            length = _number(header[124:136])
+            if kind in b"xgLK" and start + length <= size:
+                extended.update(_extension(kind, data[start : start + length]))
+                at = start + -(-length // _BLOCK) * _BLOCK
+                continue
+        except ValueError:
+            # Extensions have no sum. To go on would give the next file under a wrong name.
+            yield TarFault("", "the shard is damaged after this")
+            return
         if kind in b"\x000" or kind == b"7":
             # A pax size stands for files over 8 GiB, whose ustar field overflows.
             length = int(extended.get("size", length))
-            at = start + -(-length // _BLOCK) * _BLOCK
             name = extended.get("path") or _name(header)
+        elif kind in b"123456":
+            # Links, devices and folders have no content, whatever some writers put into the field.
+            length = 0
+        at = start + -(-length // _BLOCK) * _BLOCK
         extended = {}
         if start + length > size:
             yield TarFault(name, "the shard is cut off here")
@@ -214,7 +223,10 @@ def _number(field: bytes) -> int:
     """Octal digits, or GNU's binary form. Raises ValueError."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.rstrip(b" \0").lstrip(b" ") or b"0", 8)
+    value = int(field.rstrip(b" \0").lstrip(b" ") or b"0", 8)
+    if value < 0:
+        raise ValueError("a negative size would lead back to the same header for ever")
+    return value
 
 
 def _name(header: bytes) -> str:
@@ -226,18 +238,22 @@ def _name(header: bytes) -> str:
 
 
 def _extension(kind: bytes, content: bytes) -> dict[str, str]:
-    """What an extension header says of the next file: its path and size."""
+    """What an extension header says of the next file: its path and size. Raises ValueError: it is damaged."""
     if kind == b"L":
         return {"path": content.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
     found = {}
     # Link names, and global headers, which hold for no single file.
     while content and kind == b"x":
-        digits, _, rest = content.partition(b" ")
-        if not digits.isdigit():
+        if not any(content):
             break  # zero padding of some writers
-        record = rest[: max(0, int(digits) - len(digits) - 2)]
-        content = content[int(digits) :]
-        key, _, value = record.partition(b"=")
+        digits, _, rest = content.partition(b" ")
+        # Each record tells its own length. One of 0 would be read for ever; 20 digits are more than any file has bytes.
+        length = int(digits) if digits.isdigit() and len(digits) < 20 else 0
+        end = content[length - 1 : length] if length else b""
+        record, content = rest[: max(0, length - len(digits) - 2)], content[length:]
+        key, equals, value = record.partition(b"=")
+        if end != b"\n" or not equals or (key == b"size" and not (value.isdigit() and len(value) < 20)):
+            raise ValueError("damaged pax record")
         if key in (b"path", b"size"):
             found[key.decode()] = value.decode("utf-8", "surrogateescape")
     return found
