@@ -371,7 +371,7 @@ def _write_one(packer: Packer, number: int) -> dict[str, Any]:
 
 def _index_one(indexed: Indexed, name: str) -> tuple[int, list[LeftOut]]:
     files, left_out = indexed.scan([name])
-    return files[0].count, left_out
+    return files[0].samples, left_out
 
 
 def _with_progress(found: Iterator[Any], size: int) -> Iterator[Any]:
