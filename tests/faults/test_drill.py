@@ -111,9 +111,10 @@ class Drill:
     def die_in_product(self) -> None:
         """Run to the end of training, and be killed while the product is being written."""
         pids = self.start()
-        self.until(lambda: any(self.run.glob(".model.*")))
-        self.kills += self.zygote.kill(pids) == [-9] * self.processes
-        assert not (self.run / "model").exists()
+        self.until(lambda: any(self.run.glob(".model.*")) or (self.run / "model").exists())
+        codes = self.zygote.kill(pids)
+        # On a busy machine a product of some kilobytes may be there before it was seen to begin; that is no kill inside it.
+        self.kills += codes == [-9] * self.processes and not (self.run / "model").exists()
 
     def finish(self) -> None:
         """Run to the end."""
