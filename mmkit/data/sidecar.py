@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from mmkit.files import hash_text
 
 SUFFIX = ".mmkit"
-# Smaller files are walked through faster than a sidecar pays for itself, and folders of examples stay as they are.
-SMALLEST = 1 << 20
+# Smaller files are walked through in milliseconds, while making a file beside each of a thousand takes a second; and folders of
+# examples stay as they are.
+SMALLEST = 8 << 20
 _VERSION = 1
 # Up to here an index carries a checksum that is looked at whenever it is opened; a larger one is flushed to the disk instead, so
 # that neither a thousand flushes nor a pass over gigabytes stands before a run.

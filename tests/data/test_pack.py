@@ -215,7 +215,7 @@ def make_large(path: Path) -> Path:
     rng = np.random.default_rng(0)
     path.mkdir()
     for i in range(6):
-        Image.fromarray(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (800, 800, 3), dtype=np.uint8)).save(path / f"{i}.png")
         (path / f"{i}.txt").write_text(f"noise {i}")
     return path
 

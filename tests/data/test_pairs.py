@@ -309,6 +309,15 @@ def test_keys_end_at_the_first_dot_of_the_name(tmp_path: Path) -> None:
     assert [(p.key, p.image.read(), p.caption) for p in source.pairs] == [("a.b/x", b"1", "one"), ("y", b"3", "two")]
 
 
+def test_hidden_members_are_told_of_in_one_row(tmp_path: Path) -> None:
+    mac = [("._0.jpg", b"fork"), ("._0.txt", b"fork"), ("./._1.jpg", b"fork"), (".DS_Store", b"x")]
+    source = open_pairs(str(make_shard(tmp_path / "a.tar", [*mac, *pair("0"), *pair("./1")])))
+    assert [p.key for p in source.pairs] == ["0", "./1"]
+    assert [(o.key, o.reason) for o in source.left_out] == [
+        ("(hidden)", "4 members whose name begins with a dot, such as '._0.jpg', are no samples")
+    ]
+
+
 def test_fingerprint_follows_the_index(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"image": "a.jpg", "caption": "x"}\n')

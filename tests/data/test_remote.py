@@ -99,7 +99,7 @@ def test_shards_come_over_http_once(tmp_path: Path, served: tuple[Path, str, typ
 
 def test_an_index_beside_a_remote_shard_spares_fetching_it(tmp_path: Path, served: tuple[Path, str, type[Recording]]) -> None:
     folder, address, handler = served
-    shards.write_shard(folder / "0.tar", 0, 4, pad=300_000)
+    shards.write_shard(folder / "0.tar", 0, 4, pad=2_200_000)
     open_pairs(str(folder / "0.tar"))
     assert (folder / f"0.tar{SUFFIX}").is_file()
     source = open_pairs(f"{address}/0.tar", options(tmp_path))

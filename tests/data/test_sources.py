@@ -184,7 +184,7 @@ def test_row_groups_are_the_shards_of_a_parquet_file(tmp_path: Path, monkeypatch
 
 def large_shard(folder: Path, name: str = "a.tar", first: int = 0) -> Path:
     """A shard that is worth a sidecar."""
-    return shards.write_shard(folder / name, first, 4, pad=300_000)
+    return shards.write_shard(folder / name, first, 4, pad=2_200_000)
 
 
 def captions(source: PairSource) -> list[str]:

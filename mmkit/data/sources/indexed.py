@@ -179,10 +179,10 @@ def _load(job: _Job) -> Index:
     Raises:
         SampleError: The shard cannot be read.
     """
-    for path in job.places():
+    remote = is_remote(job.name)
+    for path in job.places() if job.size >= SMALLEST or remote else ():
         if (index := read_sidecar(path, job.size, job.written_ns)) is not None:
             return index
-    remote = is_remote(job.name)
     if remote and (data := remote_bytes(job.name + SUFFIX)) is not None:
         cached = job.places()[0]
         cached.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import Pair, Picture, decode_caption
@@ -32,8 +32,7 @@ class Bytes(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A file in a tar: its name, and where its bytes lie."""
 
     name: str
@@ -141,14 +140,19 @@ def group_members(data: Bytes, left_out: list[tuple[str, str]]) -> Iterator[tupl
     # Keys that another key has followed: their members must lie together, a later one belongs to another sample.
     closed: set[str] = set()
     current = ""
+    hidden: list[str] = []
     for member in walk_tar(data):
         if isinstance(member, TarFault):
             # With its other members too: a caption without its picture is of no use.
             if member.key:
                 groups.pop(split_key(member.key)[0], None)
-            left_out.append((split_key(member.key)[0] if member.key else current or "(start)", member.reason))
+            left_out.append((split_key(member.key)[0] or member.key or current or "(start)", member.reason))
             continue
         key, suffix = split_key(member.name)
+        # Such as the ._NAME that a Mac puts beside every file: of another kind than samples, so they are told of in one row.
+        if not key or key.endswith("/"):
+            hidden.append(member.name)
+            continue
         if key != current:
             closed.add(current)
             current = key
@@ -157,6 +161,10 @@ def group_members(data: Bytes, left_out: list[tuple[str, str]]) -> Iterator[tupl
             left_out.append((member.name, f"key {key} comes twice in this shard"))
             continue
         groups.setdefault(key, {})[suffix] = member
+    if hidden:
+        left_out.append(
+            ("(hidden)", f"{len(hidden)} members whose name begins with a dot, such as {hidden[0]!r}, are no samples")
+        )
     yield from groups.items()
 
 
