@@ -158,7 +158,8 @@ def group_members(data: Bytes, left_out: list[tuple[str, str]]) -> Iterator[tupl
             current = key
         # The first one stays: which of two pictures a caption belongs to is not known.
         if key in closed or suffix in groups.get(key, {}):
-            left_out.append((member.name, f"key {key} comes twice in this shard"))
+            # A name may hold a line end, a reason is one line.
+            left_out.append((member.name, f"key {key if key.isprintable() else ascii(key)} comes twice in this shard"))
             continue
         groups.setdefault(key, {})[suffix] = member
     if hidden:
