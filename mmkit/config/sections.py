@@ -94,6 +94,12 @@ class DataConfig(Section):
         # A missing weight could mean 1, or the data set's size: both are likely to be wrong.
         if any(weighted) != all(weighted):
             raise ValueError("give each of the data sets in train a weight, or none of them")
+        weights = [source.weight or 0.0 for source in self.sources]
+        # Shares are kept in every 10,000 draws; a smaller one would never be drawn, without a word.
+        if all(weighted) and min(weights) < sum(weights) / 10_000:
+            raise ValueError(
+                f"weight {min(weights):g} is less than a ten-thousandth of all: raise it, or leave that data set out"
+            )
         return self
 
     @property

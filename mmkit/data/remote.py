@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmkit.data.bounds import MAX_BYTES
 from mmkit.data.images import ImageRef
@@ -24,6 +25,9 @@ from mmkit.errors import InputError
 from mmkit.files import hash_text
 
 _BLOCK = 1 << 22
+# How often a fetched shard may be gone again before its bytes were read.
+_EVICTED = 5
+T = TypeVar("T")
 # Within this time a shard that could not be fetched is not asked for again: its other samples would wait as long each.
 _GIVEN_UP_SECONDS = 600.0
 # Per process, by address: when a shard was given up, and why.
@@ -68,6 +72,22 @@ class ShardCache:
             return path
         self._fetch_once(url, path)
         return path
+
+    def reading(self, url: str, work: Callable[[str], T]) -> T:
+        """Call ``work`` with the path of the fetched copy; again, should another process have made room meanwhile.
+
+        Raises:
+            SampleError: It cannot be fetched, or ``work`` raises it.
+        """
+        for attempt in itertools.count(1):
+            path = self.local(url)
+            try:
+                return work(str(path))
+            except SampleError:
+                # A cache that is far too small for its readers: then the shard comes and goes.
+                if path.exists() or attempt == _EVICTED:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
     def _fetch_once(self, url: str, path: Path) -> None:
         """Fetch under a lock, so that workers who want the same shard fetch it once."""
@@ -128,7 +148,7 @@ class RemoteRef:
 
     def read(self, max_bytes: int = MAX_BYTES) -> bytes:
         """The bytes. Raises SampleError when the shard cannot be fetched, or they are more than ``max_bytes``."""
-        return ImageRef(str(self.cache.local(self.path)), self.offset, self.size).read(max_bytes)
+        return self.cache.reading(self.path, lambda path: ImageRef(path, self.offset, self.size).read(max_bytes))
 
 
 def remote_glob(pattern: str) -> list[str]:

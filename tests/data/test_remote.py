@@ -18,9 +18,11 @@ import pytest
 import shards
 
 from mmkit.data import remote
+from mmkit.data.images import ImageRef
 from mmkit.data.loader import ReplacingSet, make_loader
 from mmkit.data.order import Position, make_order
 from mmkit.data.pairs import PairSource
+from mmkit.data.reading import look_again
 from mmkit.data.remote import ShardCache, is_remote
 from mmkit.data.sidecar import SUFFIX
 from mmkit.data.skipped import SampleError
@@ -283,3 +285,26 @@ def test_loader_processes_read_tables(kind: str, tmp_path: Path) -> None:
         for w in (0, 2)
     ]
     assert found[0] == found[1] and len({c for batch in found[0] for c in batch}) == 40
+
+
+def test_a_shard_that_goes_before_it_is_read_comes_again(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/gone/0.tar", shards.write_shard(tmp_path / "0.tar", 0, 2).read_bytes())
+    cache = ShardCache(tmp_path / "cache", 1 << 30)
+    tries = []
+
+    def work(path: str) -> bytes:
+        tries.append(path)
+        if len(tries) < 3:
+            # As another process does that makes room.
+            Path(path).unlink()
+        return ImageRef(path, 0, 5).read()
+
+    assert cache.reading("memory://gone/0.tar", work) == b"00000" and len(tries) == 3
+    with pytest.raises(SampleError, match="No such file"):
+        # Looked at anew: an open descriptor would go on giving the bytes of the file that is gone, which are the right ones.
+        cache.reading("memory://gone/0.tar", lambda path: (Path(path).unlink(), look_again(), ImageRef(path, 0, 5).read())[2])
+    # A fault of the shard itself is not asked for again.
+    tries.clear()
+    with pytest.raises(SampleError, match="bad"):
+        cache.reading("memory://gone/0.tar", lambda path: tries.append(path) or (_ for _ in ()).throw(SampleError("bad")))
+    assert len(tries) == 1

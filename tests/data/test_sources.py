@@ -367,6 +367,8 @@ def test_several_sources_of_a_recipe(tmp_path: Path) -> None:
         data([{"path": tars, "weight": 3}, rows])
     with pytest.raises(ValueError, match="empty list"):
         data([])
+    with pytest.raises(ValueError, match="weight 1 is less than a ten-thousandth of all"):
+        data([{"path": tars, "weight": 20000}, {"path": rows, "weight": 1}])
 
 
 def test_keys_of_the_section_hold_for_its_sources(tmp_path: Path) -> None:

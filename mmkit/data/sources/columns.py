@@ -57,11 +57,13 @@ class GroupRef:
 
     def table(self) -> Any:
         """The row group. Raises SampleError."""
+        return self.cache.reading(self.path, self._table) if is_remote(self.path) else self._table(self.path)
+
+    def _table(self, path: str) -> Any:
         import pyarrow
 
-        local = str(self.cache.local(self.path)) if is_remote(self.path) else self.path
         try:
-            return _groups.get(local, self.group, self.columns)
+            return _groups.get(path, self.group, self.columns)
         except (OSError, pyarrow.ArrowException) as error:
             raise SampleError(f"row group {self.group} cannot be read ({' '.join(str(error).split())})") from None
 

@@ -82,7 +82,9 @@ class TarShard:
 
     def _bytes(self, offset: int, size: int) -> bytes:
         name = self.file.name
-        return read_range(str(self.cache.local(name)) if is_remote(name) else name, offset, size)
+        if is_remote(name):
+            return self.cache.reading(name, lambda path: read_range(path, offset, size))
+        return read_range(name, offset, size)
 
 
 def index_tar(path: Path) -> Index:
