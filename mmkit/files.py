@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from mmkit.errors import InputError
 
@@ -63,21 +63,30 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InputError: The disk is full, read-only or broken.
     """
-    with Writing(path):
-        _write_text(path, text)
+    with Writing(path), new_file(path) as file:
+        file.write(text.encode())
 
 
-def _write_text(path: Path, text: str) -> None:
-    """The work of :func:`write_text`."""
+@contextlib.contextmanager
+def new_file(path: Path, *, flush: bool = True) -> Iterator[IO[bytes]]:
+    """A file that appears at ``path`` only when the block ends well; an older one there is replaced.
+
+    Args:
+        path: Its folder is made.
+        flush: To the disk, before it gets its name; without it a crash of the machine may leave an empty file of that name.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder: a rename is atomic only within one file system. The dot keeps a leftover out of hash_folder.
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
             file.flush()
-            # Without it a crash may leave the new name on an empty file.
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         # mkstemp makes files that only their owner can read; others read runs on a shared disk.
         Path(name).chmod(0o644)
         Path(name).replace(path)

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import mmap
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmkit.files import hash_text
+from mmkit.files import hash_text, new_file
 
 SUFFIX = ".mmkit"
 # Smaller files are walked through in milliseconds, while making a file beside each of a thousand takes a second; and folders of
@@ -91,19 +90,9 @@ def write_sidecar(path: Path, index: Index, shard_size: int) -> None:
     }
     line = json.dumps(head, ensure_ascii=True).encode() + b"\n"
     start = -(-(len(_MAGIC) + len(line)) // 8) * 8
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_MAGIC + line.rjust(start - len(_MAGIC)))
-            file.write(body)
-            if len(body) > _CHECKED:
-                file.flush()
-                os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with new_file(path, flush=len(body) > _CHECKED) as file:
+        file.write(_MAGIC + line.rjust(start - len(_MAGIC)))
+        file.write(body)
 
 
 def read_sidecar(path: Path, shard_size: int, written_ns: int | None, *, check: bool = True) -> Index | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO
+
+from mmkit.files import new_file
 
 # Reasons name lines, bytes and files; without them equal faults are counted together.
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
@@ -45,7 +45,7 @@ class SkippedRows:
         first: The first of them.
     """
 
-    def __init__(self, file: TextIO | None = None, *, keep: int = 50) -> None:
+    def __init__(self, file: IO[bytes] | None = None, *, keep: int = 50) -> None:
         self.reasons: Counter[str] = Counter()
         self.first: list[LeftOut] = []
         self._file, self._keep = file, keep
@@ -63,7 +63,7 @@ class SkippedRows:
             if len(self.first) < self._keep:
                 self.first.append(row)
             if self._file is not None:
-                self._file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+                self._file.write(json.dumps(dataclasses.asdict(row)).encode() + b"\n")
 
 
 @contextlib.contextmanager
@@ -76,14 +76,5 @@ def skipped_file(path: Path | None, *, keep: int = 50) -> Iterator[SkippedRows]:
     if path is None:
         yield SkippedRows(keep=keep)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            yield SkippedRows(file, keep=keep)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with new_file(path) as file:
+        yield SkippedRows(file, keep=keep)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shards import write_tar
 
 from mmkit.data.images import decode_image
 from mmkit.data.pairs import PairSource, clean_caption, safe_image_path
@@ -37,15 +37,6 @@ def refused(shared: Path, name: str) -> str:
 def reasons(source: PairSource) -> dict[str, str]:
     assert len({(o.source, o.key) for o in source.left_out}) == len(source.left_out)
     return {o.key: o.reason for o in source.left_out}
-
-
-def make_shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def pair(key: str, caption: str = "a dog") -> list[tuple[str, bytes]]:
@@ -242,7 +233,7 @@ def test_odd_captions_in_a_shard(shared: Path) -> None:
 
 
 def test_faults_at_the_end_of_a_shard_are_not_silent(tmp_path: Path) -> None:
-    whole = make_shard(tmp_path / "a.tar", [m for i in range(3) for m in pair(f"{i}")]).read_bytes()
+    whole = write_tar(tmp_path / "a.tar", [m for i in range(3) for m in pair(f"{i}")]).read_bytes()
     assert open_pairs(str(tmp_path / "a.tar")).left_out == []
     path = tmp_path / "b.tar"
     path.write_bytes(whole[: 6 * 1024])  # between two members: tarfile takes it for the end
@@ -259,7 +250,7 @@ def test_faults_at_the_end_of_a_shard_are_not_silent(tmp_path: Path) -> None:
 
 
 def test_every_cut_of_a_shard_is_reported(tmp_path: Path) -> None:
-    whole = make_shard(tmp_path / "a.tar", [m for i in range(3) for m in pair(f"{i}")]).read_bytes()
+    whole = write_tar(tmp_path / "a.tar", [m for i in range(3) for m in pair(f"{i}")]).read_bytes()
     for end in range(256, 6 * 1024 + 1, 256):
         path = tmp_path / "cut.tar"
         path.write_bytes(whole[:end])
@@ -275,7 +266,7 @@ def test_every_cut_of_a_shard_is_reported(tmp_path: Path) -> None:
 
 def test_shards_by_braces_glob_and_folder(tmp_path: Path) -> None:
     for i in range(3):
-        make_shard(tmp_path / f"train-{i:03d}.tar", pair(f"{i}"))
+        write_tar(tmp_path / f"train-{i:03d}.tar", pair(f"{i}"))
     (tmp_path / "readme.txt").write_text("x")
     names = [str(tmp_path / f"train-{i:03d}.tar") for i in range(3)]
     for location in ("train-{000..002}.tar", "*.tar", "train-00[0-2].tar", ""):
@@ -290,14 +281,14 @@ def test_shards_by_braces_glob_and_folder(tmp_path: Path) -> None:
 
 
 def test_relative_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_shard(tmp_path / "a.tar", pair("0"))
+    write_tar(tmp_path / "a.tar", pair("0"))
     monkeypatch.chdir(tmp_path)
     assert expand("./*.tar", ".tar") == ["a.tar"]
 
 
 def test_one_empty_shard_among_others_is_named(tmp_path: Path) -> None:
-    make_shard(tmp_path / "a.tar", pair("0"))
-    make_shard(tmp_path / "b.tar", [])
+    write_tar(tmp_path / "a.tar", pair("0"))
+    write_tar(tmp_path / "b.tar", [])
     source = open_pairs(str(tmp_path))
     assert len(source.pairs) == 1
     assert source.left_out == [LeftOut(str(tmp_path / "b.tar"), "(start)", "the shard is empty")]
@@ -305,13 +296,13 @@ def test_one_empty_shard_among_others_is_named(tmp_path: Path) -> None:
 
 def test_keys_end_at_the_first_dot_of_the_name(tmp_path: Path) -> None:
     members = [("a.b/x.jpg", b"1"), ("a.b/x.seg.png", b"2"), ("a.b/x.TXT", b"one"), ("y.JPEG", b"3"), ("y.txt", b"two")]
-    source = open_pairs(str(make_shard(tmp_path / "a.tar", members)))
+    source = open_pairs(str(write_tar(tmp_path / "a.tar", members)))
     assert [(p.key, p.image.read(), p.caption) for p in source.pairs] == [("a.b/x", b"1", "one"), ("y", b"3", "two")]
 
 
 def test_hidden_members_are_told_of_in_one_row(tmp_path: Path) -> None:
     mac = [("._0.jpg", b"fork"), ("._0.txt", b"fork"), ("./._1.jpg", b"fork"), (".DS_Store", b"x")]
-    source = open_pairs(str(make_shard(tmp_path / "a.tar", [*mac, *pair("0"), *pair("./1")])))
+    source = open_pairs(str(write_tar(tmp_path / "a.tar", [*mac, *pair("0"), *pair("./1")])))
     assert [p.key for p in source.pairs] == ["0", "./1"]
     assert [(o.key, o.reason) for o in source.left_out] == [
         ("(hidden)", "4 members whose name begins with a dot, such as '._0.jpg', are no samples")

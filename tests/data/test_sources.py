@@ -270,6 +270,14 @@ def test_a_set_of_shards_has_a_catalogue(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(open_pairs(str(tmp_path), options)) == COUNT - 2
 
 
+def test_a_catalogue_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    for n in range(2):
+        shards.write_shard(tmp_path / f"{n}.tar", 4 * n, 4)
+    # A file where its folder should be: no rights are needed to fail here.
+    (tmp_path / "cache").write_text("no folder")
+    assert len(open_pairs(str(tmp_path / "{0,1}.tar"), SourceOptions(cache=ShardCache(tmp_path / "cache", 1 << 30)))) == 8
+
+
 def test_many_shards_are_indexed_by_all_cores_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(3):
         large_shard(tmp_path, f"{n}.tar", 4 * n)

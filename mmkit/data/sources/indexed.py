@@ -21,7 +21,7 @@ from mmkit.data.reading import look_again
 from mmkit.data.remote import ShardCache, is_remote, remote_bytes, remote_size
 from mmkit.data.sidecar import SMALLEST, SUFFIX, Index, read_sidecar, sidecar_path, write_sidecar
 from mmkit.data.skipped import LeftOut, SampleError
-from mmkit.files import hash_text, write_text
+from mmkit.files import hash_text, new_file
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +258,7 @@ def _write_catalogue(path: Path, names: Sequence[str], columns: dict[str, Any], 
     # By columns: three long lists are read several times faster than a hundred thousand short ones.
     rows = [[number[row.source], row.key, row.reason] for row in left_out]
     try:
-        write_text(path, json.dumps({"version": _VERSION, "columns": columns, "left_out": rows}, ensure_ascii=True))
+        with new_file(path) as file:
+            file.write(json.dumps({"version": _VERSION, "columns": columns, "left_out": rows}, ensure_ascii=True).encode())
     except OSError as error:
         logger.debug("no catalogue at %s: %s", path, error)
