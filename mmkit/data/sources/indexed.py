@@ -185,8 +185,9 @@ def _load(job: _Job) -> Index:
             return index
     if remote and (data := remote_bytes(job.name + SUFFIX)) is not None:
         cached = job.places()[0]
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.write_bytes(data)
+        # Beside and renamed: another process may have the old one mapped, and would die of a file that shrinks under it.
+        with new_file(cached) as file:
+            file.write(data)
         if (index := read_sidecar(cached, job.size, None)) is not None:
             return index
     try:
