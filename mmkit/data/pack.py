@@ -23,10 +23,10 @@ from mmkit.data.pairs import Pair, PairSource
 from mmkit.data.remote import ShardCache
 from mmkit.data.scan.crew import map_in_order
 from mmkit.data.scan.look import format_of
-from mmkit.data.sidecar import SMALLEST, SUFFIX, write_sidecar
+from mmkit.data.sidecar import SMALLEST
 from mmkit.data.skipped import LeftOut, SampleError, SkippedRows, skipped_file
 from mmkit.data.sources import SourceOptions, open_pairs
-from mmkit.data.sources.indexed import Indexed
+from mmkit.data.sources.indexed import Indexed, keep_index
 from mmkit.data.sources.locate import expand, guess_kind
 from mmkit.data.sources.tars import index_tar
 from mmkit.errors import InputError
@@ -120,7 +120,7 @@ class Packer:
                 part.replace(path)
                 # Small shards are walked through faster than a sidecar is opened, so none is read there.
                 if size >= SMALLEST:
-                    write_sidecar(Path(f"{path}{SUFFIX}"), index_tar(path), size)
+                    keep_index(index_tar, path)
         finally:
             part.unlink(missing_ok=True)
         found = {"shard": path.name, "samples": samples, "size": size, "left_out": [dataclasses.astuple(row) for row in left_out]}

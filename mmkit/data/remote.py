@@ -28,6 +28,11 @@ _BLOCK = 1 << 22
 # How often a fetched shard may be gone again before its bytes were read.
 _EVICTED = 5
 T = TypeVar("T")
+# What the servers that fsspec knows call a file's version.
+_TELLING = frozenset(
+    ["size", "ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "mtime", "updated", "created", "md5Hash", "oid"]
+)
+_MEND = "check the address, the network and your credentials"
 # Within this time a shard that could not be fetched is not asked for again: its other samples would wait as long each.
 _GIVEN_UP_SECONDS = 600.0
 # Per process, by address: when a shard was given up, and why.
@@ -57,30 +62,31 @@ class ShardCache:
     folder: Path
     limit: int
 
-    def local(self, url: str) -> Path:
-        """The fetched copy of a shard, fetched now if it is not there.
+    def local(self, url: str, version: int | None = None) -> Path:
+        """The fetched copy of a version of a shard (`remote_stamp`), fetched now if it is not there.
 
         Raises:
             SampleError: It cannot be fetched, also not after some more tries.
         """
-        path = self.folder / "shards" / f"{hash_text(url)}{Path(url).suffix}"
+        # The version in the name: a copy of what lay there before is never taken for what lies there now.
+        path = self.folder / "shards" / f"{hash_text(url, str(version))}{Path(url).suffix}"
         if not path.exists():
-            self._fetch_once(url, path)
+            self._fetch_once(url, path, version)
         # Its time of use, which says what goes first. It may go between the two lines: then it is fetched again.
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)
             return path
-        self._fetch_once(url, path)
+        self._fetch_once(url, path, version)
         return path
 
-    def reading(self, url: str, work: Callable[[str], T]) -> T:
+    def reading(self, url: str, work: Callable[[str], T], version: int | None = None) -> T:
         """Call ``work`` with the path of the fetched copy; again, should another process have made room meanwhile.
 
         Raises:
             SampleError: It cannot be fetched, or ``work`` raises it.
         """
         for attempt in itertools.count(1):
-            path = self.local(url)
+            path = self.local(url, version)
             try:
                 return work(str(path))
             except SampleError:
@@ -89,7 +95,7 @@ class ShardCache:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    def _fetch_once(self, url: str, path: Path) -> None:
+    def _fetch_once(self, url: str, path: Path, version: int | None) -> None:
         """Fetch under a lock, so that workers who want the same shard fetch it once."""
         since, why = _given_up.get(url, (float("-inf"), ""))
         if time.monotonic() - since < _GIVEN_UP_SECONDS:
@@ -99,12 +105,14 @@ class ShardCache:
             if path.exists():
                 return
             try:
-                _with_back_off(lambda: self._fetch(url, path))
+                _with_back_off(lambda: self._fetch(url, path, version))
             except SampleError as error:
                 _given_up[url] = (time.monotonic(), str(error))
                 raise
 
-    def _fetch(self, url: str, path: Path) -> None:
+    def _fetch(self, url: str, path: Path, version: int | None) -> None:
+        if version is not None and remote_stamp(url)[1] != version:
+            raise SampleError("the shard has changed since this run looked at it")
         with _open(url) as remote:
             size = getattr(remote, "size", None) or 0
             self.make_room(size, keep=path)
@@ -145,10 +153,11 @@ class RemoteRef:
     path: str
     offset: int
     size: int
+    version: int | None = None
 
     def read(self, max_bytes: int = MAX_BYTES) -> bytes:
         """The bytes. Raises SampleError when the shard cannot be fetched, or they are more than ``max_bytes``."""
-        return self.cache.reading(self.path, lambda path: ImageRef(path, self.offset, self.size).read(max_bytes))
+        return self.cache.reading(self.path, lambda path: ImageRef(path, self.offset, self.size).read(max_bytes), self.version)
 
 
 def remote_glob(pattern: str) -> list[str]:
@@ -165,17 +174,24 @@ def remote_glob(pattern: str) -> list[str]:
         raise InputError(f"cannot be listed ({_one_line(error)})", where=pattern, mend="write the shards as {000..123}") from None
 
 
-def remote_size(url: str) -> int:
-    """Bytes of a file, as far as its server says.
+def remote_stamp(url: str) -> tuple[int, int]:
+    """Bytes of a file, and a hash of what its server says of this version of it (time, tag, checksum).
 
     Raises:
         InputError: There is no such file, or it cannot be reached.
     """
     fs, path = _filesystem(url)
     try:
-        return int(_with_back_off(lambda: fs.size(path)) or 0)
+        # Not from fsspec's own memory of listings, which a run of days would believe to the end.
+        fs.invalidate_cache()
+        info = _with_back_off(lambda: fs.info(path))
+        if info.get("type") == "directory":
+            raise SampleError("is a folder")
+        said = [f"{key}={info[key]}" for key in sorted(_TELLING & info.keys())]
+        return int(info.get("size") or 0), int(hash_text(*said)[:15], 16)
     except SampleError as error:
-        raise InputError(str(error), where=url, mend="check the address, the network and your credentials") from None
+        mend = "name the shards in it: {000..123} or *.tar" if str(error) == "is a folder" else _MEND
+        raise InputError(str(error), where=url, mend=mend) from None
 
 
 def remote_bytes(url: str) -> bytes | None:
@@ -210,6 +226,8 @@ def _with_back_off(work: Any) -> Any:
     for seconds in (*BACK_OFF, None):
         try:
             return work()
+        except SampleError:  # is a ValueError too
+            raise
         except FileNotFoundError:
             raise SampleError("there is no such file") from None
         except PermissionError as error:

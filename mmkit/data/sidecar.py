@@ -1,20 +1,21 @@
 """Index files beside shards: arrays that are mapped, not read, so that opening one costs the same for any number of samples.
 
 A sidecar holds, for each sample of a shard, where its parts lie. It is plain data: a JSON line and raw arrays, nothing that could
-run. It is valid for a shard of one size that was not written after it.
+run. It is valid for one version of a shard, and for one way to read it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import mmap
 import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +26,30 @@ SUFFIX = ".mmkit"
 # Smaller files are walked through in milliseconds, while making a file beside each of a thousand takes a second; and folders of
 # examples stay as they are.
 SMALLEST = 8 << 20
-_VERSION = 1
+_VERSION = 2
 # Up to here an index carries a checksum that is looked at whenever it is opened; a larger one is flushed to the disk instead, so
 # that neither a thousand flushes nor a pass over gigabytes stands before a run.
 _CHECKED = 4 << 20
 _MAGIC = b"mmkit-index\n"
+# Bytes at both ends of a shard that are compared where only its time of writing is another, as after copying a set.
+_PROBED = 1 << 16
+# What reading the head of a damaged index, or of one that other people made, can raise.
+_UNFIT = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError)
+
+
+class Origin(NamedTuple):
+    """What an index is made from.
+
+    Attributes:
+        size: Bytes of the shard.
+        version: What changes when the shard is written: its time of writing, or a hash of what a server says of it. None, only
+            when asking for an index that lies beside a remote shard: its maker knew another one.
+        maker: What walked through it, and how: other keys of rows are another index.
+    """
+
+    size: int
+    version: int | None
+    maker: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +89,17 @@ def sidecar_path(shard: str, cache: Path) -> tuple[Path, Path]:
     return Path(shard + SUFFIX), cache / "index" / f"{name}{SUFFIX}"
 
 
-def write_sidecar(path: Path, index: Index, shard_size: int) -> None:
+def write_sidecar(path: Path, index: Index, origin: Origin, shard: Path | None) -> None:
     """Write a sidecar beside, and rename.
 
+    Args:
+        path: Of the sidecar.
+        index: What to write.
+        origin: What it was made from.
+        shard: The file itself, or its fetched copy; None: not at hand.
+
     Raises:
-        OSError: The folder cannot be written.
+        OSError: The folder cannot be written, or the shard not read.
     """
     # Only plain numbers in the head, so that whoever finds the file can read it with any language.
     places, offset = {}, 0
@@ -82,8 +108,9 @@ def write_sidecar(path: Path, index: Index, shard_size: int) -> None:
         offset += -(-array.nbytes // 8) * 8  # eight bytes each, or the mapped arrays would not be aligned
     body = b"".join(array.tobytes().ljust(-(-array.nbytes // 8) * 8, b"\0") for array in index.arrays.values())
     head = {
-        "version": _VERSION,
-        "shard_size": shard_size,
+        "format": _VERSION,
+        **origin._asdict(),
+        "probe": None if shard is None else _probe(shard),
         "left_out": index.left_out,
         "arrays": places,
         "crc32": zlib.crc32(body),
@@ -95,35 +122,63 @@ def write_sidecar(path: Path, index: Index, shard_size: int) -> None:
         file.write(body)
 
 
-def read_sidecar(path: Path, shard_size: int, written_ns: int | None, *, check: bool = True) -> Index | None:
+def _probe(shard: Path) -> str:
+    """Hash of both ends of a shard. Raises OSError."""
+    with shard.open("rb") as file:
+        start = file.read(_PROBED)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _PROBED))
+        return hashlib.blake2b(start + file.read(_PROBED), digest_size=16).hexdigest()
+
+
+def read_sidecar(path: Path, origin: Origin, shard: Path | None, *, check: bool = True) -> Index | None:
     """The index in a sidecar; None when there is none that fits the shard.
 
     Args:
         path: Of the sidecar.
-        shard_size: Bytes of the shard now.
-        written_ns: When the shard was last written; None where that is not known (remote).
+        origin: What the index has to be made from.
+        shard: Its file, to be looked into where only the version is another; None where it is not at hand.
         check: Look at the checksum of the arrays; not needed for their number.
     """
     try:
         with path.open("rb") as file:
-            # Rewritten in place by other software, with as many bytes: only the time tells.
-            if written_ns is not None and os.fstat(file.fileno()).st_mtime_ns < written_ns:
-                return None
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # ValueError: an empty file cannot be mapped
         return None
     end = mapped.find(b"\n", len(_MAGIC)) + 1
     if mapped[: len(_MAGIC)] != _MAGIC or not end:
         return None
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(*_UNFIT, OSError):
         head = json.loads(mapped[len(_MAGIC) : end])
         # After a crash of the machine a file may be there whose blocks are not.
         sound = not check or len(mapped) - end > _CHECKED or zlib.crc32(memoryview(mapped)[end:]) == head["crc32"]
-        if sound and (head["version"], head["shard_size"]) == (_VERSION, shard_size):
+        if sound and head["format"] == _VERSION and _fits(head, origin, shard):
             arrays = {
                 name: np.frombuffer(mapped, dtype, count, end + offset) if count else np.zeros(0, dtype)
                 for name, (dtype, offset, count) in head["arrays"].items()
             }
-            return Index(arrays, [(key, reason) for key, reason in head["left_out"]])
+            if not check or _within(arrays, origin.size):
+                return Index(arrays, [(str(key), str(reason)) for key, reason in head["left_out"]])
     # Of another version, or damaged: it is made anew.
     return None
+
+
+def _fits(head: dict[str, Any], origin: Origin, shard: Path | None) -> bool:
+    """Whether an index was made from this shard. Raises OSError: the shard cannot be read."""
+    if (head["size"], head["maker"]) != (origin.size, origin.maker):
+        return False
+    # A copied or fetched set has other times. Equal sizes are no proof: a shard may be replaced by an older one.
+    return origin.version in (None, head["version"]) or (shard is not None and head["probe"] == _probe(shard))
+
+
+def _within(arrays: Mapping[str, NDArray[Any]], size: int) -> bool:
+    """Whether all places lie inside the shard and all keys inside their array; no read can then go wrong for the index' sake."""
+    ends = arrays["key_ends"]
+    if len(ends) and (int(ends[-1]) != len(arrays["keys"]) or bool((np.diff(ends.astype(np.int64)) < 0).any())):
+        return False
+    for name in [name for name in arrays if name.endswith("offset")]:
+        begins, lengths = arrays[name], arrays[name.removesuffix("offset") + "size"]
+        # Each below the size first: sums of larger ones would wrap around.
+        outside = (begins > size) | (lengths > size - np.minimum(begins, np.uint64(size)))
+        if len(begins) != len(ends) or bool(outside.any()):
+            return False
+    return True

@@ -20,7 +20,7 @@ from mmkit.data.images import decode_image
 from mmkit.data.pack import PackOptions, index_shards, pack, pack_pairs
 from mmkit.data.sidecar import SMALLEST
 from mmkit.data.sources import SourceOptions, open_pairs
-from mmkit.data.sources.tars import index_tar
+from mmkit.data.sources.tars import FileBytes
 from mmkit.errors import InputError
 
 BAD = ("truncated.jpg", "zero_bytes.jpg", "text_named.jpg")
@@ -229,11 +229,11 @@ def test_sidecars_are_written_where_they_are_read(folder: Path, tmp_path: Path, 
     assert [path.name for path in (tmp_path / "out").glob("*.mmkit")] == ["00000.tar.mmkit"]
     walked: list[Path] = []
 
-    def walk(path: Path) -> Any:
+    def walk(path: Path) -> FileBytes:
         walked.append(path)
-        return index_tar(path)
+        return FileBytes(path)
 
-    monkeypatch.setattr("mmkit.data.sources.index_tar", walk)
+    monkeypatch.setattr("mmkit.data.sources.tars.FileBytes", walk)
     assert [one.caption for one in open_pairs(str(tmp_path / "out"))] == [f"noise {i}" for i in range(6)]
     assert {path.name for path in walked} == {"00001.tar"}
 

@@ -91,12 +91,33 @@ def test_shards_come_over_http_once(tmp_path: Path, served: tuple[Path, str, typ
     source = open_pairs(f"{address}/{{0..2}}.tar", options(tmp_path))
     assert content(source) == EXPECTED == content(source)
     assert [path for verb, path in handler.asked if verb == "GET" and path.endswith(".tar")] == ["/0.tar", "/1.tar", "/2.tar"]
-    # Again: neither sizes nor shards nor indexes are asked for.
+    # Again: whether they are the same is asked for, but neither shards nor indexes.
     handler.asked.clear()
     again = open_pairs(f"{address}/{{0..2}}.tar", options(tmp_path))
     assert content(again) == EXPECTED and again.fingerprint == source.fingerprint
-    assert handler.asked == []
+    assert handler.asked and {verb for verb, _ in handler.asked} == {"HEAD"}
     assert source.read(0).source == f"{address}/0.tar"
+
+
+@pytest.mark.parametrize("same_size", [False, True])
+def test_a_remote_shard_that_changed_is_fetched_and_indexed_anew(
+    same_size: bool, tmp_path: Path, served: tuple[Path, str, type[Recording]]
+) -> None:
+    folder, address, _ = served
+    shards.write_shard(folder / "0.tar", 0, 5)
+    before = open_pairs(f"{address}/0.tar", options(tmp_path))
+    assert content(before)[0] == ("caption 0", shards.jpeg(0))
+    shards.write_shard(folder / "0.tar", 10, 5 if same_size else 30)
+    os.utime(folder / "0.tar", (2_000_000_000, 2_000_000_000))
+    after = open_pairs(f"{address}/0.tar", options(tmp_path))
+    assert [p.key for p in after.pairs] == [f"{i:06d}" for i in range(10, 15 if same_size else 40)]
+    assert content(after)[0] == ("caption 10", shards.jpeg(10))
+    # A run that began before goes on with its copy; without one it says so, rather than reading other bytes at old places.
+    assert content(before)[0] == ("caption 0", shards.jpeg(0))
+    for path in (tmp_path / "cache" / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(SampleError, match="the shard has changed since this run looked at it"):
+        before.read(0)
 
 
 def test_an_index_beside_a_remote_shard_spares_fetching_it(tmp_path: Path, served: tuple[Path, str, type[Recording]]) -> None:

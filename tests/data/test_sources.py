@@ -22,7 +22,7 @@ from mmkit.data import reading
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import PairSource
 from mmkit.data.remote import ShardCache
-from mmkit.data.sidecar import SUFFIX, make_index, read_sidecar, write_sidecar
+from mmkit.data.sidecar import SMALLEST, SUFFIX, Origin, make_index, read_sidecar, write_sidecar
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.data.sources import SourceOptions, indexed, join_sources, open_pairs, open_training_pairs
 from mmkit.data.sources.locate import expand, guess_kind
@@ -196,7 +196,7 @@ def test_a_sidecar_is_made_once_and_used(tmp_path: Path, monkeypatch: pytest.Mon
     assert captions(open_pairs(str(tmp_path))) == [f"caption {i}" for i in range(4)]
     assert (tmp_path / f"a.tar{SUFFIX}").is_file()
     # A scan that cannot be done shows that none is done.
-    monkeypatch.setattr("mmkit.data.sources.index_tar", None)
+    monkeypatch.setattr("mmkit.data.sources.tars.FileBytes", None)
     assert captions(open_pairs(str(tmp_path))) == [f"caption {i}" for i in range(4)]
 
 
@@ -221,6 +221,36 @@ def test_a_rewritten_shard_is_indexed_anew(tmp_path: Path) -> None:
     later = (tmp_path / f"a.tar{SUFFIX}").stat().st_mtime_ns + 10**9
     os.utime(tmp_path / "a.tar", ns=(later, later))
     assert captions(open_pairs(str(tmp_path)))[0] == "caption 5"
+
+
+def test_a_shard_replaced_by_an_older_one_of_equal_size_is_indexed_anew(tmp_path: Path) -> None:
+    large_shard(tmp_path)
+    open_pairs(str(tmp_path))
+    large_shard(tmp_path, first=5)
+    # As mv, rsync -t and unpacking leave it.
+    os.utime(tmp_path / "a.tar", ns=(10**18, 10**18))
+    source = open_pairs(str(tmp_path))
+    assert captions(source)[0] == "caption 5" and source.read(0).key == "000005"
+
+
+def test_a_copied_set_keeps_its_indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one").mkdir()
+    large_shard(tmp_path / "one")
+    before = captions(open_pairs(str(tmp_path / "one")))
+    shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
+    monkeypatch.setattr("mmkit.data.sources.tars.FileBytes", None)
+    assert captions(open_pairs(str(tmp_path / "two"))) == before
+
+
+def test_rows_under_other_keys_are_another_index(tmp_path: Path) -> None:
+    rows = [{"image": "a.jpg", "caption": f"short {i}", "pad": "x" * 2000} for i in range(5000)]
+    rows[:10] = [{**row, "long": f"long {i}"} for i, row in enumerate(rows[:10])]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert (tmp_path / "r.jsonl").stat().st_size > SMALLEST
+    for _ in range(2):
+        assert len(open_pairs(str(tmp_path / "r.jsonl"), SourceOptions(caption="long"))) == 10
+        source = open_pairs(str(tmp_path / "r.jsonl"))
+        assert len(source) == 5000 and source.read(4999).caption == "short 4999"
 
 
 def test_where_nothing_can_be_written_the_cache_has_the_index(
@@ -306,15 +336,38 @@ def test_a_shard_changed_while_it_is_used_is_left_out(tmp_path: Path) -> None:
 def test_sidecars_give_back_what_was_written(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("sidecar") / "a"
     keys = [key.encode("utf-8", "replace").decode() for key in keys]
+    size = 2**41
     index = make_index(keys, [("k", "why é\n")], offset=list(range(len(keys))), size=[2**40 + i for i in range(len(keys))])
-    write_sidecar(path, index, 77)
-    found = read_sidecar(path, 77, None)
+    shard = path.with_name("shard")
+    shard.write_bytes(b"one")
+    origin = Origin(size, 5, "walker")
+    write_sidecar(path, index, origin, shard)
+    found = read_sidecar(path, origin, shard)
     assert found is not None and len(found) == len(keys)
     assert [found.key(i) for i in range(len(keys))] == keys
     assert found.left_out == [("k", "why é\n")]
     assert {k: v.tolist() for k, v in found.arrays.items()} == {k: v.tolist() for k, v in index.arrays.items()}
-    assert read_sidecar(path, 78, None) is None
-    assert read_sidecar(path, 77, path.stat().st_mtime_ns + 1) is None
+    for other in (origin._replace(size=size + 1), origin._replace(maker="another")):
+        assert read_sidecar(path, other, shard) is None
+    # Of another time: the shard itself decides, where it is at hand.
+    later = origin._replace(version=6)
+    assert read_sidecar(path, later, None) is None and read_sidecar(path, origin._replace(version=None), None) is not None
+    assert read_sidecar(path, later, shard) is not None
+    shard.write_bytes(b"two")
+    assert read_sidecar(path, later, shard) is None
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"offset": [2**63], "size": [1]}, {"offset": [0], "size": [2**40]}, {"offset": [90], "size": [2**64 - 50]}, {"offset": [1]}],
+)
+def test_an_index_that_leads_out_of_its_shard_is_not_used(columns: dict[str, list[int]], tmp_path: Path) -> None:
+    # Those beside remote shards are other people's.
+    origin = Origin(100, 1, "walker")
+    write_sidecar(tmp_path / "a", make_index(["k"], [], **columns), origin, None)
+    assert read_sidecar(tmp_path / "a", origin, None) is None
+    (tmp_path / "a").write_bytes(b"mmkit-index\n" + b"[" * 200_000 + b"\n")
+    assert read_sidecar(tmp_path / "a", origin, None) is None
 
 
 def test_compressed_shards_are_refused_with_the_reason(tmp_path: Path) -> None:

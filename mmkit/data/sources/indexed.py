@@ -9,23 +9,24 @@ from __future__ import annotations
 import collections
 import json
 import logging
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmkit.data.reading import look_again
-from mmkit.data.remote import ShardCache, is_remote, remote_bytes, remote_size
-from mmkit.data.sidecar import SMALLEST, SUFFIX, Index, read_sidecar, sidecar_path, write_sidecar
+from mmkit.data.remote import ShardCache, is_remote, remote_bytes, remote_stamp
+from mmkit.data.scan.crew import map_in_order
+from mmkit.data.sidecar import SMALLEST, SUFFIX, Index, Origin, read_sidecar, sidecar_path, write_sidecar
 from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.errors import InputError
 from mmkit.files import hash_text, new_file
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 # Key of a shard that cannot be read at all.
 _WHOLE = "(shard)"
 # Bytes of indexes that stay open; a shard of 10,000 samples has half a megabyte.
@@ -45,13 +46,13 @@ class ShardFile(NamedTuple):
     Attributes:
         name: Path or address.
         size: Bytes.
-        written_ns: Time of writing; None where it is remote.
+        version: Time of writing in nanoseconds, or a hash of what a server says of a remote file.
         samples: How many of them can be used.
     """
 
     name: str
     size: int
-    written_ns: int | None
+    version: int
     samples: int
 
 
@@ -78,16 +79,13 @@ class Indexed:
             InputError: A remote shard is not there.
         """
         look_again()
-        sizes, written = _stamps(names)
+        stamps = _stamps(names)
         path = self.cache.folder / "catalogues" / f"{hash_text(_name_of(self.build), *map(_absolute, names))}.json"
-        known = _read_catalogue(path, names, sizes, written)
+        known = _read_catalogue(path, names, stamps)
         if known is not None:
             return known
-        if None in sizes:  # remote ones, whose size was not asked for yet
-            with ThreadPoolExecutor(_REQUESTS) as pool:
-                sizes = list(pool.map(lambda n, s: remote_size(n) if s is None else s, names, sizes))
-        found = self._indexes([_Job(self.build, self.cache, n, s or 0, w) for n, s, w in zip(names, sizes, written, strict=True)])
-        columns: dict[str, Any] = {"sizes": sizes, "written": written, "samples": [count for count, _ in found]}
+        found = self._indexes([_Job(self.build, self.cache, *job) for job in zip(names, *stamps, strict=True)])
+        columns = {"sizes": stamps[0], "versions": stamps[1], "samples": [count for count, _ in found]}
         left_out = [LeftOut(name, key, reason) for name, (_, rows) in zip(names, found, strict=True) for key, reason in rows]
         # A shard that could not be read today may be there tomorrow.
         if len(names) > 1 and all(row.key != _WHOLE for row in left_out):
@@ -104,7 +102,7 @@ class Indexed:
         if held is not None:
             self._open.move_to_end(file.name)
             return held[0]
-        found = _load(_Job(self.build, self.cache, file.name, file.size, file.written_ns))
+        found = _load(_Job(self.build, self.cache, file.name, file.size, file.version))
         if len(found) != file.samples:
             raise SampleError("the shard has changed since it was indexed")
         large = sum(array.nbytes for array in found.arrays.values()) > _MAPPED_BYTES
@@ -123,12 +121,9 @@ class Indexed:
         began = time.monotonic()
         found = [_known(job) for job in jobs]
         missing = [job for job, counted in zip(jobs, found, strict=True) if counted is None]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if cores > 1 and len(missing) > 1 and sum(job.size for job in missing) > _POOL_BYTES:
+        if len(missing) > 1 and sum(job.size for job in missing) > _POOL_BYTES:
             logger.info("indexing %d shards, once: each gets a small %s file beside it", len(missing), SUFFIX)
-            # Spawned, not forked: this process may hold a GPU or threads.
-            with ProcessPoolExecutor(min(cores, len(missing)), multiprocessing.get_context("spawn")) as pool:
-                made = iter(list(pool.map(_count, missing, chunksize=max(1, len(missing) // (8 * cores)))))
+            made = iter(list(map_in_order(_count_one, None, missing)))
             logger.info("indexed in %.0f s", time.monotonic() - began)
         else:
             made = iter([_count(job) for job in missing])
@@ -142,7 +137,17 @@ class _Job(NamedTuple):
     cache: ShardCache
     name: str
     size: int
-    written_ns: int | None
+    version: int
+
+    @property
+    def origin(self) -> Origin:
+        """What its index is made from."""
+        return Origin(self.size, self.version, _name_of(self.build))
+
+    @property
+    def local(self) -> Path | None:
+        """The shard's file, where it is on a disk."""
+        return None if is_remote(self.name) else Path(self.name)
 
     def places(self) -> tuple[Path, ...]:
         """Where its sidecar may lie; beside a remote one nothing can be written."""
@@ -159,9 +164,13 @@ def _known(job: _Job) -> _Counted | None:
     if job.size < SMALLEST and not is_remote(job.name):
         return None
     for path in job.places():
-        if (index := read_sidecar(path, job.size, job.written_ns, check=False)) is not None:
+        if (index := read_sidecar(path, job.origin, job.local, check=False)) is not None:
             return len(index), index.left_out
     return None
+
+
+def _count_one(_: None, job: _Job) -> _Counted:
+    return _count(job)
 
 
 def _count(job: _Job) -> _Counted:
@@ -181,46 +190,89 @@ def _load(job: _Job) -> Index:
     """
     remote = is_remote(job.name)
     for path in job.places() if job.size >= SMALLEST or remote else ():
-        if (index := read_sidecar(path, job.size, job.written_ns)) is not None:
+        if (index := read_sidecar(path, job.origin, job.local)) is not None:
             return index
-    if remote and (data := remote_bytes(job.name + SUFFIX)) is not None:
-        cached = job.places()[0]
-        # Beside and renamed: another process may have the old one mapped, and would die of a file that shrinks under it.
-        with new_file(cached) as file:
-            file.write(data)
-        if (index := read_sidecar(cached, job.size, None)) is not None:
-            return index
+    if remote and (fetched := _fetched_index(job)) is not None:
+        return fetched
     try:
-        index = job.build(job.cache.local(job.name) if remote else Path(job.name))
+        shard = job.cache.local(job.name, job.version) if remote else Path(job.name)
+        index = job.build(shard)
     except OSError as error:
         raise SampleError(f"cannot be read ({error.strerror})") from None
     if job.size >= SMALLEST or remote:
-        _keep(index, job.size, job.places())
+        _keep(index, job, shard)
     return index
 
 
-def _keep(index: Index, size: int, places: Sequence[Path]) -> None:
+def _fetched_index(job: _Job) -> Index | None:
+    """The index that lies beside a remote shard, if there is one that fits; kept in the cache."""
+    if (data := remote_bytes(job.name + SUFFIX)) is None:
+        return None
+    cached = job.places()[0]
+    # A file of its own, so that no process has it mapped while another fetches it too.
+    fetched = cached.with_suffix(f".{os.getpid()}")
+    try:
+        with new_file(fetched, flush=False) as file:
+            file.write(data)
+        # Its maker knew the shard by another version, so the size has to do.
+        index = read_sidecar(fetched, job.origin._replace(version=None), None)
+        if index is not None:
+            write_sidecar(cached, index, job.origin, None)
+        return index
+    except OSError as error:
+        logger.debug("no index at %s: %s", cached, error)
+        return None
+    finally:
+        fetched.unlink(missing_ok=True)
+
+
+def _keep(index: Index, job: _Job, shard: Path) -> None:
     """Write a sidecar where that can be done; without one the next start walks through the shard again."""
-    for path in places:
+    for path in job.places():
         try:
-            write_sidecar(path, index, size)
+            write_sidecar(path, index, job.origin, shard)
         except OSError as error:
             logger.debug("no sidecar at %s: %s", path, error)
             continue
         return
-    logger.warning("the index of a shard cannot be kept at %s; it is made again at each start", " nor at ".join(map(str, places)))
+    places = " nor at ".join(map(str, job.places()))
+    logger.warning("the index of a shard cannot be kept at %s; it is made again at each start", places)
 
 
-def _stamps(names: Sequence[str]) -> tuple[list[int | None], list[int | None]]:
-    """Bytes and time of writing of each file; None for what is remote."""
-    sizes: list[int | None] = []
-    written: list[int | None] = []
+def keep_index(build: Callable[[Path], Index], shard: Path) -> None:
+    """Write the sidecar of a shard that has just been made.
+
+    Raises:
+        OSError: Its folder cannot be written.
+    """
+    stat = shard.stat()
+    write_sidecar(Path(f"{shard}{SUFFIX}"), build(shard), Origin(stat.st_size, stat.st_mtime_ns, _name_of(build)), shard)
+
+
+def _stamps(names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Bytes and version of each shard.
+
+    Raises:
+        InputError: One cannot be looked at.
+    """
+    remote = [name for name in names if is_remote(name)]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        said = dict(zip(remote, pool.map(remote_stamp, remote), strict=True)) if remote else {}
+    sizes, versions = [], []
     for name in names:
-        # A hundred thousand of them: Path.stat takes twice as long.
-        stat = None if is_remote(name) else os.stat(name)  # noqa: PTH116
-        sizes.append(None if stat is None else stat.st_size)
-        written.append(None if stat is None else stat.st_mtime_ns)
-    return sizes, written
+        if name in said:
+            size, version = said[name]
+        else:
+            try:
+                # A hundred thousand of them: Path.stat takes twice as long.
+                stat = os.stat(name)  # noqa: PTH116
+            except OSError as error:
+                what = f"cannot be looked at ({error.strerror})"
+                raise InputError(what, where=name, mend="mend the link or the rights") from None
+            size, version = stat.st_size, stat.st_mtime_ns
+        sizes.append(size)
+        versions.append(version)
+    return sizes, versions
 
 
 def _name_of(build: Callable[[Path], Index]) -> str:
@@ -233,21 +285,18 @@ def _absolute(name: str) -> str:
 
 
 def _files(names: Sequence[str], columns: dict[str, Any]) -> list[ShardFile]:
-    return list(map(ShardFile, names, columns["sizes"], columns["written"], columns["samples"]))
+    return list(map(ShardFile, names, columns["sizes"], columns["versions"], columns["samples"]))
 
 
 def _read_catalogue(
-    path: Path, names: Sequence[str], sizes: Sequence[int | None], written: Sequence[int | None]
+    path: Path, names: Sequence[str], stamps: tuple[list[int], list[int]]
 ) -> tuple[list[ShardFile], list[LeftOut]] | None:
     """What an earlier start found, if every shard is still the same."""
     try:
         data = json.loads(path.read_bytes())
         columns = data["columns"]
-        if data["version"] != _VERSION or any(len(columns[key]) != len(names) for key in ("sizes", "written", "samples")):
-            return None
-        # Remote shards are taken at their word: asking for thousands would take longer than it is worth.
-        known = [k if s is not None else None for k, s in zip(columns["sizes"], sizes, strict=True)]
-        if known != sizes or columns["written"] != written:
+        same = (columns["sizes"], columns["versions"]) == stamps and len(columns["samples"]) == len(names)
+        if data["version"] != _VERSION or not same:
             return None
         return _files(names, columns), [LeftOut(names[number], key, reason) for number, key, reason in data["left_out"]]
     except (OSError, ValueError, KeyError, TypeError, IndexError):

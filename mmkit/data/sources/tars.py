@@ -78,12 +78,12 @@ class TarShard:
 
     def _picture(self, offset: int, size: int) -> Picture:
         name = self.file.name
-        return RemoteRef(self.cache, name, offset, size) if is_remote(name) else ImageRef(name, offset, size)
+        return RemoteRef(self.cache, name, offset, size, self.file.version) if is_remote(name) else ImageRef(name, offset, size)
 
     def _bytes(self, offset: int, size: int) -> bytes:
         name = self.file.name
         if is_remote(name):
-            return self.cache.reading(name, lambda path: read_range(path, offset, size))
+            return self.cache.reading(name, lambda path: read_range(path, offset, size), self.file.version)
         return read_range(name, offset, size)
 
 
