@@ -118,6 +118,7 @@ def _train_on(engine: Engine, recipe: Any, run: Run, config: TrainConfig, *, res
     # For the parts that take no seed of their own.
     torch.manual_seed(recipe.seed)
     stage = build_stage(recipe, engine)
+    _agree(engine, stage)
     # Every rank asks before any rank writes; the answer is the same for all.
     state = run.state(recipe, stage.parents, restart=restart)
     engine.barrier()
@@ -148,16 +149,28 @@ def _train_on(engine: Engine, recipe: Any, run: Run, config: TrainConfig, *, res
         engine.close()
 
 
+def _agree(engine: Engine, stage: Stage) -> None:
+    """Refuse to train where the processes see different data: their positions would mean different samples, without a word.
+
+    Raises:
+        InputError: They do, as where one machine cannot read a shard.
+    """
+    if len(seen := set(engine.gather([(stage.data_fingerprint, len(stage.samples))]))) > 1:
+        sizes = " and ".join(map(str, sorted(size for _, size in seen)))
+        what = f"the processes see different data ({sizes} usable samples)"
+        raise InputError(what, where="data.train", mend="look for files that some machine has not, or cannot read")
+
+
 def _settings(stage: Stage, engine: Engine, recipe: Any, run: Run, config: TrainConfig) -> LoopSettings:
     """What the loop needs besides the train section; the manifest gets its facts about data and model on the way."""
+    from mmkit.data.skipped import count_samples
     from mmkit.training.loop import total_steps
     from mmkit.training.step_log import LoopSettings, check_skipped
 
     run.skip(stage.left_out)
-    size = len(stage.samples) + len(stage.left_out)
     # Labelled sets have no limit of their own: elsewhere nothing of them may be missing.
     max_skipped = recipe.max_skipped if isinstance(recipe, FinetuneRecipe) else recipe.data.max_skipped
-    check_skipped(len(stage.left_out), size, max_skipped, where=run.path / "skipped.jsonl")
+    check_skipped(count_samples(stage.left_out), stage.counted_from, max_skipped, where=run.path / "skipped.jsonl")
     run.note(
         world_size=engine.world_size,
         steps=total_steps(config, len(stage.samples)),

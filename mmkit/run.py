@@ -109,7 +109,8 @@ class Run:
         # Not the wall clock, which may be set back while a run lasts for days.
         self._started = time.monotonic()
         self._seconds_before = 0.0
-        self._skipped: set[tuple[str, str]] = set()
+        # (source, key) to the number of samples it stands for.
+        self._skipped: dict[tuple[str, str], int] = {}
         self.manifest: dict[str, Any] = {}
         self._lock = FolderLock(path)
 
@@ -198,7 +199,8 @@ class Run:
                     f"the {what} have changed since this run began", where=self.path, mend="use another run=DIR, or --restart"
                 )
             self._seconds_before = before.get("seconds", 0.0)
-            self._skipped.update((row["source"], row["key"]) for row in read_jsonl(self.path / "skipped.jsonl"))
+            listed = read_jsonl(self.path / "skipped.jsonl")
+            self._skipped.update(((row["source"], row["key"]), row.get("samples", 1)) for row in listed)
         if not self.write:
             return
         self.lock()
@@ -219,7 +221,7 @@ class Run:
             # UTC: the nodes of a cluster need not agree on a time zone.
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": self._seconds_before,
-            "skipped": len(self._skipped),
+            "skipped": self.skipped,
         }
         write_json(self.path / "manifest.json", self.manifest)
 
@@ -281,16 +283,16 @@ class Run:
         for sample in samples:
             # By sample and not by event: one bad picture comes up in each epoch and must not add up to the limit.
             if (sample.source, sample.key) not in self._skipped:
-                self._skipped.add((sample.source, sample.key))
+                self._skipped[sample.source, sample.key] = sample.samples
                 new.append(sample)
-        # The set above is kept on every rank, written or not: all must reach the limit at the same step.
+        # What is above is kept on every rank, written or not: all must reach the limit at the same step.
         if self.write and new:
-            append_jsonl(self.path / "skipped.jsonl", [dataclasses.asdict(s) for s in new])
+            append_jsonl(self.path / "skipped.jsonl", [sample.row() for sample in new])
 
     @property
     def skipped(self) -> int:
         """How many different samples were left out."""
-        return len(self._skipped)
+        return sum(self._skipped.values())
 
     def finish(self, status: Literal["done", "stopped"], **fields: Any) -> None:
         """Write the final manifest; a done training run carries the fingerprint of its product."""

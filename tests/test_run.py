@@ -278,6 +278,15 @@ def test_skipped_samples_are_listed_once(tmp_path: Path) -> None:
     assert json.loads((run.path / "manifest.json").read_text())["skipped"] == 3
 
 
+def test_a_row_may_stand_for_many_samples(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    run.skip([LeftOut("a.tar", "3", "cut off", 700), LeftOut("a.tar", "1", "bad")])
+    assert run.skipped == 701
+    rows = read_jsonl(run.path / "skipped.jsonl")
+    assert [row.get("samples") for row in rows] == [700, None]
+    assert begin(tmp_path / "run", "continue").skipped == 701
+
+
 def test_names_that_are_no_unicode_can_be_listed(tmp_path: Path) -> None:
     append_jsonl(tmp_path / "s.jsonl", [{"key": "caf\udce9.jpg"}])
     assert read_jsonl(tmp_path / "s.jsonl") == [{"key": "caf\udce9.jpg"}]

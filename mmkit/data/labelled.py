@@ -16,6 +16,7 @@ from mmkit.config import LabelledDataConfig
 from mmkit.data.bounds import MAX_BYTES
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import safe_image_path
+from mmkit.data.sidecar import Omitted
 from mmkit.data.sources.columns import data_roots, follow_picture, load_rows
 from mmkit.data.sources.locate import HUB, expand
 from mmkit.data.sources.tars import IMAGE_SUFFIXES, FileBytes, group_members
@@ -244,7 +245,7 @@ def _read_shards(location: str, data: LabelledDataConfig) -> _Read:
     refs, keys, labels = [], [], []
     mend = "write the shard again, each picture with its class in a .cls beside it"
     for shard in expand(location, ".tar"):
-        left_out: list[tuple[str, str]] = []
+        left_out: list[Omitted] = []
         for key, members in group_members(FileBytes(Path(shard)), left_out):
             where = f"{shard}:{key}"
             image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
@@ -260,7 +261,7 @@ def _read_shards(location: str, data: LabelledDataConfig) -> _Read:
             keys.append(where)
         # The shared shard reader is lenient and only lists what it left out; here each of those ends the run.
         if left_out:
-            raise InputError(left_out[0][1], where=f"{shard}:{left_out[0][0]}", mend="write or fetch the shard again")
+            raise InputError(left_out[0].reason, where=f"{shard}:{left_out[0].key}", mend="write or fetch the shard again")
     return _Read(_Files(refs), keys, labels)
 
 

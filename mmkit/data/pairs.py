@@ -91,9 +91,18 @@ class PairSource:
         left_out: Rows that the index already had to leave out, with reasons.
         fingerprint: Hash of what the data set is: names and sizes of its files, or the content of an index.
         layout: What an order needs to know: shards, shuffle windows, weights.
+        unlimited: Pairs before a limit, which `left_out` belongs to.
     """
 
-    def __init__(self, shards: Sequence[PairShard], left_out: list[LeftOut], fingerprint: str, layout: Layout) -> None:
+    def __init__(
+        self,
+        shards: Sequence[PairShard],
+        left_out: list[LeftOut],
+        fingerprint: str,
+        layout: Layout,
+        unlimited: int | None = None,
+    ) -> None:
+        self.unlimited = layout.size if unlimited is None else unlimited
         self.shards, self.left_out, self.fingerprint, self.layout = shards, left_out, fingerprint, layout
         # Of the shards and not of the layout, whose last shard a limit may have shortened.
         self._ends = list(itertools.accumulate(len(shard) for shard in shards))
@@ -149,7 +158,8 @@ class PairSource:
         chunks = np.asarray([len(shard) for shard in self.shards[:kept]], dtype=np.int64)
         chunks[-1] -= int(chunks.sum()) - limit
         part = self.layout.parts[0]
-        return PairSource(self.shards[:kept], self.left_out, self.fingerprint, Layout((Part(chunks, part.window),)))
+        layout = Layout((Part(chunks, part.window),))
+        return PairSource(self.shards[:kept], self.left_out, self.fingerprint, layout, self.unlimited)
 
 
 def clean_caption(text: object) -> str:

@@ -52,17 +52,25 @@ class Origin(NamedTuple):
     maker: str
 
 
+class Omitted(NamedTuple):
+    """What an index leaves out: key, reason, and how many samples that is; None: the rest of a shard, who knows how many."""
+
+    key: str
+    reason: str
+    samples: int | None = 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Index:
     """Where the samples of a shard lie.
 
     Attributes:
         arrays: Name to array; all but ``keys`` and ``key_ends`` are the format's own.
-        left_out: Key and reason of what cannot be used.
+        left_out: What cannot be used.
     """
 
     arrays: Mapping[str, NDArray[Any]]
-    left_out: list[tuple[str, str]]
+    left_out: list[Omitted]
 
     def __len__(self) -> int:
         """Samples."""
@@ -74,7 +82,7 @@ class Index:
         return self.arrays["keys"][int(ends[row - 1]) if row else 0 : int(ends[row])].tobytes().decode("utf-8", "surrogateescape")
 
 
-def make_index(keys: list[str], left_out: list[tuple[str, str]], **columns: list[int]) -> Index:
+def make_index(keys: list[str], left_out: list[Omitted], **columns: list[int]) -> Index:
     """An index from lists; columns become u64 arrays."""
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     arrays = {name: np.asarray(values, dtype=np.uint64) for name, values in columns.items()}
@@ -157,7 +165,7 @@ def read_sidecar(path: Path, origin: Origin, shard: Path | None, *, check: bool 
                 for name, (dtype, offset, count) in head["arrays"].items()
             }
             if not check or _within(arrays, origin.size):
-                return Index(arrays, [(str(key), str(reason)) for key, reason in head["left_out"]])
+                return Index(arrays, [Omitted(str(key), str(reason), samples) for key, reason, samples in head["left_out"]])
     # Of another version, or damaged: it is made anew.
     return None
 

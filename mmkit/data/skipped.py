@@ -25,11 +25,22 @@ class LeftOut:
         source: File or shard it comes from.
         key: Its key in there (line, member, id).
         reason: Why, in words a user can act on.
+        samples: How many samples it stands for: a shard that is cut off hides as many as its size suggests.
     """
 
     source: str
     key: str
     reason: str
+    samples: int = 1
+
+    def row(self) -> dict[str, str | int]:
+        """As a row of ``skipped.jsonl``; the number only where it is not one."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if (k, v) != ("samples", 1)}
+
+
+def count_samples(rows: Iterable[LeftOut]) -> int:
+    """Samples that rows stand for."""
+    return sum(row.samples for row in rows)
 
 
 # Apart from InputError, which ends the command: one bad picture in a million must not.
@@ -58,12 +69,12 @@ class SkippedRows:
     def add(self, rows: Iterable[LeftOut]) -> None:
         """Take in some samples. Raises OSError: the file cannot be written."""
         for row in rows:
-            self.reasons[_PARTICULARS.sub("...", row.reason)] += 1
+            self.reasons[_PARTICULARS.sub("...", row.reason)] += row.samples
             # Not all of them: of a hundred million pairs a tenth may be bad.
             if len(self.first) < self._keep:
                 self.first.append(row)
             if self._file is not None:
-                self._file.write(json.dumps(dataclasses.asdict(row)).encode() + b"\n")
+                self._file.write(json.dumps(row.row()).encode() + b"\n")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmkit.data.layout import Layout
 from mmkit.data.loader import SampleSet
-from mmkit.data.skipped import LeftOut
+from mmkit.data.skipped import LeftOut, count_samples
 from mmkit.run import Parent
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class Stage:
         data_fingerprint: Hash of the data's index: equal for stages that read the same samples.
         readings: Fingerprints of what the data are read with (labels, IDF table); a run does not go on with others.
         left_out: Rows that the index already had to leave out.
+        available: Samples of the data before the recipe's limit, which `left_out` belongs to; None: there is no limit.
         layout: Shards, shuffle windows and weights of the samples; None: all are shuffled alike.
         validation: Samples for the validation loss.
         validation_group: Validation samples that are seen together; None: a micro-batch.
@@ -113,12 +114,18 @@ class Stage:
     data_fingerprint: str
     readings: dict[str, str] = dataclasses.field(default_factory=dict)
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
+    available: int | None = None
     layout: Layout | None = None
     validation: SampleSet[Any] | None = None
     validation_group: int | None = None
     lr_of: dict[str, float] = dataclasses.field(default_factory=dict)
     undecayed: tuple[str, ...] = ("cls_token", "reg_token")
     monitors: list[Monitor] = dataclasses.field(default_factory=list)
+
+    @property
+    def counted_from(self) -> int:
+        """Samples that the share of left-out ones is taken from."""
+        return (len(self.samples) if self.available is None else self.available) + count_samples(self.left_out)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -122,8 +122,8 @@ class StepLog:
         if skipped:  # the same on every rank, so all of them gather
             self.run.skip(self.engine.gather(launched.left_out))
             # What the index left out counts too, or a set could lose the limit twice over.
-            size = len(self.stage.samples) + len(self.stage.left_out)
-            check_skipped(self.run.skipped, size, self.settings.max_skipped, where=self.run.path / "skipped.jsonl")
+            listed = self.run.path / "skipped.jsonl"
+            check_skipped(self.run.skipped, self.stage.counted_from, self.settings.max_skipped, where=listed)
         # The last step is always shown: a run shorter than log_every would leave no curve.
         if launched.done % self.config.log_every == 0 or launched.done == self._total:
             self._row(loss, norm, int(digest), launched)

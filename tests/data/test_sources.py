@@ -22,7 +22,7 @@ from mmkit.data import reading
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import PairSource
 from mmkit.data.remote import ShardCache
-from mmkit.data.sidecar import SMALLEST, SUFFIX, Origin, make_index, read_sidecar, write_sidecar
+from mmkit.data.sidecar import SMALLEST, SUFFIX, Omitted, Origin, make_index, read_sidecar, write_sidecar
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.data.sources import SourceOptions, indexed, join_sources, open_pairs, open_training_pairs
 from mmkit.data.sources.locate import expand, guess_kind
@@ -319,6 +319,29 @@ def test_many_shards_are_indexed_by_all_cores_with_the_same_result(tmp_path: Pat
     assert len(list(tmp_path.glob(f"*{SUFFIX}"))) == 3
 
 
+def test_a_shard_that_breaks_off_stands_for_what_it_hides(tmp_path: Path) -> None:
+    for n in range(3):
+        shards.write_shard(tmp_path / f"{n}.tar", 10 * n, 10)
+    whole = open_pairs(str(tmp_path))
+    data = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(data[: len(data) // 4])
+    (tmp_path / "2.tar").write_bytes(b"\x1f\x8b not a tar" * 100)
+    source = open_pairs(str(tmp_path))
+    assert [(row.samples, Path(row.source).name) for row in source.left_out] == [(20 - len(source), "1.tar"), (10, "2.tar")]
+    # Another data set: positions mean other samples.
+    assert source.fingerprint != whole.fingerprint
+    (tmp_path / "0.tar").write_bytes(b"neither")
+    assert [row.samples for row in open_pairs(str(tmp_path)).left_out] == [1, 1, 1]
+
+
+def test_a_limit_is_no_reason_to_count_what_lies_beyond_it(tmp_path: Path) -> None:
+    rows = [{"image": "a.jpg", "caption": f"c {i}" if i < 95 else ""} for i in range(100)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_pairs(str(tmp_path / "r.jsonl"))
+    assert (len(source.take(10)), source.take(10).unlimited, len(source.take(10).left_out)) == (10, 95, 5)
+    assert join_sources([source.take(10), source.take(20)], [None, None]).unlimited == 190
+
+
 def test_a_shard_changed_while_it_is_used_is_left_out(tmp_path: Path) -> None:
     shard = shards.write_shard(tmp_path / "a.tar", 0, 4)
     source = open_pairs(str(shard))
@@ -337,7 +360,8 @@ def test_sidecars_give_back_what_was_written(keys: list[str], tmp_path_factory: 
     path = tmp_path_factory.mktemp("sidecar") / "a"
     keys = [key.encode("utf-8", "replace").decode() for key in keys]
     size = 2**41
-    index = make_index(keys, [("k", "why é\n")], offset=list(range(len(keys))), size=[2**40 + i for i in range(len(keys))])
+    left_out = [Omitted("k", "why é\n"), Omitted("j", "cut", None)]
+    index = make_index(keys, left_out, offset=list(range(len(keys))), size=[2**40 + i for i in range(len(keys))])
     shard = path.with_name("shard")
     shard.write_bytes(b"one")
     origin = Origin(size, 5, "walker")
@@ -345,7 +369,7 @@ def test_sidecars_give_back_what_was_written(keys: list[str], tmp_path_factory: 
     found = read_sidecar(path, origin, shard)
     assert found is not None and len(found) == len(keys)
     assert [found.key(i) for i in range(len(keys))] == keys
-    assert found.left_out == [("k", "why é\n")]
+    assert found.left_out == left_out
     assert {k: v.tolist() for k, v in found.arrays.items()} == {k: v.tolist() for k, v in index.arrays.items()}
     for other in (origin._replace(size=size + 1), origin._replace(maker="another")):
         assert read_sidecar(path, other, shard) is None

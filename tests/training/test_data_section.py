@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from mmkit.config import DataConfig
-from mmkit.data.sources import options_of
+from mmkit.data.sources import open_pairs, options_of
 from mmkit.training import loop
 
 
@@ -118,3 +118,56 @@ def test_a_killed_loader_worker_is_one_line_and_the_run_goes_on(tmp_path: Path, 
     assert "data.workers: a loader worker died" in told and "bug in mmkit" not in told
     monkeypatch.undo()
     assert pipeline.mmkit(*arguments) == 0
+
+
+def test_half_a_data_set_is_not_one_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    original = next((pipeline.root() / "world" / "shards").glob("*.tar")).read_bytes()
+    (folder / "0.tar").write_bytes(original)
+    (folder / "1.tar").write_bytes(b"\x1f\x8b" + original[2:])
+    arguments = pipeline.superclass(tmp_path / "run", f"data.train={folder}", "train.steps=2")
+    assert pipeline.mmkit(*arguments) == 2
+    told = capsys.readouterr().err
+    count = len(open_pairs(str(folder)))
+    assert f"{count} of {2 * count} samples cannot be used, over the limit of 1.00%" in told
+    assert pipeline.mmkit(*arguments, "data.max_skipped=0.5", "--restart") == 0
+    assert pipeline.manifest(tmp_path / "run")["skipped"] == count
+
+
+def test_bad_rows_beyond_a_limit_stop_nothing(tmp_path: Path) -> None:
+    rows = world_rows()[:40]
+    lines = [json.dumps(row if i < 36 else {**row, "caption": ""}) for i, row in enumerate(rows)]
+    path = pipeline.root() / "world" / "some_bad.jsonl"
+    path.write_text("\n".join(lines))
+    arguments = pipeline.superclass(
+        tmp_path / "run", f"data.train={path}", "data.limit=16", "data.max_skipped=0.11", "train.steps=1"
+    )
+    assert pipeline.mmkit(*arguments) == 0
+
+
+@pytest.mark.slow
+def test_processes_that_see_different_data_do_not_train(tmp_path: Path) -> None:
+    # As where one machine cannot read a shard: each process has its own folder under the same name.
+    for rank in range(2):
+        (tmp_path / f"{rank}").mkdir()
+        (tmp_path / f"{rank}" / "r.jsonl").write_text("\n".join(map(json.dumps, world_rows()[: 20 + rank])))
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mmkit import cli\n"
+        "from mmkit.data import sources\n"
+        "real = sources.open_training_pairs\n"
+        "import mmkit.training.stages.pairs as stage\n"
+        "def other(data):\n"
+        f"    return real(data.model_copy(update={{'train': '{tmp_path}/' + os.environ['RANK'] + '/r.jsonl'}}))\n"
+        "stage.open_training_pairs = other\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    root = f"data.image_root={pipeline.root() / 'world'}"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = pipeline.python(*launch, *pipeline.superclass(tmp_path / "run", root))
+    assert done.returncode != 0
+    assert "data.train: the processes see different data (20 and 21 usable samples); look for files" in done.stderr, done.stderr[
+        -2000:
+    ]

@@ -103,7 +103,8 @@ def join_sources(sources: Sequence[PairSource], weights: Sequence[float | None])
     shards = [_shortened(shard, int(n)) for s in sources for shard, n in zip(s.shards, s.layout.parts[0].chunks, strict=True)]
     left_out = [row for source in sources for row in source.left_out]
     fingerprint = hash_text(*(source.fingerprint for source in sources))
-    return PairSource(shards, left_out, fingerprint, join([source.layout for source in sources], weights))
+    layout = join([source.layout for source in sources], weights)
+    return PairSource(shards, left_out, fingerprint, layout, sum(source.unlimited for source in sources))
 
 
 class _Shortened:
@@ -156,7 +157,8 @@ def _tars(names: Sequence[str], options: SourceOptions) -> PairSource:
     indexed = Indexed(index_tar, options.cache)
     files, left_out = indexed.scan(names)
     # Names and sizes, not content: shards can be terabytes.
-    sizes = "\n".join(f"{file.name.rpartition('/')[2]} {file.size}" for file in files)
+    # With the samples: a shard that could not be read at one start is another data set, in which all positions are others.
+    sizes = "\n".join(f"{file.name.rpartition('/')[2]} {file.size} {file.samples}" for file in files)
     return _of_shards([TarShard(file, indexed, options.cache) for file in files], left_out, hash_text(sizes), options.window)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mmkit.data.reading import look_again
 from mmkit.data.remote import ShardCache, is_remote, remote_bytes, remote_stamp
 from mmkit.data.scan.crew import map_in_order
-from mmkit.data.sidecar import SMALLEST, SUFFIX, Index, Origin, read_sidecar, sidecar_path, write_sidecar
+from mmkit.data.sidecar import SMALLEST, SUFFIX, Index, Omitted, Origin, read_sidecar, sidecar_path, write_sidecar
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.errors import InputError
 from mmkit.files import hash_text, new_file
@@ -86,7 +86,7 @@ class Indexed:
             return known
         found = self._indexes([_Job(self.build, self.cache, *job) for job in zip(names, *stamps, strict=True)])
         columns = {"sizes": stamps[0], "versions": stamps[1], "samples": [count for count, _ in found]}
-        left_out = [LeftOut(name, key, reason) for name, (_, rows) in zip(names, found, strict=True) for key, reason in rows]
+        left_out = _estimated(names, found)
         # A shard that could not be read today may be there tomorrow.
         if len(names) > 1 and all(row.key != _WHOLE for row in left_out):
             _write_catalogue(path, names, columns, left_out)
@@ -155,8 +155,22 @@ class _Job(NamedTuple):
         return (cached,) if is_remote(self.name) else (beside, cached)
 
 
-# Samples of a shard, and key and reason of what it leaves out.
-_Counted = tuple[int, list[tuple[str, str]]]
+# Samples of a shard, and what it leaves out.
+_Counted = tuple[int, list[Omitted]]
+
+
+def _estimated(names: Sequence[str], found: Sequence[_Counted]) -> list[LeftOut]:
+    """What all shards leave out. One that breaks off stands for as many samples as it has fewer than a sound one has.
+
+    Counted as a single sample, half of a data set could be lost under a limit of one in a hundred.
+    """
+    sound = [count for count, rows in found if all(row.samples is not None for row in rows)]
+    usual = sum(sound) / len(sound) if sound else 0.0
+    return [
+        LeftOut(name, row.key, row.reason, row.samples if row.samples is not None else max(1, round(usual - count)))
+        for name, (count, rows) in zip(names, found, strict=True)
+        for row in rows
+    ]
 
 
 def _known(job: _Job) -> _Counted | None:
@@ -178,7 +192,7 @@ def _count(job: _Job) -> _Counted:
     try:
         index = _load(job)
     except SampleError as error:
-        return 0, [(_WHOLE, str(error))]
+        return 0, [Omitted(_WHOLE, str(error), None)]
     return len(index), index.left_out
 
 
@@ -298,7 +312,7 @@ def _read_catalogue(
         same = (columns["sizes"], columns["versions"]) == stamps and len(columns["samples"]) == len(names)
         if data["version"] != _VERSION or not same:
             return None
-        return _files(names, columns), [LeftOut(names[number], key, reason) for number, key, reason in data["left_out"]]
+        return _files(names, columns), [LeftOut(names[number], *row) for number, *row in data["left_out"]]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 
@@ -306,7 +320,7 @@ def _read_catalogue(
 def _write_catalogue(path: Path, names: Sequence[str], columns: dict[str, Any], left_out: Sequence[LeftOut]) -> None:
     number = {name: i for i, name in enumerate(names)}
     # By columns: three long lists are read several times faster than a hundred thousand short ones.
-    rows = [[number[row.source], row.key, row.reason] for row in left_out]
+    rows = [[number[row.source], row.key, row.reason, row.samples] for row in left_out]
     try:
         with new_file(path) as file:
             file.write(json.dumps({"version": _VERSION, "columns": columns, "left_out": rows}, ensure_ascii=True).encode())

@@ -10,7 +10,7 @@ from typing import Any
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import Pair, clean_caption, safe_image_path
 from mmkit.data.reading import read_range
-from mmkit.data.sidecar import Index, make_index
+from mmkit.data.sidecar import Index, Omitted, make_index
 from mmkit.data.skipped import SampleError
 from mmkit.data.sources.indexed import Indexed, ShardFile
 
@@ -50,7 +50,7 @@ class RowReader:
     def __call__(self, path: Path) -> Index:
         """Walk through a file once: which rows can be used, and where they lie; bad ones are left out with their line."""
         keys: list[str] = []
-        left_out: list[tuple[str, str]] = []
+        left_out: list[Omitted] = []
         offsets, sizes = [], []
         at = 0
         with path.open("rb") as file:
@@ -66,7 +66,7 @@ class RowReader:
                 try:
                     image, _ = self.parse(row)
                 except ValueError as error:
-                    left_out.append((key, " ".join(str(error).split())))
+                    left_out.append(Omitted(key, " ".join(str(error).split())))
                     continue
                 keys.append(f"{key} {image}")
                 offsets.append(start)

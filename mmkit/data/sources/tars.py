@@ -12,10 +12,11 @@ from mmkit.data.images import ImageRef
 from mmkit.data.pairs import Pair, Picture, decode_caption
 from mmkit.data.reading import read_range
 from mmkit.data.remote import RemoteRef, ShardCache, is_remote
-from mmkit.data.sidecar import Index, make_index
+from mmkit.data.sidecar import Index, Omitted, make_index
 from mmkit.data.skipped import SampleError
 from mmkit.data.sources.indexed import Indexed, ShardFile
 
+EMPTY = "the shard is empty"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _BLOCK = 512
 
@@ -93,7 +94,7 @@ def index_tar(path: Path) -> Index:
     A sample that cannot be used is left out with a reason, and so is what follows a fault in the file.
     """
     keys: list[str] = []
-    left_out: list[tuple[str, str]] = []
+    left_out: list[Omitted] = []
     columns: dict[str, list[int]] = {"offset": [], "size": [], "text_offset": [], "text_size": []}
     data = FileBytes(path)
     for key, members in group_members(data, left_out):
@@ -101,12 +102,12 @@ def index_tar(path: Path) -> Index:
         # By key and never by neighbourhood: with one member missing, every later caption would slip to the next picture.
         text = members.get(".txt")
         if image is None or text is None:
-            left_out.append((key, f"no {'picture' if image is None else '.txt caption'}"))
+            left_out.append(Omitted(key, f"no {'picture' if image is None else '.txt caption'}"))
             continue
         try:
             decode_caption(data[text.offset : text.offset + text.size])
         except ValueError as error:
-            left_out.append((key, str(error)))
+            left_out.append(Omitted(key, str(error)))
             continue
         keys.append(key)
         for name, value in zip(columns, (image.offset, image.size, text.offset, text.size), strict=True):
@@ -132,7 +133,7 @@ class FileBytes:
         return os.pread(self._file.fileno(), max(0, stop - start), start)
 
 
-def group_members(data: Bytes, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Member]]]:
+def group_members(data: Bytes, left_out: list[Omitted]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Members of a tar grouped by key (webdataset's rule: the name up to the first dot), each key once.
 
     Yields:
@@ -148,7 +149,8 @@ def group_members(data: Bytes, left_out: list[tuple[str, str]]) -> Iterator[tupl
             # With its other members too: a caption without its picture is of no use.
             if member.key:
                 groups.pop(split_key(member.key)[0], None)
-            left_out.append((split_key(member.key)[0] or member.key or current or "(start)", member.reason))
+            key = split_key(member.key)[0] or member.key or current or "(start)"
+            left_out.append(Omitted(key, member.reason, 1 if member.reason == EMPTY else None))
             continue
         key, suffix = split_key(member.name)
         # Such as the ._NAME that a Mac puts beside every file: of another kind than samples, so they are told of in one row.
@@ -161,13 +163,12 @@ def group_members(data: Bytes, left_out: list[tuple[str, str]]) -> Iterator[tupl
         # The first one stays: which of two pictures a caption belongs to is not known.
         if key in closed or suffix in groups.get(key, {}):
             # A name may hold a line end, a reason is one line.
-            left_out.append((member.name, f"key {key if key.isprintable() else ascii(key)} comes twice in this shard"))
+            left_out.append(Omitted(member.name, f"key {key if key.isprintable() else ascii(key)} comes twice in this shard"))
             continue
         groups.setdefault(key, {})[suffix] = member
     if hidden:
-        left_out.append(
-            ("(hidden)", f"{len(hidden)} members whose name begins with a dot, such as {hidden[0]!r}, are no samples")
-        )
+        what = f"{len(hidden)} members whose name begins with a dot, such as {hidden[0]!r}, are no samples"
+        left_out.append(Omitted("(hidden)", what, 0))
     yield from groups.items()
 
 
@@ -183,13 +184,13 @@ def walk_tar(data: Bytes) -> Iterator[Member | TarFault]:
 
     Python's tarfile takes a missing end mark and a damaged header for the end and says nothing, and is seven times slower.
     """
-    at, size, last = 0, len(data), ""
+    at, size = 0, len(data)
     extended: dict[str, str] = {}
     while True:
         header = data[at : at + _BLOCK]
         # By the sum and not by an empty name: ustar puts the whole name of a folder into the prefix where it just fits there.
         if len(header) < _BLOCK or not _sound(header):
-            yield from _ending(data, at, header, last)
+            yield from _ending(data, at, header)
             return
         start, name, kind = at + _BLOCK, "", header[156:157]
         try:
@@ -215,7 +216,6 @@ def walk_tar(data: Bytes) -> Iterator[Member | TarFault]:
             yield TarFault(name, "the shard is cut off here")
             return
         if name:
-            last = name
             yield Member(name, start, length)
 
 
@@ -270,7 +270,7 @@ def _extension(kind: bytes, content: bytes) -> dict[str, str]:
     return found
 
 
-def _ending(data: Bytes, at: int, header: bytes, last: str) -> Iterator[TarFault]:
+def _ending(data: Bytes, at: int, header: bytes) -> Iterator[TarFault]:
     """What is wrong where the headers end; nothing when that is the end of a whole shard."""
     # 1 MiB: tar pads with zeros to a record (10 KiB by default); more than that is another archive joined on.
     rest = data[at + _BLOCK : at + _BLOCK + (1 << 20)]
@@ -285,4 +285,4 @@ def _ending(data: Bytes, at: int, header: bytes, last: str) -> Iterator[TarFault
     elif any(rest):
         yield TarFault("", "there is more after the shard's end mark, which is not read (joined with cat?)")
     elif at == 0:
-        yield TarFault("", "the shard is empty")
+        yield TarFault("", EMPTY)

@@ -174,6 +174,8 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         parents=parents,
         data_fingerprint=source.fingerprint,
         left_out=source.left_out + left_out,
+        # Those that turned out unusable are in left_out by now.
+        available=source.unlimited - len(left_out),
         layout=layout,
         validation=validation,
     )

@@ -289,6 +289,7 @@ def _build(recipe: ClipRecipe | LitRecipe, engine: Engine, *, frozen_encoder: bo
         parents=parents,
         data_fingerprint=source.fingerprint,
         left_out=source.left_out,
+        available=source.unlimited,
         layout=source.layout,
         validation=validation,
         validation_group=VALIDATION_GROUP,

@@ -70,6 +70,10 @@ class ConversationSamples:
         return Turned(fit_square(image, self.size, fit=self.fit), encoded, item.id)
 
 
+# Samples, what is left out, how they are cut, and how many there are without the recipe's limit.
+_Opened = tuple[ConversationSamples, list[LeftOut], Layout, int]
+
+
 def collate_conversations(samples: list[Turned], *, pad: int) -> Batch:
     """Right-padded ``input_ids``, ``attention_mask``, ``labels`` i64 ``[B, T]``, and ``pixels`` uint8 ``[P, 3, S, S]``.
 
@@ -155,16 +159,18 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
             max_length=recipe.max_length,
         )
 
-    def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> tuple[ConversationSamples, list[LeftOut], Layout]:
-        read = [_read_items(source, recipe.data, limit) for source in sources]
+    def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Opened:
+        read = [_read_items(source, recipe.data) for source in sources]
+        available = sum(len(found) for found, _ in read)
+        read = [(found[:limit], left_out) for found, left_out in read]
         items = [(item, source.path) for source, (found, _) in zip(sources, read, strict=True) for item in found]
         fit, size = meta["image_fit"], meta["image_size"]
         bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
         samples = ConversationSamples(items, encode=encode, size=size, fit=fit, **bounds)
         layout = join([Layout.flat(len(found)) for found, _ in read], [source.weight for source in sources])
-        return samples, [row for _, left_out in read for row in left_out], layout
+        return samples, [row for _, left_out in read for row in left_out], layout, available
 
-    samples, left_out, layout = samples_of(recipe.data.sources, recipe.data.limit)
+    samples, left_out, layout, available = samples_of(recipe.data.sources, recipe.data.limit)
     validation = None
     if recipe.data.val:
         validation, *_ = samples_of([SourceConfig(path=recipe.data.val, image_root=recipe.data.val_image_root)], None)
@@ -184,13 +190,14 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         parents=parents,
         data_fingerprint=_fingerprint(recipe.data.sources),
         left_out=left_out,
+        available=available,
         layout=layout,
         validation=validation,
         lr_of={"model.model.multi_modal_projector": projector_lr} if projector_lr else {},
     )
 
 
-def _read_items(source: SourceConfig, data: DataConfig, limit: int | None) -> tuple[list[LlavaItem], list[LeftOut]]:
+def _read_items(source: SourceConfig, data: DataConfig) -> tuple[list[LlavaItem], list[LeftOut]]:
     """Usable conversations of a file, and what is left out of it.
 
     Raises:
@@ -203,7 +210,7 @@ def _read_items(source: SourceConfig, data: DataConfig, limit: int | None) -> tu
     items, left_out = read_llava(path, image_root=Path(source.image_root) if source.image_root else path.parent)
     # Before the model trains a step: a wrong image root leaves everything out.
     check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(source.path, left_out))
-    return items[:limit], left_out
+    return items, left_out
 
 
 def _fingerprint(sources: Sequence[SourceConfig]) -> str:

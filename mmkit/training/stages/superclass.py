@@ -176,6 +176,7 @@ def build_superclass(recipe: SuperclassRecipe, engine: Engine) -> Stage:
         data_fingerprint=source.fingerprint,
         readings=readings,
         left_out=source.left_out,
+        available=source.unlimited,
         layout=source.layout,
         validation=validation,
         monitors=make_monitors(recipe.monitor, encoder, head=head, labels=labels, workers=data.workers),
