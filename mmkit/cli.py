@@ -396,7 +396,7 @@ def export(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="labels, loader, superclass-loss or superclass-step.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="loader, reader, labels, superclass-loss or superclass-step.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. batch=256 threads=1")] = None,
 ) -> None:
     """A benchmark against its peer, both in this one run; ratios are what counts."""

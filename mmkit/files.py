@@ -195,5 +195,5 @@ def hash_folder(folder: Path) -> str:
 
 def hash_text(*parts: str) -> str:
     """BLAKE2 of some strings."""
-    # A separator, or ("ab", "c") and ("a", "bc") would be the same.
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+    # surrogatepass: file names need not be UTF-8. A separator, or ("ab", "c") and ("a", "bc") would be the same.
+    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -31,8 +31,11 @@ class FolderLock:
         Raises:
             InputError: Another process holds it (named with its machine), or nothing can be written there.
         """
-        if self._file is not None:
-            return
+        while self._file is None:
+            self._try()
+
+    def _try(self) -> None:
+        """Lock the file that has the name now; leaves `_file` unset where it was deleted meanwhile."""
         with Writing(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Appending: opened for writing, it would lose its holder's name before anyone knows who has the lock.
@@ -51,6 +54,10 @@ class FolderLock:
             file.close()
             what = f"{holder} is at work in this run directory"
             raise InputError(what, where=self._path.parent, mend="wait for it or end it, or use another run=DIR") from None
+        # Deleted by its last holder after it was opened here: somebody else may hold the new file of that name.
+        if not self._path.exists() or not os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+            file.close()
+            return
         with Writing(self._path):
             # What a killed holder left.
             file.truncate(0)
@@ -59,7 +66,7 @@ class FolderLock:
         self._file = file
 
     def give_back(self) -> None:
-        """Unlock; the file stays, since one that is deleted could be locked by two."""
+        """Unlock. The file stays; whoever deletes it must hold it while doing so."""
         if self._file is not None:
             # Closing any handle of the file in this process would unlock it; this is the only one.
             self._file.close()

@@ -6,6 +6,7 @@ with a diff when the recipe or a parent changed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -236,10 +237,15 @@ class Run:
 
     def unlock(self) -> None:
         """Let others in; a folder in which nothing but the lock was made goes again."""
-        self._lock.give_back()
-        if self.write and self.path.is_dir() and [path.name for path in self.path.iterdir()] == [LOCK]:
-            (self.path / LOCK).unlink()
-            self.path.rmdir()
+        try:
+            if self.write and self.path.is_dir() and [path.name for path in self.path.iterdir()] == [LOCK]:
+                # While it is held: a deleted file that another process has just locked would keep nobody out.
+                (self.path / LOCK).unlink()
+                # Somebody may have made a new lock in it already.
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+        finally:
+            self._lock.give_back()
 
     def _clear(self, *, everything: bool) -> None:
         """Empty the folder but for its lock, or remove only what a kill left half-written. Only ever a run's folder."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from mmkit.data.bounds import MAX_BYTES
 
@@ -53,22 +53,30 @@ DataKind = Literal["auto", "webdataset", "parquet", "coco", "pairs", "llava", "f
 
 
 class SourceConfig(Section):
-    """One data set of several in ``data.train``."""
+    """One data set of several in ``data.train``; a text alone is its path."""
 
     path: str
     weight: float | None = Field(None, gt=0, description="share of the draws, relative; null: all samples once an epoch")
     type: DataKind = "auto"
     image_root: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
 
 class DataConfig(Section):
     """Where the samples come from and how a picture becomes a square of pixels."""
 
-    train: str | tuple[str | SourceConfig, ...] = Field(
-        description="file, folder, shards (a-{000..123}.tar, glob, s3:// hf:// http://), hf:NAME[@SPLIT], or a list"
-    )
+    # By what it is, so that a fault in a list is told as one of the list, and not also as one of a text that it never was.
+    train: Annotated[
+        Annotated[str, Tag("place")] | Annotated[tuple[SourceConfig, ...], Tag("list")],
+        Discriminator(lambda value: "place" if isinstance(value, str) else "list"),
+    ] = Field(description="file, folder, shards (a-{000..123}.tar, glob, s3:// hf:// http://), hf:NAME[@SPLIT], or a list")
     val: str | None = None
     type: DataKind = "auto"
+    val_type: DataKind = "auto"
     image_root: str | None = None
     val_image_root: str | None = None
     image: str = Field("image", description="key or column of the picture, in rows and tables")
@@ -94,6 +102,8 @@ class DataConfig(Section):
         # A missing weight could mean 1, or the data set's size: both are likely to be wrong.
         if any(weighted) != all(weighted):
             raise ValueError("give each of the data sets in train a weight, or none of them")
+        if weighted == [True]:
+            raise ValueError("a weight is a share among several data sets: leave it out")
         weights = [source.weight or 0.0 for source in self.sources]
         # Shares are kept in every 10,000 draws; a smaller one would never be drawn, without a word.
         if all(weighted) and min(weights) < sum(weights) / 10_000:
@@ -105,8 +115,7 @@ class DataConfig(Section):
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
         """The data sets in ``train``, each with its kind and folder."""
-        listed = (self.train,) if isinstance(self.train, str) else self.train
-        plain = [SourceConfig(path=s) if isinstance(s, str) else s for s in listed]
+        plain = (SourceConfig(path=self.train),) if isinstance(self.train, str) else self.train
         # Those of the section hold where a source has none of its own.
         return tuple(
             SourceConfig(

@@ -152,11 +152,14 @@ def _reasons() -> Iterator[None]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any Pillow mode."""
-    if image.mode == "RGB":
+    # A PNG may name one colour as transparent.
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     # 16-bit pictures come as I or I;16; a float picture has no fixed range, so its own maximum is white.
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it has pixels that are no numbers")
         # Pillow's own convert clips 16-bit values at 255.
         # 1e-9: an all-black float picture would divide by zero.
         top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1e-9)

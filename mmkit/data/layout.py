@@ -69,5 +69,17 @@ def join(layouts: Sequence[Layout], weights: Sequence[float | None]) -> Layout:
     if weights[0] is not None:
         return Layout(tuple(Part(p.chunks, p.window, w) for p, w in zip(found, weights, strict=True)))
     windows = [part.window for part in found if part.window is not None]
+    if not windows:
+        return Layout((Part(np.concatenate([part.chunks for part in found])),))
     # The smallest: it is there because some source cannot hold more at one time.
-    return Layout((Part(np.concatenate([part.chunks for part in found]), min(windows, default=None)),))
+    window = min(windows)
+    # A source that is one piece would be read in one go somewhere in the epoch; in pieces it mixes with the others' shards.
+    piece = max(1, window // 10)
+    chunks = [part.chunks if part.window is not None else _cut(part.size, piece) for part in found]
+    return Layout((Part(np.concatenate(chunks), window),))
+
+
+def _cut(size: int, piece: int) -> NDArray[np.int64]:
+    """Pieces of a source: i64[C] that sum to its size."""
+    whole, rest = divmod(size, piece)
+    return np.asarray([piece] * whole + [rest] * bool(rest), dtype=np.int64)

@@ -216,6 +216,8 @@ def pack_pairs(
         InputError: As the readers raise it; the folder holds something else or cannot be written; a worker process was killed.
     """
     options = options or PackOptions()
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit} leaves no pair", where=location, mend="use at least 1, or leave it out")
     reading = reading or SourceOptions()
     source = open_pairs(location, reading).take(limit)
     # All that the bytes depend on. Keys and columns too: the fingerprint may be that of a file that has several of them.
@@ -223,6 +225,8 @@ def pack_pairs(
         "version": _VERSION,
         "data": location,
         "fingerprint": source.fingerprint,
+        # The index alone would let an old picture stay under its name.
+        "pictures": source.pictures_stamp(),
         "pairs": len(source),
         "image_root": reading.image_root,
         "image": reading.image,

@@ -7,10 +7,12 @@ size of the data set, and memory does not grow with it. Readers of the formats a
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from mmkit.data.bounds import MAX_BYTES
 from mmkit.data.layout import Layout, Part
 from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.files import hash_text
 
 # A caption is one line of text: line ends would shift line-based tools (evaluation.md section 2), and control characters, which
 # are left over from broken conversions, mean nothing to a reader. Tab is one of them.
@@ -48,6 +51,12 @@ class Pair:
     image: Picture
     caption: str
 
+    @property
+    def name(self) -> str:
+        """The key with its file's name, which many shards need to tell their samples apart; not its folder, which may move."""
+        file = self.source.rpartition("/")[2]
+        return self.key if self.key.startswith(file) else f"{file}:{self.key}"
+
 
 class PairShard(Protocol):
     """A piece of a data set that is opened as a whole: a tar, a row group, a file of rows."""
@@ -62,6 +71,10 @@ class PairShard(Protocol):
 
     def describe(self, row: int) -> tuple[str, str]:
         """Source and key of pair ``row``, for the list of left-out samples."""
+        ...
+
+    def files(self) -> Iterable[str]:
+        """The files on this disk that its pictures lie in."""
         ...
 
 
@@ -81,6 +94,10 @@ class ListShard:
     def describe(self, row: int) -> tuple[str, str]:
         """Source and key of pair ``row``."""
         return self.pairs[row].source, self.pairs[row].key
+
+    def files(self) -> Iterable[str]:
+        """The pictures' files."""
+        return (pair.image.path for pair in self.pairs)
 
 
 class PairSource:
@@ -129,6 +146,19 @@ class PairSource:
         # bisect on a list: for single look-ups ten times faster than numpy's searchsorted.
         number = bisect.bisect_right(self._ends, index)
         return self.shards[number], index - (self._ends[number - 1] if number else 0)
+
+    def pictures_stamp(self) -> str:
+        """Hash of size and time of writing of all files that pictures lie in: what the fingerprint of an index does not tell.
+
+        It looks at each of them, so it is for work that will read them anyway.
+        """
+        seen = []
+        for name in dict.fromkeys(name for shard in self.shards for name in shard.files()):
+            # A missing one is a state as well: it may be there when the work is repeated.
+            with contextlib.suppress(OSError, ValueError):
+                stat = os.stat(name)  # noqa: PTH116  millions of them
+                seen.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+        return hash_text(*seen)
 
     def __iter__(self) -> Iterator[Pair]:
         return (self.read(index) for index in range(len(self)))

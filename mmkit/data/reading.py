@@ -7,6 +7,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from stat import S_ISREG
 from typing import NamedTuple, TypeVar
 
 from mmkit.data.bounds import MAX_BYTES, refuse_long
@@ -17,6 +18,7 @@ T = TypeVar("T")
 PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EINTR})
 # Seconds before each further try: long enough for a restarted server, short beside the hours that a run takes.
 BACK_OFF = (0.5, 2.0, 8.0)
+GIVEN_UP_SECONDS = 600.0
 # A window of shards and some more; the usual limit of a process is 1,024.
 _OPEN_FILES = 128
 # How long a file is taken to be the one that it was.
@@ -64,6 +66,8 @@ class _OpenFiles:
 
 
 _files = _OpenFiles()
+# Files that failed at the last try too, until when, and why: the other samples of a shard on a dead disk would wait as long each.
+_given_up: dict[str, tuple[float, str]] = {}
 
 
 def look_again() -> None:
@@ -79,7 +83,7 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     Raises:
         SampleError: The file cannot be read, also not after some more tries.
     """
-    return with_retries(lambda: os.pread(_files.get(path), size, offset))
+    return with_retries(lambda: os.pread(_files.get(path), size, offset), path)
 
 
 def read_file(path: str, offset: int = 0, max_bytes: int = MAX_BYTES) -> bytes:
@@ -90,20 +94,30 @@ def read_file(path: str, offset: int = 0, max_bytes: int = MAX_BYTES) -> bytes:
     """
 
     def work() -> bytes:
-        with open(path, "rb") as file:  # noqa: PTH123  as above
-            refuse_long(os.fstat(file.fileno()).st_size - offset, max_bytes)
+        # Not blocking: to open a pipe would wait for a writer for ever.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123  as above
+            stat = os.fstat(file.fileno())
+            # A device has no size, and no end.
+            if not S_ISREG(stat.st_mode):
+                raise SampleError("is no file, but a pipe or a device")
+            refuse_long(stat.st_size - offset, max_bytes)
             file.seek(offset)
             return file.read()
 
-    return with_retries(work)
+    return with_retries(work, path)
 
 
-def with_retries(work: Callable[[], T]) -> T:
-    """Call a function; when the disk fails in a way that passes, wait and call it again.
+def with_retries(work: Callable[[], T], path: str) -> T:
+    """Call a function that reads a file; when the disk fails in a way that passes, wait and call it again.
+
+    A file that has failed for good is not waited for again for a while.
 
     Raises:
         SampleError: It failed for good; the message says why.
     """
+    until, known = _given_up.get(path, (0.0, ""))
+    if time.monotonic() < until:
+        raise SampleError(known)
     for seconds in (*BACK_OFF, None):
         try:
             return work()
@@ -112,7 +126,9 @@ def with_retries(work: Callable[[], T]) -> T:
             if error.errno not in PASSING:
                 raise SampleError(f"cannot be read ({reason})") from None
             if seconds is None:
-                raise SampleError(f"cannot be read, also at try {len(BACK_OFF) + 1} ({reason})") from None
+                what = f"cannot be read, also at try {len(BACK_OFF) + 1} ({reason})"
+                _given_up[path] = (time.monotonic() + GIVEN_UP_SECONDS, what)
+                raise SampleError(what) from None
             time.sleep(seconds)
         except SampleError:  # is a ValueError too
             raise

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from mmkit.data.bounds import MAX_BYTES
 from mmkit.data.images import ImageRef
-from mmkit.data.reading import BACK_OFF
+from mmkit.data.reading import BACK_OFF, GIVEN_UP_SECONDS
 from mmkit.data.skipped import SampleError
 from mmkit.errors import InputError
 from mmkit.files import hash_text
@@ -33,8 +33,6 @@ _TELLING = frozenset(
     ["size", "ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "mtime", "updated", "created", "md5Hash", "oid"]
 )
 _MEND = "check the address, the network and your credentials"
-# Within this time a shard that could not be fetched is not asked for again: its other samples would wait as long each.
-_GIVEN_UP_SECONDS = 600.0
 # Per process, by address: when a shard was given up, and why.
 _given_up: dict[str, tuple[float, str]] = {}
 
@@ -98,7 +96,7 @@ class ShardCache:
     def _fetch_once(self, url: str, path: Path, version: int | None) -> None:
         """Fetch under a lock, so that workers who want the same shard fetch it once."""
         since, why = _given_up.get(url, (float("-inf"), ""))
-        if time.monotonic() - since < _GIVEN_UP_SECONDS:
+        if time.monotonic() - since < GIVEN_UP_SECONDS:
             raise SampleError(why)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{path.name}.lock")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -124,8 +125,27 @@ def room_for(size: int) -> bool:
         # No such file outside Linux; the copy is then tried.
         return True
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    free = min([free, *_spare_of_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
     # All processes of the machine copy at the same time; half, because data loaders grow too.
     return size * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < free // 2
+
+
+def _spare_of_groups(membership: Path, root: Path) -> list[int]:
+    """Bytes that this process's control group and those around it may still take, where they have a limit (cgroup v2).
+
+    A container or a scheduler's job sees the memory of the whole machine, and is killed at its own limit.
+    """
+    try:
+        own = next(line.partition("::")[2] for line in membership.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    spare = []
+    place = root / own.strip("/")
+    for folder in [place, *place.parents]:
+        if folder.is_relative_to(root):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: "max" is no limit
+                spare.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return spare
 
 
 def state_size(value: Any) -> int:

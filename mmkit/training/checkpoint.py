@@ -125,6 +125,8 @@ class Saver:
     def _check(self, job: _Job, part: Future[float] | None) -> None:
         """Wait for a part on all processes, and end all of them if it failed on one."""
         error = None if part is None else part.exception()
+        # Writing may take longer than a collective waits.
+        self.engine.barrier()
         if not float(self.engine.sum(self.engine.numbers(error is not None))):
             return
         self._abandon.set()
@@ -297,7 +299,10 @@ def put_aside_unsound(engine: Engine, folder: Path) -> list[str]:
     aside: list[str] = []
     # Taken before anything is renamed, so that all processes go through the same list.
     for checkpoint in reversed(engine.gather([_named(folder)] if engine.is_main else [])[0]):
-        reasons = engine.gather(faults(checkpoint, share=slice(engine.rank, None, engine.world_size)))
+        found = faults(checkpoint, share=slice(engine.rank, None, engine.world_size))
+        # Reading all of a checkpoint may take longer than a collective waits.
+        engine.barrier()
+        reasons = engine.gather(found)
         # Older ones are not read: they are looked at when they are needed.
         if not reasons:
             break
@@ -331,9 +336,10 @@ def load_newest(engine: Engine, folder: Path) -> int:
     Returns:
         Updates done so far; 0 when there is no checkpoint.
     """
-    found = list_checkpoints(folder)
+    # The main process says which: on a network disk another machine may still see one that was just set aside.
+    found = engine.gather(list_checkpoints(folder)[-1:] if engine.is_main else [])
     if not found:
         return 0
     # The step is read from the same folder afterwards, so weights and step cannot be of two checkpoints.
-    engine.load(found[-1])
-    return int(read_json(found[-1] / "state.json")["step"])
+    engine.load(found[0])
+    return int(read_json(found[0] / "state.json")["step"])

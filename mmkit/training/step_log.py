@@ -173,7 +173,10 @@ class StepLog:
         """Validation and monitors that are due after ``done`` updates; every process comes here at the same step."""
         objective, config, last = self.stage.objective, self.config, done == self._total
         if self.stage.validation is not None and config.val_every and (done % config.val_every == 0 or last):
-            numbers, left_out = validate(self.stage, self.engine, config, self.settings.seed, self.settings.workers)
+            how = self.settings
+            numbers, left_out = validate(
+                self.stage, self.engine, config, how.seed, how.workers, prefetch=how.prefetch, timeout=how.timeout
+            )
             # Every rank comes here, whether it has something to report or not: gathering is a collective.
             self.run.skip(self.engine.gather(left_out))
             self._write(done, {"step": done, **numbers})

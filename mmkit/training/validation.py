@@ -16,7 +16,7 @@ from mmkit.training.objective import Stage, to_device
 
 @torch.no_grad()
 def validate(
-    stage: Stage, engine: Engine, config: TrainConfig, seed: int, workers: int = 0
+    stage: Stage, engine: Engine, config: TrainConfig, seed: int, workers: int = 0, *, prefetch: int = 2, timeout: float = 0
 ) -> tuple[dict[str, float], list[LeftOut]]:
     """Validation loss over the first ``val_batches`` batches of the validation set, in groups that the ranks take in turn.
 
@@ -46,6 +46,8 @@ def validate(
         seed=seed,
         workers=workers,
         pin_memory=False,
+        prefetch=prefetch,
+        timeout=timeout,
     )
     sums: dict[str, float] = {}
     count = 0

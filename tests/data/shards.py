@@ -27,8 +27,10 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 
 def write_shard(path: Path, first: int, count: int, *, pad: int = 0) -> Path:
-    """A shard of ``count`` pairs numbered from ``first``; ``pad`` bytes more in each caption make it as large as is wanted."""
+    """A shard of ``count`` pairs numbered from ``first``; ``pad`` bytes beside each make it as large as is wanted."""
     members = []
     for i in range(first, first + count):
-        members += [(f"{i:06d}.jpg", jpeg(i)), (f"{i:06d}.txt", f"caption {i}{' x' * (pad // 2)}".encode())]
+        members += [(f"{i:06d}.jpg", jpeg(i)), (f"{i:06d}.txt", f"caption {i}".encode())]
+        if pad:
+            members.append((f"{i:06d}.pad", bytes(pad)))
     return write_tar(path, members)

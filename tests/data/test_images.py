@@ -279,3 +279,16 @@ def test_a_picture_without_such_a_crop_is_seen_from_its_centre_as_torchvision_do
 def test_chw() -> None:
     assert to_chw(Image.new("RGB", (3, 2), (1, 2, 3)))[:, 1, 2].tolist() == [1, 2, 3]
     assert to_chw(Image.new("RGB", (3, 2))).shape == (3, 2, 3)
+
+
+def test_a_colour_that_stands_for_transparency_is_white() -> None:
+    image = Image.new("RGB", (2, 1), (255, 0, 0))
+    image.putpixel((1, 0), (0, 0, 255))
+    data = encode(image, "PNG", transparency=(255, 0, 0))
+    assert pixels(decode_image(data)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+
+
+def test_pixels_that_are_no_numbers() -> None:
+    values = np.asarray([[0.5, np.nan]], dtype=np.float32)
+    with pytest.raises(SampleError, match="pixels that are no numbers"):
+        decode_image(encode(Image.fromarray(values), "TIFF"))

@@ -92,7 +92,11 @@ def test_equal_bytes_from_any_number_of_processes_and_at_any_time(folder: Path, 
     pack_pairs(str(folder), tmp_path / "1", options, workers=1)
     os.utime(folder / "0.jpg", (time.time() + 99, time.time() + 99))
     pack_pairs(str(folder), tmp_path / "2", options, workers=2)
-    assert content(tmp_path / "1") == content(tmp_path / "2")
+    one, two = content(tmp_path / "1"), content(tmp_path / "2")
+    # The record tells by times which pictures were packed; nothing else knows of any.
+    records = [json.loads(found.pop("pack.json")) for found in (one, two)]
+    assert records[0]["settings"].pop("pictures") != records[1]["settings"].pop("pictures")
+    assert one == two and records[0] == records[1]
     with tarfile.open(tmp_path / "1/00000.tar") as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in tar} == {(0, 0, 0, "", 0o644)}
 
@@ -251,3 +255,13 @@ def test_missing_sidecars_are_made(tmp_path: Path, shared: Path, monkeypatch: py
         assert sidecar.read_bytes() == before
     # pack.json is not asked: these are shards like any others.
     assert pack(str(tmp_path / "out"), None, workers=1).lines()[:3] == ["samples: 9", "shards: 3", "left out: 2"]
+
+
+def test_a_changed_picture_is_packed_again(folder: Path, tmp_path: Path) -> None:
+    pack(str(folder), tmp_path / "out", workers=1)
+    picture = sorted(folder.glob("*.png"))[0] if list(folder.glob("*.png")) else sorted(folder.rglob("*.jpg"))[0]
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(picture)
+    message = refused(str(folder), tmp_path / "out")
+    assert "pictures" in message
+    with pytest.raises(InputError, match="limit 0 leaves no pair"):
+        pack(str(folder), tmp_path / "other", limit=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mmkit.data.remote import ShardCache
 from mmkit.data.sidecar import SMALLEST, SUFFIX, Omitted, Origin, make_index, read_sidecar, write_sidecar
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.data.sources import SourceOptions, indexed, join_sources, open_pairs, open_training_pairs
+from mmkit.data.sources.columns import follow_picture
 from mmkit.data.sources.locate import expand, guess_kind
 from mmkit.data.sources.tars import index_tar
 from mmkit.errors import InputError
@@ -465,6 +467,7 @@ def test_keys_of_the_section_hold_for_its_sources(tmp_path: Path) -> None:
 
 def test_disks_that_hiccup_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
+    monkeypatch.setattr(reading, "_given_up", {})
     monkeypatch.setattr(reading.time, "sleep", waits.append)
     tries: list[int] = []
 
@@ -474,15 +477,20 @@ def test_disks_that_hiccup_are_asked_again(tmp_path: Path, monkeypatch: pytest.M
             raise OSError(number, os.strerror(number))
         return b"read"
 
-    assert reading.with_retries(lambda: work(2, 5)) == b"read" and waits == [0.5, 2.0]
+    assert reading.with_retries(lambda: work(2, 5), "a") == b"read" and waits == [0.5, 2.0]
     tries.clear()
     with pytest.raises(SampleError, match=r"cannot be read, also at try 4 \(Input/output error\)"):
-        reading.with_retries(lambda: work(9, 5))
+        reading.with_retries(lambda: work(9, 5), "b")
+    tries.clear()
+    # Its other samples do not wait again, and other files are read.
+    with pytest.raises(SampleError, match="also at try 4"):
+        reading.with_retries(lambda: work(0, 5), "b")
+    assert tries == [] and reading.with_retries(lambda: work(0, 5), "c") == b"read"
     tries.clear()
     waits.clear()
     # What is there to stay is not waited for.
     with pytest.raises(SampleError, match="No such file"):
-        reading.with_retries(lambda: work(9, 2))
+        reading.with_retries(lambda: work(9, 2), "d")
     assert waits == []
     with pytest.raises(SampleError, match="cannot be read"):
         ImageRef(str(tmp_path / "none.tar"), 5, 5).read()
@@ -501,3 +509,91 @@ def test_an_index_is_arrays_not_objects(tmp_path: Path) -> None:
     index = index_tar(shards.write_shard(tmp_path / "a.tar", 0, 50))
     assert {a.dtype for a in index.arrays.values()} == {np.dtype("uint64"), np.dtype("uint8")}
     assert sum(a.nbytes for a in index.arrays.values()) == 50 * (5 * 8 + 6)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, why in (("pipe.jpg", "a pipe or a device"), ("", "Is a directory")):
+        with pytest.raises(SampleError, match=why):
+            ImageRef(str(tmp_path / name)).read()
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    with pytest.raises(SampleError, match="a pipe or a device"):
+        ImageRef(str(tmp_path / "zero.jpg")).read()
+
+
+def test_a_book_is_no_caption(tmp_path: Path) -> None:
+    members = [("0.jpg", b"x"), ("0.txt", b"word " * 300_000), ("1.jpg", b"x"), ("1.txt", b"good")]
+    source = open_pairs(str(shards.write_tar(tmp_path / "a.tar", members)))
+    assert [p.key for p in source] == ["1"]
+    assert source.left_out[0].reason == "caption: 1500000 bytes are over the limit of 1048576"
+
+
+def test_shards_beside_tables_of_their_metadata(tmp_path: Path) -> None:
+    # As img2dataset leaves them.
+    for n in range(4):
+        shards.write_shard(tmp_path / f"{n:05d}.tar", n, 1)
+        (tmp_path / f"{n:05d}.parquet").write_bytes(b"PAR1")
+    assert guess_kind(str(tmp_path)) == "webdataset" and len(open_pairs(str(tmp_path))) == 4
+
+
+def test_a_table_written_anew_is_read_anew_and_by_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for text in ("one", "changed"):
+        pyarrow.parquet.write_table(pyarrow.table({"image": [b"x"], "caption": [text], "alt": ["other"]}), path)
+        assert open_pairs(str(path)).read(0).caption == text
+        assert open_pairs(str(path), SourceOptions(caption="alt")).read(0).caption == "other"
+
+
+def test_samples_are_told_apart_by_their_shards(tmp_path: Path) -> None:
+    for n in range(2):
+        shards.write_tar(tmp_path / f"{n}.tar", [("0.jpg", b"x"), ("0.txt", b"same key")])
+    assert [p.name for p in open_pairs(str(tmp_path))] == ["0.tar:0", "1.tar:0"]
+    (tmp_path / "r.jsonl").write_text('{"image": "a.jpg", "caption": "x"}')
+    assert open_pairs(str(tmp_path / "r.jsonl")).read(0).name == "r.jsonl:1 a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("/data/{" + ",".join(map(str, range(10_000, 10_060))) + "}.tar", "60 shards are missing, the first is /data/10000.tar"),
+        ("hf:", "no name after hf:"),
+        ("http://127.0.0.1:9/captions.json", "names pictures on a disk; fetch it with them"),
+        ("http://127.0.0.1:9/rows.jsonl", "names pictures on a disk; fetch it with them"),
+    ],
+)
+def test_odd_locations_are_wrong_input(location: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        open_pairs(location)
+
+
+def test_odd_names_in_a_folder(tmp_path: Path) -> None:
+    odd = os.fsencode(tmp_path) + b"/caf\xe9"
+    Path(os.fsdecode(odd + b".jpg")).write_bytes(shards.jpeg(1))
+    Path(os.fsdecode(odd + b".txt")).write_text("latin")
+    source = open_pairs(str(tmp_path))
+    assert content(source) == [("latin", shards.jpeg(1))] and source.fingerprint
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "nowhere.tar")
+    with pytest.raises(InputError, match=r"gone\.tar: cannot be looked at \(No such file or directory\); mend the link"):
+        open_pairs(str(tmp_path))
+
+
+def test_a_column_of_lists_is_refused_at_the_start(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"image": [b"x"], "caption": [["one", "two"]]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"column 'caption' holds List.*, no texts; set data.caption"):
+        open_pairs(f"hf:{tmp_path / 'saved'}")
+
+
+def test_files_named_by_a_data_set_are_names(tmp_path: Path) -> None:
+    for odd in ("a\0b", 5):
+        with pytest.raises(SampleError, match="is no file name"):
+            follow_picture({"bytes": None, "path": odd}, (tmp_path,))
+
+
+def test_faults_in_a_list_of_sources_are_told_as_such() -> None:
+    negative = [{"path": "a", "weight": -1}, {"path": "b", "weight": 1}]
+    for train, told in (([{"path": "a", "weigth": 1}], "weigth"), (negative, "weight")):
+        with pytest.raises(ValueError) as caught:
+            data(train)
+        assert told in str(caught.value) and "valid string" not in str(caught.value)
+    with pytest.raises(ValueError, match="a weight is a share among several data sets: leave it out"):
+        data([{"path": "a", "weight": 1}])

@@ -151,3 +151,12 @@ def test_layout_of_what_is_kept() -> None:
     assert [(p.chunks.tolist(), p.weight) for p in kept.parts] == [([2], 1.0)]
     with pytest.raises(AssertionError):
         ShuffledOrder(part([2, 0], None), 0)
+
+
+def test_a_source_in_one_piece_mixes_with_shards_in_a_list() -> None:
+    layout = join([Layout.flat(2000), Layout((part([100] * 20, 400),))], [None, None])
+    order = epoch(make_order(layout, 0), 4000)
+    assert sorted(order) == list(range(4000))
+    share = [np.mean([i < 2000 for i in order[n : n + 400]]) for n in range(0, 4000, 400)]
+    # In one piece it would be 0 or 1 nearly everywhere.
+    assert all(0.1 < s < 0.9 for s in share), share

@@ -111,7 +111,8 @@ class _Shortened:
     """The first rows of a shard."""
 
     def __init__(self, shard: PairShard, rows: int) -> None:
-        self.shard, self.rows, self.read, self.describe = shard, rows, shard.read, shard.describe
+        self.shard, self.rows = shard, rows
+        self.read, self.describe, self.files = shard.read, shard.describe, shard.files
 
     def __len__(self) -> int:
         return self.rows
@@ -135,10 +136,7 @@ def _root(location: str, options: SourceOptions) -> Path:
 def _open_rows(location: str, options: SourceOptions) -> PairSource:
     names = expand(location, ".jsonl")
     for name in names:
-        if is_remote(name):
-            raise InputError(
-                "rows name pictures on a disk", where=name, mend="fetch them, or give shards with the pictures inside"
-            )
+        _on_disk(name)
     reader = RowReader(options.image, options.caption)
     indexed = Indexed(reader, options.cache)
     files, left_out = indexed.scan(names)
@@ -147,6 +145,12 @@ def _open_rows(location: str, options: SourceOptions) -> PairSource:
     hashes = [hash_file(Path(name)) for name in names]
     # No window: rows name single files, so nothing is gained by reading them in order.
     return _of_shards(shards, left_out, hashes[0] if len(hashes) == 1 else hash_text(*hashes), None)
+
+
+def _on_disk(name: str) -> None:
+    """Raises InputError: an address, where the index names pictures by their place beside it."""
+    if is_remote(name):
+        raise InputError("names pictures on a disk", where=name, mend="fetch it with them, or give shards, which hold pictures")
 
 
 def _open_tars(location: str, options: SourceOptions) -> PairSource:
@@ -180,6 +184,8 @@ def _parquet(names: Sequence[str], options: SourceOptions) -> PairSource:
 
 def _open_hub(location: str, options: SourceOptions) -> PairSource:
     name, _, split = location.removeprefix(HUB).partition("@")
+    if not name:
+        raise InputError("no name after hf:", where=location, mend="write hf:OWNER/NAME@SPLIT or hf:FOLDER")
     if options.streaming:
         kind, files = stream_files(name, split, location)
         return (_parquet if kind == "parquet" else _tars)(files, options)
@@ -188,6 +194,10 @@ def _open_hub(location: str, options: SourceOptions) -> PairSource:
     rows = load_rows(name, split, location)
     columns = (options.image, options.caption)
     check_columns(rows.column_names, columns, location)
+    kind = rows.features[options.caption]
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        mend = "set data.caption to a column of texts, one a row"
+        raise InputError(f"column {options.caption!r} holds {kind}, no texts", where=location, mend=mend)
     if isinstance(rows.features[options.image], datasets.Image):
         # Without decoding: the bytes go through the same decoder as every other picture.
         rows = rows.cast_column(options.image, datasets.Image(decode=False))
@@ -197,6 +207,7 @@ def _open_hub(location: str, options: SourceOptions) -> PairSource:
 
 
 def _in_memory(read: Callable[[str, Path], Read], location: str, options: SourceOptions) -> PairSource:
+    _on_disk(location)
     pairs, left_out, fingerprint = read(location, _root(location, options))
     return _of_shards([ListShard(pairs)], left_out, fingerprint, None)
 

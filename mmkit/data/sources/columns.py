@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,22 @@ class _Groups:
     """Row groups of Parquet files that were read last."""
 
     def __init__(self) -> None:
-        self._held: collections.OrderedDict[tuple[str, int], tuple[Any, int]] = collections.OrderedDict()
+        self._held: collections.OrderedDict[tuple[Any, ...], tuple[Any, int]] = collections.OrderedDict()
         self._bytes = 0
 
     def get(self, path: str, group: int, columns: tuple[str, str]) -> Any:
         """A row group as an Arrow table. Raises OSError, pyarrow.ArrowInvalid."""
         import pyarrow.parquet
 
-        # The time of writing is not part of the key: a Parquet file's groups are found through its footer, read anew each time.
-        if (found := self._held.get((path, group))) is not None:
-            self._held.move_to_end((path, group))
+        stat = os.stat(path)  # noqa: PTH116  at every row; Path.stat costs twice as much
+        # What tells the file from another of its name, and the columns: two sources may read different ones of one file.
+        key = (path, stat.st_ino, stat.st_size, stat.st_mtime_ns, group, columns)
+        if (found := self._held.get(key)) is not None:
+            self._held.move_to_end(key)
             return found[0]
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
             table = file.read_row_group(group, columns=list(columns), use_threads=False)
-        self._held[path, group] = (table, table.nbytes)
+        self._held[key] = (table, table.nbytes)
         self._bytes += table.nbytes
         while self._bytes > _HELD_BYTES and len(self._held) > 1:
             self._bytes -= self._held.popitem(last=False)[1][1]
@@ -94,6 +97,10 @@ class GroupShard:
         """File, and number of group and row."""
         return self.path, f"group {self.group} row {row}"
 
+    def files(self) -> list[str]:
+        """The Parquet file, where it is on this disk."""
+        return [] if is_remote(self.path) else [self.path]
+
 
 def picture_bytes(value: Any, max_bytes: int = MAX_BYTES) -> bytes:
     """Bytes of a picture as Hugging Face and others store it: bytes, or ``{"bytes", "path"}``.
@@ -121,6 +128,8 @@ def follow_picture(value: Any, roots: tuple[Path, ...], max_bytes: int = MAX_BYT
     """
     if not isinstance(value, dict) or value.get("bytes") is not None or not value.get("path"):
         return picture_bytes(value, max_bytes)
+    if not isinstance(value["path"], str) or "\0" in value["path"]:
+        raise SampleError(f"image {value['path']!r} is no file name")
     # Resolved, unlike the names in an index file: these are whole paths, in which `..` or a link may hide.
     path = Path(value["path"]).resolve()
     if not any(path.is_relative_to(root) for root in roots):
@@ -214,6 +223,10 @@ class HubShard:
     def describe(self, row: int) -> tuple[str, str]:
         """Location and row."""
         return self.location, f"row {row}"
+
+    def files(self) -> list[str]:
+        """None: the data set's own fingerprint stands for its content."""
+        return []
 
 
 def load_rows(name: str, split: str, location: str) -> Any:

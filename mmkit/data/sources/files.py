@@ -8,10 +8,10 @@ from pathlib import Path
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import Pair, clean_caption, decode_caption, safe_image_path
 from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.data.sources.tars import IMAGE_SUFFIXES
 from mmkit.errors import InputError
 from mmkit.files import hash_file, hash_text, read_json
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 # What Hugging Face's imagefolder calls its table of captions, in the folder itself.
 METADATA = "metadata.jsonl"
 Read = tuple[list[Pair], list[LeftOut], str]

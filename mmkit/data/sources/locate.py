@@ -28,18 +28,18 @@ def expand(location: str, suffix: str) -> list[str]:
     for name in _braces(location):
         if is_remote(name):
             found += remote_glob(name) if _is_pattern(name) else [name]
-        elif Path(name).is_dir():
+        elif os.path.isdir(name):
             # Strings from the listing itself: a hundred thousand Paths would take a second.
             folder = str(Path(name))
             found += sorted(f"{folder}/{entry}" for entry in os.listdir(folder) if entry.endswith(suffix))  # noqa: PTH208
-        elif _is_pattern(name) and not Path(name).exists():
+        elif _is_pattern(name) and not os.path.exists(name):
             # Path.glob takes relative patterns only, hence the detour over the anchor.
             anchor = Path(name).anchor
             found += sorted(str(p) for p in Path(anchor or ".").glob(name.removeprefix(anchor)))
         else:
             found.append(name)
             # A range names its shards, so a missing one is an error; a glob would train on fewer in silence.
-            if not Path(name).is_file():
+            if not os.path.isfile(name):
                 missing.append(name)
     if missing or not found:
         what = f"{len(missing)} shards are missing, the first is {missing[0]}" if missing else f"no {suffix} shard matches"
@@ -51,8 +51,8 @@ def expand(location: str, suffix: str) -> list[str]:
 
 def _braces(location: str) -> list[str]:
     """``{000..123}`` and ``{a,b}`` written out, as a shell does; digits keep their zeros."""
-    # A file whose name really holds braces is a file first.
-    match = None if Path(location).exists() else _BRACES.search(location)
+    # A file whose name really holds braces is a file first. os.path: a list written out may be longer than a name can be.
+    match = None if os.path.exists(location) else _BRACES.search(location)
     if match is None:
         return [location]
     inside = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
@@ -75,7 +75,7 @@ def guess_kind(location: str) -> str:
     if location.startswith(HUB) and not is_remote(location):
         return "hf"
     path = Path(location)
-    if path.is_dir():
+    if os.path.isdir(location):
         return _kind_of_folder(path)
     suffix = path.suffix.lower()
     if suffix == ".json":
@@ -85,12 +85,11 @@ def guess_kind(location: str) -> str:
 
 
 def _kind_of_folder(folder: Path) -> str:
-    # Up to the first that tells: a folder of shards may have a hundred thousand.
-    with os.scandir(folder) as entries:
-        suffixes = (Path(entry.name).suffix for entry in entries)
-        known = next((suffix for suffix in suffixes if suffix in (".tar", ".parquet")), None)
-    if known is not None:
-        return {".tar": "webdataset", ".parquet": "parquet"}[known]
+    suffixes = {os.path.splitext(name)[1] for name in os.listdir(folder)}  # noqa: PTH122, PTH208  there may be a hundred thousand
+    # Tars first: img2dataset writes a Parquet file of metadata beside each.
+    for suffix, kind in ((".tar", "webdataset"), (".parquet", "parquet")):
+        if suffix in suffixes:
+            return kind
     # What save_to_disk of Hugging Face's datasets writes.
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return "hf"
@@ -100,7 +99,7 @@ def _kind_of_folder(folder: Path) -> str:
 
 def _is_list(path: Path) -> bool:
     """Whether a JSON file begins as a list: LLaVA's do, COCO's are objects."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return False
     with path.open("rb") as file:
         return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["

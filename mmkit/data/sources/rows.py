@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,9 @@ class RowShard:
             return self.file.name, self.indexed.index(self.file).key(row)
         except SampleError:
             return self.file.name, f"row {row}"
+
+    def files(self) -> Iterator[str]:
+        """The pictures' files."""
+        for row in range(len(self)):
+            with contextlib.suppress(SampleError):
+                yield self.read(row).image.path

@@ -17,6 +17,8 @@ from mmkit.data.skipped import SampleError
 from mmkit.data.sources.indexed import Indexed, ShardFile
 
 EMPTY = "the shard is empty"
+# A caption has a few hundred bytes; a book under a caption's name would be read into memory as a whole. Names likewise.
+LONGEST_TEXT = 1 << 20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _BLOCK = 512
 
@@ -77,6 +79,10 @@ class TarShard:
         except SampleError:
             return self.file.name, f"sample {row}"
 
+    def files(self) -> list[str]:
+        """The shard; none where it is remote, whose version is part of its index."""
+        return [] if is_remote(self.file.name) else [self.file.name]
+
     def _picture(self, offset: int, size: int) -> Picture:
         name = self.file.name
         return RemoteRef(self.cache, name, offset, size, self.file.version) if is_remote(name) else ImageRef(name, offset, size)
@@ -105,6 +111,8 @@ def index_tar(path: Path) -> Index:
             left_out.append(Omitted(key, f"no {'picture' if image is None else '.txt caption'}"))
             continue
         try:
+            if text.size > LONGEST_TEXT:
+                raise ValueError(f"caption: {text.size} bytes are over the limit of {LONGEST_TEXT}")
             decode_caption(data[text.offset : text.offset + text.size])
         except ValueError as error:
             left_out.append(Omitted(key, str(error)))
@@ -195,6 +203,8 @@ def walk_tar(data: Bytes) -> Iterator[Member | TarFault]:
         start, name, kind = at + _BLOCK, "", header[156:157]
         try:
             length = _number(header[124:136])
+            if kind in b"xgLK" and length > LONGEST_TEXT:
+                raise ValueError("no name is that long")
             if kind in b"xgLK" and start + length <= size:
                 extended.update(_extension(kind, data[start : start + length]))
                 at = start + -(-length // _BLOCK) * _BLOCK

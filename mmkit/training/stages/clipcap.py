@@ -60,7 +60,7 @@ class FeatureSamples:
     def load(self, index: int, rng: np.random.Generator) -> CaptionedFeatures:
         """Features and ids of one pair."""
         pair = self.pairs[index]
-        return CaptionedFeatures(self.features[self.row[pair.image]], self.ids[index], pair.key)
+        return CaptionedFeatures(self.features[self.row[pair.image]], self.ids[index], pair.name)
 
 
 def collate_captions(samples: list[CaptionedFeatures]) -> Batch:
@@ -153,7 +153,7 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
     validation = None
     # Validation has its own features and its own key; the limit is for training.
     if recipe.data.val:
-        held = open_pairs(recipe.data.val, options_of(recipe.data, "auto", recipe.data.val_image_root))
+        held = open_pairs(recipe.data.val, options_of(recipe.data, recipe.data.val_type, recipe.data.val_image_root))
         validation, *_ = samples_of(held, None)
     # After the features: standardising needs their statistics.
     model = _make_model(recipe, encoder, llm, samples.features)

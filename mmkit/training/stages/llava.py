@@ -172,8 +172,9 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
 
     samples, left_out, layout, available = samples_of(recipe.data.sources, recipe.data.limit)
     validation = None
-    if recipe.data.val:
-        validation, *_ = samples_of([SourceConfig(path=recipe.data.val, image_root=recipe.data.val_image_root)], None)
+    data = recipe.data
+    if data.val:
+        validation, *_ = samples_of([SourceConfig(path=data.val, type=data.val_type, image_root=data.val_image_root)], None)
 
     def save_product(folder: Path) -> None:
         with new_folder(folder) as new:

@@ -94,7 +94,7 @@ class PairSamples:
         # Validation sees every picture whole and always the same.
         if how is None:
             image = decode_image(data, max_pixels=self.max_pixels)
-            return PairSample(fit_square(image, self.size, fit="squash"), pair.caption, pair.key, None)
+            return PairSample(fit_square(image, self.size, fit="squash"), pair.caption, pair.name, None)
         # The crop draws first: a recipe without jitter cuts the same crops as one with it.
         pixels = training_crop(data, self.size, rng, scale=how.crop_scale, decoder=how.decoder, max_pixels=self.max_pixels)
         # On the small crop and not on the picture: fewer pixels to change.
@@ -102,7 +102,7 @@ class PairSamples:
             pixels = how.jitter(pixels, rng)
         if how.gray_scale_prob and rng.random() < how.gray_scale_prob:
             pixels = gray_scale(pixels)
-        return PairSample(pixels, pair.caption, pair.key, how.kept_patches(rng))
+        return PairSample(pixels, pair.caption, pair.name, how.kept_patches(rng))
 
 
 def open_samples(
@@ -120,7 +120,7 @@ def open_samples(
     train = samples_of(source, augmentation=how)
     validation = None
     if data.val:
-        held = open_pairs(data.val, options_of(data, "auto", data.val_image_root))
+        held = open_pairs(data.val, options_of(data, data.val_type, data.val_image_root))
         source.left_out.extend(held.left_out)  # one list for the user to look at
         validation = samples_of(held)
     return train, validation, source
