@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import mmkit
 from mmkit.config import Recipe, dump_recipe
+from mmkit.data.scan.crew import cores
 from mmkit.data.skipped import LeftOut
 from mmkit.errors import InputError
 from mmkit.files import Writing, hash_file, hash_folder, read_json, write_json, write_text
@@ -414,7 +415,7 @@ def hardware() -> dict[str, Any]:
     return {
         "cpu": model,
         # The cores this process may use: a scheduler or container gives fewer than the machine has.
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "gpus": gpus,
         "python": platform.python_version(),
         "system": platform.system(),

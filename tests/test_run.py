@@ -321,3 +321,29 @@ def test_facts_about_the_machine() -> None:
     assert isinstance(found["gpus"], list)
     commit = git_commit()
     assert commit is None or len(commit.rstrip("+")) == 12
+
+
+def test_a_lock_that_was_deleted_keeps_nobody_out_and_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmkit import lock
+
+    folder = tmp_path / "run"
+    holder = lock.FolderLock(folder)
+    holder.take()
+    old = (folder / lock.NAME).stat().st_ino
+    real, seen = lock.fcntl.lockf, []
+
+    def late(file: Any, how: int) -> None:
+        # Its holder deletes the file after it was opened here and before it is locked.
+        if not seen:
+            seen.append(1)
+            (folder / lock.NAME).unlink()
+            holder.give_back()
+        real(file, how)
+
+    monkeypatch.setattr(lock.fcntl, "lockf", late)
+    second = lock.FolderLock(folder)
+    second.take()
+    # What it holds is the file that others will find.
+    assert (folder / lock.NAME).read_text().startswith(f"process {os.getpid()} on ")
+    assert second._file is not None and os.fstat(second._file.fileno()).st_ino == (folder / lock.NAME).stat().st_ino
+    assert old and seen

@@ -18,7 +18,6 @@ T = TypeVar("T")
 PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EINTR})
 # Seconds before each further try: long enough for a restarted server, short beside the hours that a run takes.
 BACK_OFF = (0.5, 2.0, 8.0)
-GIVEN_UP_SECONDS = 600.0
 # A window of shards and some more; the usual limit of a process is 1,024.
 _OPEN_FILES = 128
 # How long a file is taken to be the one that it was.
@@ -66,8 +65,28 @@ class _OpenFiles:
 
 
 _files = _OpenFiles()
-# Files that failed at the last try too, until when, and why: the other samples of a shard on a dead disk would wait as long each.
-_given_up: dict[str, tuple[float, str]] = {}
+
+
+class GivenUp:
+    """Files and shards that failed at the last try too; for a while nobody waits for them again, sample after sample."""
+
+    SECONDS = 600.0
+
+    def __init__(self) -> None:
+        self._until: dict[str, tuple[float, str]] = {}
+
+    def check(self, name: str) -> None:
+        """Raises SampleError with the reason of then."""
+        until, reason = self._until.get(name, (0.0, ""))
+        if time.monotonic() < until:
+            raise SampleError(reason)
+
+    def note(self, name: str, reason: str) -> None:
+        """It failed now."""
+        self._until[name] = (time.monotonic() + self.SECONDS, reason)
+
+
+_given_up = GivenUp()
 
 
 def look_again() -> None:
@@ -115,9 +134,7 @@ def with_retries(work: Callable[[], T], path: str) -> T:
     Raises:
         SampleError: It failed for good; the message says why.
     """
-    until, known = _given_up.get(path, (0.0, ""))
-    if time.monotonic() < until:
-        raise SampleError(known)
+    _given_up.check(path)
     for seconds in (*BACK_OFF, None):
         try:
             return work()
@@ -127,7 +144,7 @@ def with_retries(work: Callable[[], T], path: str) -> T:
                 raise SampleError(f"cannot be read ({reason})") from None
             if seconds is None:
                 what = f"cannot be read, also at try {len(BACK_OFF) + 1} ({reason})"
-                _given_up[path] = (time.monotonic() + GIVEN_UP_SECONDS, what)
+                _given_up.note(path, what)
                 raise SampleError(what) from None
             time.sleep(seconds)
         except SampleError:  # is a ValueError too

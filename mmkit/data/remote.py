@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from mmkit.data.bounds import MAX_BYTES
 from mmkit.data.images import ImageRef
-from mmkit.data.reading import BACK_OFF, GIVEN_UP_SECONDS
+from mmkit.data.reading import BACK_OFF, GivenUp
 from mmkit.data.skipped import SampleError
 from mmkit.errors import InputError
 from mmkit.files import hash_text
@@ -33,8 +33,7 @@ _TELLING = frozenset(
     ["size", "ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "mtime", "updated", "created", "md5Hash", "oid"]
 )
 _MEND = "check the address, the network and your credentials"
-# Per process, by address: when a shard was given up, and why.
-_given_up: dict[str, tuple[float, str]] = {}
+_given_up = GivenUp()
 
 
 def is_remote(location: str) -> bool:
@@ -95,9 +94,7 @@ class ShardCache:
 
     def _fetch_once(self, url: str, path: Path, version: int | None) -> None:
         """Fetch under a lock, so that workers who want the same shard fetch it once."""
-        since, why = _given_up.get(url, (float("-inf"), ""))
-        if time.monotonic() - since < GIVEN_UP_SECONDS:
-            raise SampleError(why)
+        _given_up.check(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{path.name}.lock")):
             if path.exists():
@@ -105,7 +102,7 @@ class ShardCache:
             try:
                 _with_back_off(lambda: self._fetch(url, path, version))
             except SampleError as error:
-                _given_up[url] = (time.monotonic(), str(error))
+                _given_up.note(url, str(error))
                 raise
 
     def _fetch(self, url: str, path: Path, version: int | None) -> None:

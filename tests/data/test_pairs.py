@@ -14,7 +14,7 @@ from shards import write_tar
 from mmkit.data.images import decode_image
 from mmkit.data.pairs import PairSource, clean_caption, safe_image_path
 from mmkit.data.skipped import LeftOut, SampleError
-from mmkit.data.sources import open_pairs
+from mmkit.data.sources import SourceOptions, open_pairs
 from mmkit.data.sources.locate import expand
 from mmkit.errors import InputError
 
@@ -22,7 +22,7 @@ ODD_ON_ONE_LINE = ["carriage_return", "crlf", "newline", "line_separator", "para
 
 
 def opened(shared: Path, name: str, **more: str) -> PairSource:
-    return open_pairs(str(shared / "broken" / name), **more)
+    return open_pairs(str(shared / "broken" / name), SourceOptions(**more))
 
 
 def refused(shared: Path, name: str) -> str:
@@ -46,7 +46,8 @@ def pair(key: str, caption: str = "a dog") -> list[tuple[str, bytes]]:
 def test_coco_mini_in_both_formats(shared: Path) -> None:
     rows = open_pairs(str(shared / "coco-mini" / "pairs_train.jsonl"))
     coco = open_pairs(
-        str(shared / "coco-mini" / "captions_train.json"), image_root=str(shared / "coco-mini" / "images" / "train")
+        str(shared / "coco-mini" / "captions_train.json"),
+        SourceOptions(image_root=str(shared / "coco-mini" / "images" / "train")),
     )
     assert (len(rows.pairs), len(rows.left_out), len(coco.pairs), len(coco.left_out)) == (400, 0, 400, 0)
     assert {(p.image.path, p.caption) for p in rows.pairs} == {(p.image.path, p.caption) for p in coco.pairs}

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import shards
 
-from mmkit.data import remote
+from mmkit.data import reading, remote
 from mmkit.data.images import ImageRef
 from mmkit.data.loader import ReplacingSet, make_loader
 from mmkit.data.order import Position, make_order
@@ -70,7 +70,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str, type[Recording]]]:
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "BACK_OFF", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(remote, "_given_up", {})
+    monkeypatch.setattr(remote, "_given_up", reading.GivenUp())
 
 
 def options(tmp_path: Path, limit: int = 1 << 30) -> SourceOptions:

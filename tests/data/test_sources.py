@@ -467,7 +467,7 @@ def test_keys_of_the_section_hold_for_its_sources(tmp_path: Path) -> None:
 
 def test_disks_that_hiccup_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(reading, "_given_up", {})
+    monkeypatch.setattr(reading, "_given_up", reading.GivenUp())
     monkeypatch.setattr(reading.time, "sleep", waits.append)
     tries: list[int] = []
 

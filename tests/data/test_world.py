@@ -16,7 +16,7 @@ from PIL import Image
 import mmkit.data.world.write
 from mmkit.data.images import decode_image
 from mmkit.data.llava_json import read_llava
-from mmkit.data.sources import open_pairs
+from mmkit.data.sources import SourceOptions, open_pairs
 from mmkit.data.world import make_world
 from mmkit.data.world.language import CAPTION_REQUESTS, captions
 from mmkit.data.world.scene import COLORS, PLACES, SHAPES, WORDS, Scene, sample_split
@@ -171,7 +171,7 @@ def test_captions_name_everything(world: Path) -> None:
 
 def test_pairs_shards_and_captions_agree(world: Path) -> None:
     images = str(world / "images" / "train")
-    coco = open_pairs(str(world / "captions_train.json"), image_root=images)
+    coco = open_pairs(str(world / "captions_train.json"), SourceOptions(image_root=str(images)))
     rows = open_pairs(str(world / "pairs_train.jsonl"))
     shards = open_pairs(str(world / "shards"))
     assert [len(s.left_out) for s in (coco, rows, shards)] == [0, 0, 0]

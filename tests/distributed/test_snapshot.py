@@ -105,3 +105,17 @@ def test_deepspeed_files_run_no_code(tmp_path):
     torch.save({"module": Evil()}, tmp_path / "x.pt")
     with pytest.raises(Exception, match=r"weights_only|Unsupported"):
         saver.load(str(tmp_path / "x.pt"))
+
+
+def test_the_limit_of_a_container_counts(tmp_path):
+    group = tmp_path / "fs" / "job" / "step"
+    group.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("0::/job/step\n")
+    for folder, limit, used in ((group, "max", 70), (group.parent, "1000", 300), (tmp_path / "fs", "5000", 10)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+    assert sorted(snapshot._spare_of_groups(tmp_path / "cgroup", tmp_path / "fs")) == [700, 4990]
+    # Where there are no groups, or of the old kind, the machine's memory is all that is known.
+    assert snapshot._spare_of_groups(tmp_path / "none", tmp_path / "fs") == []
+    (tmp_path / "cgroup").write_text("4:memory:/job\n")
+    assert snapshot._spare_of_groups(tmp_path / "cgroup", tmp_path / "fs") == []

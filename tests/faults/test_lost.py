@@ -98,6 +98,23 @@ def test_a_busy_rank_0_is_waited_for(zygote, tmp_path):
     assert codes == [0, 0], log.read_text()[-3000:]
 
 
+def test_a_slow_disk_is_waited_for(zygote, tmp_path):
+    # Only rank 0 writes; the other has nothing to do but to wait for it, at the next save and at the end.
+    run, log = tmp_path / "run", tmp_path / "log"
+    slow = """
+import time
+from mmkit.training.checkpoint import Saver
+write = Saver._write_files
+def slowly(self, files, step):
+    time.sleep(8 if files else 0)
+    return write(self, files, step)
+Saver._write_files = slowly
+"""
+    arguments = pipeline.superclass(run, "train.steps=3", "train.checkpoint_every=2", "track.kind=none")
+    codes = [zygote.wait(p) for p in zygote.start(arguments, log, processes=2, before=slow + IMPATIENT)]
+    assert codes == [0, 0], log.read_text()[-3000:]
+
+
 def test_under_torchrun(tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mmkit"]

@@ -35,6 +35,9 @@ class FakeEngine:
     def numbers(self, *values: float) -> torch.Tensor:
         return torch.tensor(values)
 
+    def barrier(self) -> None:
+        pass
+
     def gather(self, rows: list) -> list:
         return rows
 

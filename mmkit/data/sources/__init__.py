@@ -50,9 +50,7 @@ class SourceOptions:
     cache: ShardCache = dataclasses.field(default_factory=lambda: ShardCache(default_cache(), 50 << 30))
 
 
-def open_pairs(
-    location: str, options: SourceOptions | None = None, *, kind: str = "auto", image_root: str | None = None
-) -> PairSource:
+def open_pairs(location: str, options: SourceOptions | None = None) -> PairSource:
     """Read the index of a pair data set.
 
     Args:
@@ -60,13 +58,11 @@ def open_pairs(
             (``shards/train-{00000..00009}.tar``, a glob, a folder, an address); a folder of pictures with a ``.txt`` beside each;
             ``hf:NAME_OR_FOLDER[@SPLIT]``.
         options: Everything else.
-        kind: As in the options, for calls that need no more than this and the next.
-        image_root: As in the options.
 
     Raises:
         InputError: Nothing there, broken JSON, or no usable sample.
     """
-    options = options or SourceOptions(kind=kind, image_root=image_root)
+    options = options or SourceOptions()
     kind = guess_kind(location) if options.kind == "auto" else options.kind
     if kind not in _READERS:
         raise InputError(f"data type {kind!r} holds no image-text pairs", where=location, mend=f"use {', '.join(_READERS)}")
