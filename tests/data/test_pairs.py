@@ -45,10 +45,8 @@ def pair(key: str, caption: str = "a dog") -> list[tuple[str, bytes]]:
 
 def test_coco_mini_in_both_formats(shared: Path) -> None:
     rows = open_pairs(str(shared / "coco-mini" / "pairs_train.jsonl"))
-    coco = open_pairs(
-        str(shared / "coco-mini" / "captions_train.json"),
-        SourceOptions(image_root=str(shared / "coco-mini" / "images" / "train")),
-    )
+    images = SourceOptions(image_root=str(shared / "coco-mini" / "images" / "train"))
+    coco = open_pairs(str(shared / "coco-mini" / "captions_train.json"), images)
     assert (len(rows.pairs), len(rows.left_out), len(coco.pairs), len(coco.left_out)) == (400, 0, 400, 0)
     assert {(p.image.path, p.caption) for p in rows.pairs} == {(p.image.path, p.caption) for p in coco.pairs}
     assert decode_image(coco.pairs[0].image.read()).width <= 640
