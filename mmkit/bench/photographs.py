@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-import tarfile
+import itertools
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from mmkit.data.shards import write_shard
 from mmkit.errors import InputError
 
 _SHARDS = 2
@@ -100,6 +101,12 @@ def encode_photographs(pictures: list[Image.Image], size: tuple[int, int], *, qu
     return encoded
 
 
+def write_samples(path: Path, samples: list[tuple[str, bytes, str]]) -> None:
+    """A shard of these keys, pictures and captions."""
+    pairs = (((f"{key}.jpg", picture), (f"{key}.txt", caption.encode())) for key, picture, caption in samples)
+    write_shard(path, itertools.chain.from_iterable(pairs))
+
+
 def write_shards(encoded: list[bytes], folder: Path) -> list[Path]:
     """Webdataset shards of pictures with a short caption each.
 
@@ -110,14 +117,9 @@ def write_shards(encoded: list[bytes], folder: Path) -> list[Path]:
     Returns:
         The shards in order.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     shards = [folder / f"{number:05d}.tar" for number in range(min(_SHARDS, len(encoded)))]
     for number, shard in enumerate(shards):
-        with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
-            # In turn, so that shards differ by one picture at most.
-            for index in range(number, len(encoded), len(shards)):
-                for suffix, content in ((".jpg", encoded[index]), (".txt", f"photograph {index}".encode())):
-                    member = tarfile.TarInfo(f"{index:06d}{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        # In turn, so that shards differ by one picture at most.
+        rows = range(number, len(encoded), len(shards))
+        write_samples(shard, [(f"{i:06d}", encoded[i], f"photograph {i}") for i in rows])
     return shards

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmkit.bench.measure import interleaved
+from mmkit.bench.photographs import write_samples
 from mmkit.data.order import make_order
 from mmkit.data.remote import ShardCache
 from mmkit.data.sources import SourceOptions, open_pairs
@@ -98,7 +97,7 @@ def _compare(folder: Path, webdataset: Any, samples: int, per_shard: int, size: 
     rng = np.random.default_rng(0)
     for number in range(-(-samples // per_shard)):
         rows = range(number * per_shard, min(samples, (number + 1) * per_shard))
-        write_shard(folder / f"{number:05d}.tar", [(f"{i:09d}", rng.bytes(size)) for i in rows])
+        write_samples(folder / f"{number:05d}.tar", [(f"{i:09d}", rng.bytes(size), f"caption of {i}") for i in rows])
     names = sorted(map(str, folder.glob("*.tar")))
     source = open_pairs(str(folder), SourceOptions(cache=ShardCache(folder / "cache", 1 << 30)))
     datasets.disable_progress_bars()
@@ -135,7 +134,7 @@ def _compare(folder: Path, webdataset: Any, samples: int, per_shard: int, size: 
 def _start(folder: Path, shards: int) -> dict[str, Any]:
     """First batch of a set of many shards: when nothing is known of it, and later."""
     for number in range(shards):
-        write_shard(folder / f"{number:05d}.tar", [(f"{number:05d}{i:03d}", bytes(20_000)) for i in range(60)])
+        write_samples(folder / f"{number:05d}.tar", [(f"{number:05d}{i:03d}", bytes(20_000), f"caption {i}") for i in range(60)])
     found = {}
     for when in ("first time", "later"):
         seconds, peak, _, count = _measure(str(folder), folder.parent / "cache", 0, 64)
@@ -146,7 +145,7 @@ def _start(folder: Path, shards: int) -> dict[str, Any]:
 
 def _go_on(folder: Path, names: int, per_shard: int, step: int, batch: int) -> dict[str, Any]:
     """Going on at a step far into a very large set."""
-    write_shard(folder / "000000.tar", [(f"{i:06d}", bytes(1000)) for i in range(per_shard)])
+    write_samples(folder / "000000.tar", [(f"{i:06d}", bytes(1000), f"caption {i}") for i in range(per_shard)])
     open_pairs(str(folder / "000000.tar"))
     for path in list(folder.iterdir()):
         linked = path
@@ -175,14 +174,3 @@ def _measure(location: str, cache: Path, step: int, batch: int) -> tuple[float, 
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, peak, before, count = map(float, done.stdout.split())
     return seconds, peak, before, count
-
-
-def write_shard(path: Path, samples: list[tuple[str, bytes]]) -> None:
-    """A webdataset shard with these keys and pictures."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, picture in samples:
-            for suffix, data in ((".jpg", picture), (".txt", f"caption of {key}".encode())):
-                member = tarfile.TarInfo(key + suffix)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))

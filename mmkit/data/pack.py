@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from mmkit.data.pairs import Pair, PairSource
 from mmkit.data.remote import ShardCache
 from mmkit.data.scan.crew import map_in_order
 from mmkit.data.scan.look import format_of
+from mmkit.data.shards import write_shard
 from mmkit.data.sidecar import SMALLEST
 from mmkit.data.skipped import LeftOut, SampleError, SkippedRows, skipped_file
 from mmkit.data.sources import SourceOptions, open_pairs
@@ -111,9 +111,11 @@ class Packer:
         left_out: list[LeftOut] = []
         try:
             with part.open("wb") as file:
-                samples = self._fill(file, range(begin, min(begin + self.options.shard_size, len(self.source))), left_out)
+                indices = range(begin, min(begin + self.options.shard_size, len(self.source)))
+                write_shard(file, self._members(indices, left_out))
                 file.flush()
                 os.fsync(file.fileno())
+            samples = len(indices) - len(left_out)
             size = part.stat().st_size if samples else 0
             # A tar without members is a fault to whoever reads the folder; there is nothing in it to read.
             if samples:
@@ -127,25 +129,17 @@ class Packer:
         write_json(record, found)
         return found
 
-    def _fill(self, file: Any, indices: range, left_out: list[LeftOut]) -> int:
-        """Write samples as a tar; how many."""
-        samples = 0
-        # ustar: names are short numbers, and every reader knows it.
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for index in indices:
-                try:
-                    pair = self.source.read(index)
-                    suffix, data, size = shrink(pair.image.read(), self.options)
-                except SampleError as error:
-                    left_out.append(LeftOut(*self.source.describe(index), str(error)))
-                    continue
-                # The number in the source: unique, and known before the samples ahead of it are read.
-                for name, content in members(f"{index:09d}", suffix, data, size, pair):
-                    member = tarfile.TarInfo(name)  # time, user and group are 0, so equal samples are equal bytes
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                samples += 1
-        return samples
+    def _members(self, indices: range, left_out: list[LeftOut]) -> Iterator[tuple[str, bytes]]:
+        """The members of those samples that can be used."""
+        for index in indices:
+            try:
+                pair = self.source.read(index)
+                suffix, data, size = shrink(pair.image.read(), self.options)
+            except SampleError as error:
+                left_out.append(LeftOut(*self.source.describe(index), str(error)))
+                continue
+            # The number in the source: unique, and known before the samples ahead of it are read.
+            yield from members(f"{index:09d}", suffix, data, size, pair)
 
 
 def pack(

@@ -167,18 +167,23 @@ def test_an_error_of_another_kind_is_not_hidden(tmp_path):
     assert names(tmp_path) == []
 
 
+def save_fails(engine: FakeEngine, folder: Path, message: str) -> None:
+    """Saving step 2 is refused with a message; the checkpoint before it is whole, and nothing else is left."""
+    saver = Saver(engine, folder, keep=2)
+    saver.save(2)
+    with pytest.raises(InputError, match=message):
+        saver.wait()
+    saver.close()
+    assert names(folder) == ["step-00000001"] and not faults(folder / "step-00000001")
+
+
 @pytest.mark.parametrize("leave", [0, 100_000, 700_000])
 def test_a_real_full_disk(small_disk, leave):
     # At nothing left, within the first file, and within the second one.
     engine, folder = FakeEngine(ballast=500_000), small_disk / "checkpoints"
     save(engine, folder, 1)
     fill(small_disk, leave=leave)
-    saver = Saver(engine, folder, keep=2)
-    saver.save(2)
-    with pytest.raises(InputError, match=r"step 2 cannot be written \(No space left on device\); the checkpoint"):
-        saver.wait()
-    saver.close()
-    assert names(folder) == ["step-00000001"] and not faults(folder / "step-00000001")
+    save_fails(engine, folder, r"step 2 cannot be written \(No space left on device\); the checkpoint")
     (small_disk / "filler").unlink()
     save(engine, folder, 2)
     assert newest_step(folder) == 2
@@ -188,12 +193,7 @@ def test_a_disk_that_turns_read_only(small_disk):
     engine, folder = FakeEngine(), small_disk / "checkpoints"
     save(engine, folder, 1)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    saver = Saver(engine, folder, keep=2)
-    saver.save(2)
-    with pytest.raises(InputError, match=r"step 2 cannot be written \(Read-only file system\)"):
-        saver.wait()
-    saver.close()
-    assert names(folder) == ["step-00000001"] and not faults(folder / "step-00000001")
+    save_fails(engine, folder, r"step 2 cannot be written \(Read-only file system\)")
 
 
 def truncate(path: Path) -> None:

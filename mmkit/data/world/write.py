@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmkit.data.shards import write_shard
 from mmkit.data.world.draw import draw_scene, encode_jpeg
 from mmkit.data.world.language import (
     TEXT_ONLY,
@@ -224,16 +223,12 @@ def _write_pairs(folder: Path, pictures: list[_Picture]) -> None:
     """The training pairs as JSON lines, and as webdataset shards with one caption a picture copy."""
     rows = [{"image": f"images/train/{p.name}", "caption": caption} for p in pictures for caption in p.captions]
     write_text(folder / "pairs_train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "shards").mkdir()
     for number, start in enumerate(range(0, len(pictures), SHARD_SIZE)):
-        # USTAR rather than Python's default pax: no extra headers, and every tar reader knows it.
-        with tarfile.open(folder / "shards" / f"train-{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for picture in pictures[start : start + SHARD_SIZE]:
-                caption = picture.captions[picture.id % len(picture.captions)]
-                for suffix, data in (("jpg", picture.jpeg), ("txt", caption.encode())):
-                    member = tarfile.TarInfo(f"{picture.id:012d}.{suffix}")
-                    member.size = len(data)  # time, owner and mode keep their fixed defaults
-                    tar.addfile(member, io.BytesIO(data))
+        members = []
+        for picture in pictures[start : start + SHARD_SIZE]:
+            caption = picture.captions[picture.id % len(picture.captions)]
+            members += [(f"{picture.id:012d}.jpg", picture.jpeg), (f"{picture.id:012d}.txt", caption.encode())]
+        write_shard(folder / "shards" / f"train-{number:05d}.tar", members)
 
 
 def _write_rows(path: Path, head: dict[str, Any], name: str, rows: list[Any]) -> None:
