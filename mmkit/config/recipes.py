@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from mmkit.config.sections import (
     CONTRASTIVE_LOSSES,
     LABEL_LOSSES,
+    BatchingConfig,
     DataConfig,
     EncoderConfig,
     LabelledDataConfig,
@@ -111,9 +112,17 @@ class ClipcapRecipe(RunRecipe):
     tune_llm: bool = False
     # ClipCap's longest caption in generation (rmokady/CLIP_prefix_caption, entry_length).
     max_length: int = Field(67, ge=2, description="caption tokens kept")
+    batching: BatchingConfig = BatchingConfig()
     data: DataConfig
     track: TrackConfig = TrackConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> ClipcapRecipe:
+        # A caption is a dozen tokens: grouped by length nothing is left that packing could save.
+        if self.batching.kind == "packed":
+            raise ValueError("batching.kind=packed is for llava; captions are grouped by length: use grouped")
+        return self
 
 
 class LlavaRecipe(RunRecipe):
@@ -134,9 +143,17 @@ class LlavaRecipe(RunRecipe):
     # LLaVA's limit; it too counts after expansion.
     max_length: int = Field(2048, ge=8, description="tokens after image expansion")
     grad_checkpointing: bool = False
+    batching: BatchingConfig = BatchingConfig()
     data: DataConfig
     track: TrackConfig = TrackConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> LlavaRecipe:
+        # Two bounds on one forward pass: one of them would have no effect.
+        if self.batching.kind == "packed" and self.train.micro_batch_size is not None:
+            raise ValueError("packed batches have batching.max_tokens in place of train.micro_batch_size: drop the latter")
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> LlavaRecipe:

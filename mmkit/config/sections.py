@@ -200,6 +200,26 @@ class TrainConfig(Section):
         return self
 
 
+class BatchingConfig(Section):
+    """How the samples of a step are put together for the model; the update is the same but for the order of ``grouped``."""
+
+    kind: Literal["plain", "grouped", "packed"] = Field(
+        "plain", description="grouped: batches of about equal length and one modality; packed: no padding at all"
+    )
+    window: int = Field(64, ge=1, description="grouped: global batches within which samples are regrouped")
+    max_tokens: int | None = Field(
+        None, ge=1, description="packed: tokens of a forward pass on each process, in place of train.micro_batch_size"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> BatchingConfig:
+        if (self.kind == "packed") != (self.max_tokens is not None):
+            raise ValueError("kind=packed and max_tokens=N go together")
+        if self.kind != "grouped" and "window" in self.model_fields_set:
+            raise ValueError(f"window belongs to kind grouped, not to {self.kind}")
+        return self
+
+
 class LlmConfig(Section):
     """A causal language model: by name, or random weights from a transformers config."""
 
