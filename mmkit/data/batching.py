@@ -110,13 +110,8 @@ class PackedBatches(Batches):
                 where="train.batch_size",
                 mend="change train.batch_size or the number of processes",
             )
-        self.order, self.tokens, self.batch_size, self.max_tokens, self.share = (
-            order,
-            lengths.tokens,
-            batch_size,
-            max_tokens,
-            share,
-        )
+        self.order, self.tokens, self.share = order, lengths.tokens, share
+        self.batch_size, self.max_tokens = batch_size, max_tokens
         # The loop asks for a step's rounds after the loader asked for its samples, some steps ahead.
         self._plan = functools.lru_cache(maxsize=64)(self._deal)
 
@@ -169,8 +164,8 @@ class GroupedOrder(Order):
     """Global batches of samples of about equal length and of one modality, in random order (LLaVA's group_by_modality_length).
 
     Windows of whole batches of another order are sorted by (text only, length), cut into batches, and the batches shuffled: a
-    position is found without looking beyond its window. Every sample is drawn as often as before. The first batch of all is the one
-    with the longest samples, so that memory runs out in the first step or never (prismatic-vlms' idea).
+    position is found without looking beyond its window. Every sample is drawn as often as before. The first batch of all has the
+    longest samples, so that memory runs out in the first step or never (prismatic-vlms' idea).
     """
 
     def __init__(self, order: Order, lengths: Lengths, *, batch_size: int, seed: int, window: int = 64) -> None:

@@ -1,8 +1,9 @@
 """Data order as a pure function of (seed, epoch, position).
 
 Nothing here depends on the number of loader workers or on what happened before: to go on at step ``k`` is to ask for step ``k``.
-A step has the next ``batch_size`` positions, whatever the world size; `mmkit.data.batching` says which rank takes which. An epoch permutes the shards and
-shuffles the samples within windows of them, so asking for any position costs one window, whatever the size of the data set.
+A step has the next ``batch_size`` positions, whatever the world size; `mmkit.data.batching` says which rank takes which. An epoch
+permutes the shards and shuffles the samples within windows of them, so asking for any position costs one window, whatever the
+size of the data set.
 """
 
 from __future__ import annotations

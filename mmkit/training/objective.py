@@ -132,7 +132,7 @@ class Stage:
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
     available: int | None = None
     layout: Layout | None = None
-    batching: BatchingConfig = BatchingConfig()
+    batching: BatchingConfig = dataclasses.field(default_factory=BatchingConfig)
     lengths: Lengths | None = None
     validation: SampleSet[Any] | None = None
     validation_group: int | None = None

@@ -120,12 +120,12 @@ def test_every_kind_is_made_from_the_recipe() -> None:
     known = lengths(100)
     common = {"seed": 1, "batch_size": 8, "micro_batch_size": 4, "share": Share(0, 2)}
     seen: list[list[list[Position]]] = []
-    for how in (BatchingConfig(), BatchingConfig(kind="grouped"), BatchingConfig(kind="packed", max_tokens=900)):
+    for how in (BatchingConfig(), BatchingConfig(kind="grouped"), BatchingConfig(kind="packed", max_tokens=400)):
         batches = make_batches(Layout.flat(100), how, known, **common)  # type: ignore[arg-type]
         seen.append(list(batches.stream(0, 3)))
     assert [len(b) for b in seen[0]] == [4, 4, 4] == [len(b) for b in seen[1]]
     assert seen[0] != seen[1]
-    assert sum(len(b) for b in seen[2]) > 0 and {len(b) for b in seen[2]} != {4}
+    assert len({len(b) for b in seen[2]}) > 1
 
 
 @pytest.mark.parametrize(
