@@ -206,7 +206,8 @@ class BatchingConfig(Section):
     kind: Literal["plain", "grouped", "packed"] = Field(
         "plain", description="grouped: batches of about equal length and one modality; packed: no padding at all"
     )
-    window: int = Field(64, ge=1, description="grouped: global batches within which samples are regrouped")
+    # None instead of 64, so that a window given for another kind can be told and refused.
+    window: int | None = Field(None, ge=1, description="grouped: global batches within which samples are regrouped; null: 64")
     max_tokens: int | None = Field(
         None, ge=1, description="packed: tokens of a forward pass on each process, in place of train.micro_batch_size"
     )
@@ -215,7 +216,7 @@ class BatchingConfig(Section):
     def _fits(self) -> BatchingConfig:
         if (self.kind == "packed") != (self.max_tokens is not None):
             raise ValueError("kind=packed and max_tokens=N go together")
-        if self.kind != "grouped" and "window" in self.model_fields_set:
+        if self.kind != "grouped" and self.window is not None:
             raise ValueError(f"window belongs to kind grouped, not to {self.kind}")
         return self
 

@@ -20,6 +20,9 @@ from mmkit.data.layout import Layout
 from mmkit.data.order import Order, Position, make_order
 from mmkit.errors import InputError
 
+# Global batches: long enough that a batch finds its like, short enough that a position costs little.
+WINDOW = 64
+
 
 class Lengths(NamedTuple):
     """What each sample of a data set costs.
@@ -168,7 +171,7 @@ class GroupedOrder(Order):
     longest samples, so that memory runs out in the first step or never (prismatic-vlms' idea).
     """
 
-    def __init__(self, order: Order, lengths: Lengths, *, batch_size: int, seed: int, window: int = 64) -> None:
+    def __init__(self, order: Order, lengths: Lengths, *, batch_size: int, seed: int, window: int = WINDOW) -> None:
         """Sort within ``window`` batches at a time."""
         self.order, self.lengths, self.batch_size, self.seed, self.window = order, lengths, batch_size, seed, window
         self._sorted = functools.lru_cache(maxsize=2)(self._sort)
@@ -226,7 +229,7 @@ def make_batches(
         return EvenBatches(order, batch_size=batch_size, micro_batch_size=micro_batch_size, share=share)
     assert lengths is not None and len(lengths.tokens) == layout.size, f"{how.kind} batches need the length of every sample"
     if how.kind == "grouped":
-        grouped = GroupedOrder(order, lengths, batch_size=batch_size, seed=seed, window=how.window)
+        grouped = GroupedOrder(order, lengths, batch_size=batch_size, seed=seed, window=how.window or WINDOW)
         return EvenBatches(grouped, batch_size=batch_size, micro_batch_size=micro_batch_size, share=share)
     assert how.max_tokens is not None
     return PackedBatches(order, lengths, batch_size=batch_size, max_tokens=how.max_tokens, share=share)
