@@ -134,6 +134,9 @@ class LlavaRecipe(RunRecipe):
     model: str | None = Field(None, description="run or directory of an MLLM to go on from")
     tune: Literal["projector", "full", "lora"]
     lora: LoraSettings = LoraSettings()
+    train_encoder: bool = Field(False, description="train the encoder too, with any of the above")
+    projector_lr: float | None = Field(None, gt=0, description="of the projector; null: train.lr")
+    encoder_lr: float | None = Field(None, gt=0, description="of the encoder; null: train.lr")
     # LLaVA's: the last block but one, before the final norm.
     feature_layer: int = -2
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
@@ -143,10 +146,20 @@ class LlavaRecipe(RunRecipe):
     # LLaVA's limit; it too counts after expansion.
     max_length: int = Field(2048, ge=8, description="tokens after image expansion")
     grad_checkpointing: bool = False
+    liger: bool = Field(False, description="liger-kernel's norm, rotary, feed-forward and loss kernels; needs a GPU")
     batching: BatchingConfig = BatchingConfig()
     data: DataConfig
     track: TrackConfig = TrackConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _trains(self) -> LlavaRecipe:
+        # Keys without effect: whoever sets them expects one.
+        if self.encoder_lr is not None and not self.train_encoder:
+            raise ValueError("encoder_lr belongs to train_encoder=true")
+        if self.tune != "lora" and self.lora != LoraSettings():
+            raise ValueError(f"lora settings belong to tune=lora, not to {self.tune}")
+        return self
 
     @model_validator(mode="after")
     def _batches_fit(self) -> LlavaRecipe:
