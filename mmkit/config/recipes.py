@@ -129,8 +129,8 @@ class LlavaRecipe(RunRecipe):
     feature_layer: int = -2
     image_size: int | None = Field(None, ge=8, description="null: the encoder's; another one interpolates its positions")
     projector: Literal["mlp2x_gelu", "linear", "pixel_shuffle"] = "mlp2x_gelu"
-    pixel_shuffle: Literal[1, 2, 4] | None = Field(
-        None, description="projector pixel_shuffle: r x r patches become one image token; null: 2"
+    pixel_shuffle: int | None = Field(
+        None, ge=2, description="projector pixel_shuffle: r x r patches become one image token; null: 2"
     )
     projector_from: str | None = Field(None, description="run whose projector to start from; same encoder and LLM")
     template: Literal["plain", "vicuna_v1", "chatml", "demo"]

@@ -1,6 +1,6 @@
 """LLaVA from parts: any vision tower, a projector, any causal language model.
 
-The result is a plain ``LlavaForConditionalGeneration`` (with pixel shuffle, InternVL's class): its folder opens with
+The result is a plain ``LlavaForConditionalGeneration`` (with pixel shuffle, Aya Vision's class): its folder opens with
 transformers, vLLM and lmms-eval without mmkit. Facts on the published model: facts/llava.md 1.2, 1.6; on the loss:
 performance.md 6.
 """
@@ -34,7 +34,7 @@ from mmkit.models.projectors import (
     projector_settings,
     token_size,
 )
-from mmkit.models.timm_tower import LAST, check_wrapped
+from mmkit.models.timm_tower import check_wrapped
 from mmkit.models.towers import prefix_tokens
 
 # Towers whose weights lie one level deeper in published checkpoints than in transformers 5.
@@ -113,15 +113,7 @@ def _check_choices(vision: PreTrainedModel, feature_layer: int, feature_select: 
     if not -layers - 1 <= feature_layer <= layers:
         raise InputError(f"feature_layer {feature_layer} of a tower with {layers} blocks", mend="use -2")
     if vision.config.model_type == "timm_wrapper":
-        check_wrapped(vision.config.output_format, projector, feature_layer)
-
-
-def _layer_in_config(vision: PreTrainedModel, feature_layer: int, projector: str) -> int:
-    """The feature layer as the model's class has to be told, so that -1 means the last block's output in all of them."""
-    # InternVL's class takes -1 for the output of the final norm, LLaVA's for what goes into it.
-    if projector == "pixel_shuffle" and feature_layer == LAST and vision.config.model_type != "timm_wrapper":
-        return int(vision.config.num_hidden_layers)
-    return feature_layer
+        check_wrapped(projector, feature_layer)
 
 
 def build_llava(
@@ -145,7 +137,7 @@ def build_llava(
         feature_layer: Which of the tower's hidden states the projector reads; -2 is before the last block.
         feature_select: "full" keeps all tokens; "default" drops the first; None drops a class token where there is one.
         projector: "mlp2x_gelu" (Linear, GELU, Linear), "linear" (one map; LLaVA's first version), or "pixel_shuffle" (r x r
-            patches to one token, LayerNorm, Linear, GELU, Linear; InternVL's, arXiv 2404.16821).
+            patches to one token, LayerNorm, Linear, SwiGLU, Linear; Aya Vision's, arXiv 2505.08751).
         pixel_shuffle: r of the latter.
         image_token: Placeholder in the text.
         seed: Of the projector's weights.
@@ -163,6 +155,7 @@ def build_llava(
     choose_padding(tokenizer)
     image_token_id = _add_image_token(llm, tokenizer, image_token)
     tied = _settle_tie(llm)
+    embed_width = llm.get_input_embeddings().embedding_dim
     # vLLM builds the language model by this name; transformers' own configs have it only where a folder was read.
     llm.config.architectures = [type(llm).__name__]
     kind, config_kind = model_class(projector, vision.config)
@@ -172,10 +165,10 @@ def build_llava(
         text_config=llm.config,
         image_token_id=image_token_id,
         vision_feature_select_strategy=feature_select,
-        vision_feature_layer=_layer_in_config(vision, feature_layer, projector),
+        vision_feature_layer=feature_layer,
         tie_word_embeddings=tied,
         dtype=llm.dtype,
-        **projector_settings(projector, pixel_shuffle),
+        **projector_settings(projector, pixel_shuffle, embed_width),
     )
     config.image_seq_length = num_image_tokens(config)
     # On the meta device the placeholders cost nothing; every one of them is replaced below.
@@ -332,9 +325,10 @@ def _published_names(model: VisionLanguageModel, state: dict[str, Tensor]) -> di
     transformers 5 took ``vision_model`` out of the names of CLIP's and SigLIP's towers; it reads both, vLLM's towers only the
     old ones.
     """
-    old = model.config.model_type == "llava" and model.config.vision_config.model_type in _NESTED_TOWERS
     tower = "model.vision_tower."
-    if not old or any(name.startswith(f"{tower}vision_model.") for name in state):
+    if model.config.vision_config.model_type not in _NESTED_TOWERS or any(
+        name.startswith(f"{tower}vision_model.") for name in state
+    ):
         return state
     return {name.replace(tower, f"{tower}vision_model.", 1): value for name, value in state.items()}
 
@@ -349,7 +343,7 @@ def load_mllm(folder: str | Path) -> tuple[VisionLanguageModel, LlavaProcessor, 
         InputError: When the folder is no MLLM's.
     """
     meta = read_meta(folder, "mllm")
-    # The class that config.json names: LLaVA's, InternVL's or FastVLM's.
+    # The class that config.json names: LLaVA's, Aya Vision's or FastVLM's.
     return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder), meta
 
 

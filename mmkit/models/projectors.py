@@ -1,7 +1,8 @@
 """From a vision tower's tokens to word embeddings: the three projectors, each in a class that transformers has.
 
 ``mlp2x_gelu`` and ``linear`` are LlavaForConditionalGeneration's (or, behind a convolutional tower, FastVLM's); ``pixel_shuffle``
-joins r x r patches into one token and is InternVL's. Whatever the kind, ``model.model.multi_modal_projector`` is where it sits.
+joins r x r patches into one token and is Aya Vision's, whose class takes any tower (InternVL's takes its own only). Whatever
+the kind, ``model.model.multi_modal_projector`` is where it sits.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from typing import Any, Union
 import torch
 from torch import nn
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -23,10 +24,8 @@ from mmkit.errors import InputError
 from mmkit.models.towers import prefix_tokens
 
 # One layout of modules (model.vision_tower, model.multi_modal_projector, model.language_model, lm_head) under three names.
-VisionLanguageModel = Union[LlavaForConditionalGeneration, InternVLForConditionalGeneration, FastVlmForConditionalGeneration]
+VisionLanguageModel = Union[LlavaForConditionalGeneration, AyaVisionForConditionalGeneration, FastVlmForConditionalGeneration]
 PROJECTORS = ("mlp2x_gelu", "linear", "pixel_shuffle")
-# transformers computes the side of the shuffled grid with 1/r in floating point, which is exact for these only.
-SHUFFLES = (1, 2, 4)
 # transformers' name of the identity; no other projector has it, so a saved config tells a linear one.
 _IDENTITY = "linear"
 
@@ -34,16 +33,17 @@ _IDENTITY = "linear"
 def model_class(kind: str, vision_config: Any) -> tuple[type[Any], type[Any]]:
     """Class of model and config for a projector behind a tower."""
     if kind == "pixel_shuffle":
-        return InternVLForConditionalGeneration, InternVLConfig
-    if getattr(vision_config, "output_format", None) == "NCHW":
+        return AyaVisionForConditionalGeneration, AyaVisionConfig
+    if vision_config.model_type == "timm_wrapper":
         return FastVlmForConditionalGeneration, FastVlmConfig
     return LlavaForConditionalGeneration, LlavaConfig
 
 
-def projector_settings(kind: str, pixel_shuffle: int) -> dict[str, Any]:
+def projector_settings(kind: str, pixel_shuffle: int, llm_width: int) -> dict[str, Any]:
     """What a model's config says about its projector."""
     if kind == "pixel_shuffle":
-        return {"projector_hidden_act": "gelu", "downsample_ratio": 1 / pixel_shuffle}
+        # Gate and value each as wide as a word embedding, so that the hidden layer is as wide as mlp2x_gelu's.
+        return {"downsample_factor": pixel_shuffle, "alignment_intermediate_size": 2 * llm_width}
     # One linear map in the two layers that transformers' class has: the second is the identity and stays so.
     return {"projector_hidden_act": _IDENTITY if kind == "linear" else "gelu"}
 
@@ -58,8 +58,6 @@ def check_projector(kind: str, pixel_shuffle: int, vision_config: Any) -> None:
         raise InputError(f"unknown projector {kind!r}", mend=f"use {', '.join(PROJECTORS)}")
     if kind != "pixel_shuffle":
         return
-    if pixel_shuffle not in SHUFFLES:
-        raise InputError(f"pixel_shuffle {pixel_shuffle}", mend=f"use {', '.join(map(str, SHUFFLES))}")
     side = patches_per_side(vision_config)
     if side % pixel_shuffle:
         whole = pixel_shuffle * patch_size(vision_config)
@@ -91,21 +89,21 @@ def new_projector(model: VisionLanguageModel, kind: str, seed: int) -> None:
         nn.init.zeros_(made.linear_2.bias)
     elif kind == "pixel_shuffle":
         # Memory from to_empty is whatever was there before.
-        made.layer_norm.reset_parameters()
+        made.layernorm.reset_parameters()
 
 
 def train_projector(model: VisionLanguageModel) -> None:
     """Set what of the projector trains: all of it, but of a linear one only the one map."""
     projector = model.model.multi_modal_projector
     projector.requires_grad_(True)
-    if model.config.projector_hidden_act == _IDENTITY:
+    if projector_kind(model.config)["projector"] == "linear":
         projector.linear_2.requires_grad_(False)
 
 
 def projector_kind(config: Any) -> dict[str, Any]:
     """The projector of a saved config, in a recipe's words: ``{"projector": ..., "pixel_shuffle": r or None}``."""
-    if config.model_type == "internvl":
-        return {"projector": "pixel_shuffle", "pixel_shuffle": round(1 / config.downsample_ratio)}
+    if config.model_type == "aya_vision":
+        return {"projector": "pixel_shuffle", "pixel_shuffle": config.downsample_factor}
     return {"projector": "linear" if config.projector_hidden_act == _IDENTITY else "mlp2x_gelu", "pixel_shuffle": None}
 
 
@@ -148,7 +146,7 @@ def linear_as_relu(model: VisionLanguageModel) -> bool:
     """
     projector = model.model.multi_modal_projector
     width, hidden = projector.linear_1.in_features, projector.linear_1.out_features
-    if model.config.projector_hidden_act != _IDENTITY or 2 * width > hidden:
+    if projector_kind(model.config)["projector"] != "linear" or 2 * width > hidden:
         return False
     with torch.no_grad():
         weight, bias = projector.linear_1.weight.clone(), projector.linear_1.bias.clone()

@@ -1,8 +1,8 @@
-"""timm models that no class of transformers computes, in transformers' own wrapper: the last layer only.
+"""timm models that no class of transformers computes, in transformers' own wrapper: convolutional towers, the last layer only.
 
-What the wrapper gives decides what can read it. Its hidden states are maps f[B, D, H, W], where
-LlavaForConditionalGeneration wants tokens f[B, N, D], so that class can read no layer of it. Two others read the output of
-the last layer: InternVL's class reads tokens, FastVLM's reads maps.
+The wrapper's hidden states are maps f[B, D, H, W], where LlavaForConditionalGeneration wants tokens f[B, N, D], so that class can
+read no layer of it. FastVLM's class reads the last layer's map. Towers that give tokens (EVA, ViTs with other attention) have
+no class in transformers that reads them through the wrapper and drops their class token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import TimmWrapperConfig, TimmWrapperModel
 from mmkit.encoders.vit import VisionEncoder
 from mmkit.errors import InputError
 
-# The layer that the wrapper can give, in a recipe's words, and what the encoder's `tokens(x)` returns.
+# In a recipe's words; to FastVLM, as to the encoder's own `tokens(x)`, it is what comes out of the last norm.
 LAST = -1
 
 
@@ -21,16 +21,16 @@ def wrap_timm(encoder: VisionEncoder) -> TimmWrapperModel:
     """A timm model in transformers' wrapper; its own module is moved in, not copied.
 
     Args:
-        encoder: An encoder whose last layer gives tokens f[B, P + N, D] (P at most 1) or a map f[B, D, H, W].
+        encoder: An encoder whose last layer gives a map f[B, D, H, W] with H = W.
 
     Returns:
         The wrapper, in eval mode. Its config carries, besides what timm needs, ``hidden_size``, ``image_size``,
-        ``patch_size`` (the stride of the last layer), ``num_prefix_tokens`` and ``output_format`` ("NLC" or "NCHW").
+        ``patch_size`` (the stride of the last layer) and ``num_hidden_layers``.
 
     Raises:
         InputError: The last layer gives anything else.
     """
-    found = _output_format(encoder)
+    _check_output(encoder)
     grid = round(encoder.num_tokens**0.5)
     patch = encoder.image_size // grid
     # The processor counts placeholders from picture and patch; a ragged grid would have another number of tokens.
@@ -45,13 +45,11 @@ def wrap_timm(encoder: VisionEncoder) -> TimmWrapperModel:
         # The wrapper itself says num_classes=0.
         model_args={key: value for key, value in encoder.model_args.items() if key != "num_classes"},
         do_pooling=False,
-        # Not the wrapper's, but InternVL, FastVLM and mmkit read them here.
+        # Not the wrapper's, but FastVLM and mmkit read them here.
         hidden_size=encoder.width,
         image_size=encoder.image_size,
         patch_size=patch,
-        num_prefix_tokens=encoder.num_prefix_tokens,
         num_hidden_layers=len(encoder.backbone.feature_info),
-        output_format=found,
     )
     with torch.device("meta"):
         model = TimmWrapperModel(config)
@@ -59,32 +57,28 @@ def wrap_timm(encoder: VisionEncoder) -> TimmWrapperModel:
     return model.eval()
 
 
-def check_wrapped(output_format: str, projector: str, feature_layer: int) -> None:
+def check_wrapped(projector: str, feature_layer: int) -> None:
     """Refuse a projector or layer that cannot read a wrapped timm model.
 
     Args:
-        output_format: "NLC" or "NCHW", of the tower's config.
         projector: A projector's name in the recipe.
         feature_layer: Layer that the projector is to read.
 
     Raises:
         InputError: With the settings that work for this tower.
     """
-    fits = (projector == "pixel_shuffle") == (output_format == "NLC")
-    if feature_layer == LAST and fits:
+    if feature_layer == LAST and projector != "pixel_shuffle":
         return
-    kinds = "projector: pixel_shuffle" if output_format == "NLC" else "projector: mlp2x_gelu or linear"
-    what = "gives tokens" if output_format == "NLC" else "gives a map"
     raise InputError(
-        f"this tower can only be opened through transformers' timm wrapper, whose hidden states LLaVA cannot read: no layer "
-        f"{feature_layer} with projector {projector}; its last layer {what}",
+        f"this tower can only be opened through transformers' timm wrapper, and that gives no layer {feature_layer} to projector "
+        f"{projector}: its hidden states are maps, not tokens",
         where="encoder",
-        mend=f"use feature_layer: {LAST} and {kinds}, or a plain ViT",
+        mend=f"use feature_layer: {LAST} with projector: mlp2x_gelu or linear, or a plain ViT",
     )
 
 
-def _output_format(encoder: VisionEncoder) -> str:
-    """What the last layer gives, found by trying: timm has no mark for it."""
+def _check_output(encoder: VisionEncoder) -> None:
+    """Look at what the last layer gives, by trying: timm has no mark for it."""
     size = encoder.image_size
     parameter = next(encoder.backbone.parameters())
     training = encoder.backbone.training
@@ -93,13 +87,11 @@ def _output_format(encoder: VisionEncoder) -> str:
         # In eval mode: a picture of zeros must not enter the statistics of batch norms.
         shape = tuple(encoder.backbone.eval().forward_features(blank).shape)
     encoder.backbone.train(training)
-    width, prefix = encoder.width, encoder.num_prefix_tokens
-    if shape[1:] == (prefix + encoder.num_tokens, width) and prefix <= 1 and hasattr(encoder.backbone, "forward_intermediates"):
-        return "NLC"
-    if len(shape) == 4 and shape[1] == width and shape[2] * shape[3] == encoder.num_tokens:
-        return "NCHW"
+    if len(shape) == 4 and shape[1] == encoder.width and shape[2] * shape[3] == encoder.num_tokens:
+        return
     raise InputError(
-        f"no class of transformers reads its last layer, {list(shape)} for a picture, with {prefix} prefix tokens",
+        f"no class of transformers computes this {type(encoder.backbone).__name__}, nor reads what its last layer gives "
+        f"({list(shape)} for a picture) through the timm wrapper",
         where=_where(encoder),
         mend="use a plain ViT, or a convolutional tower with feature_layer: -1",
     )

@@ -61,10 +61,8 @@ def vision_tower(encoder: VisionEncoder) -> PreTrainedModel:
 
 def prefix_tokens(vision_config: Any) -> int:
     """Class tokens in front of the patches in the hidden states of a vision config."""
-    if vision_config.model_type == "timm_wrapper":
-        return int(vision_config.num_prefix_tokens)
-    # Of the towers that mmkit builds, only SigLIP's layout has none.
-    return int("siglip" not in vision_config.model_type)
+    # Of the towers that mmkit builds, SigLIP's layout and convolutional ones have none.
+    return int("siglip" not in vision_config.model_type and vision_config.model_type != "timm_wrapper")
 
 
 def _clip(encoder: VisionEncoder) -> CLIPVisionModel:

@@ -303,7 +303,7 @@ def test_same_seed_same_projector():
     ("more", "match"),
     [
         ({"projector": "mlp"}, "use mlp2x_gelu, linear, pixel_shuffle"),
-        ({"projector": "pixel_shuffle", "pixel_shuffle": 3}, "use 1, 2, 4"),
+        ({"projector": "pixel_shuffle", "pixel_shuffle": 3}, "2 x 2 patches cannot be joined by 3 x 3"),
         ({"projector": "pixel_shuffle", "pixel_shuffle": 4}, "2 x 2 patches cannot be joined by 4 x 4; .* multiple of 64"),
         ({"projector": "pixel_shuffle", "vision": clip(), "feature_select": "full"}, "class token has no place"),
         ({"feature_select": "patch"}, "full or default"),
