@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from mmkit.config.sections import (
     CONTRASTIVE_LOSSES,
     LABEL_LOSSES,
+    BatchingConfig,
     DataConfig,
     EncoderConfig,
     LabelledDataConfig,
@@ -111,9 +112,17 @@ class ClipcapRecipe(RunRecipe):
     tune_llm: bool = False
     # ClipCap's longest caption in generation (rmokady/CLIP_prefix_caption, entry_length).
     max_length: int = Field(67, ge=2, description="caption tokens kept")
+    batching: BatchingConfig = BatchingConfig()
     data: DataConfig
     track: TrackConfig = TrackConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> ClipcapRecipe:
+        # A caption is a dozen tokens: grouped by length nothing is left that packing could save.
+        if self.batching.kind == "packed":
+            raise ValueError("batching.kind=packed is for llava; captions are grouped by length: use grouped")
+        return self
 
 
 class LlavaRecipe(RunRecipe):
@@ -125,6 +134,9 @@ class LlavaRecipe(RunRecipe):
     model: str | None = Field(None, description="run or directory of an MLLM to go on from")
     tune: Literal["projector", "full", "lora"]
     lora: LoraSettings = LoraSettings()
+    train_encoder: bool = Field(False, description="train the encoder too, with any of the above")
+    projector_lr: float | None = Field(None, gt=0, description="of the projector; null: train.lr")
+    encoder_lr: float | None = Field(None, gt=0, description="of the encoder; null: train.lr")
     # LLaVA's: the last block but one, before the final norm.
     feature_layer: int = -2
     image_size: int | None = Field(None, ge=8, description="null: the encoder's; another one interpolates its positions")
@@ -139,9 +151,27 @@ class LlavaRecipe(RunRecipe):
     # LLaVA's limit; it too counts after expansion.
     max_length: int = Field(2048, ge=8, description="tokens after image expansion")
     grad_checkpointing: bool = False
+    liger: bool = Field(False, description="liger-kernel's norm, rotary, feed-forward and loss kernels; needs a GPU")
+    batching: BatchingConfig = BatchingConfig()
     data: DataConfig
     track: TrackConfig = TrackConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _trains(self) -> LlavaRecipe:
+        # Keys without effect: whoever sets them expects one.
+        if self.encoder_lr is not None and not self.train_encoder:
+            raise ValueError("encoder_lr belongs to train_encoder=true")
+        if self.tune != "lora" and self.lora != LoraSettings():
+            raise ValueError(f"lora settings belong to tune=lora, not to {self.tune}")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> LlavaRecipe:
+        # Two bounds on one forward pass: one of them would have no effect.
+        if self.batching.kind == "packed" and self.train.micro_batch_size is not None:
+            raise ValueError("packed batches have batching.max_tokens in place of train.micro_batch_size: drop the latter")
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> LlavaRecipe:

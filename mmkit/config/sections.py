@@ -200,6 +200,27 @@ class TrainConfig(Section):
         return self
 
 
+class BatchingConfig(Section):
+    """How the samples of a step are put together for the model; the update is the same but for the order of ``grouped``."""
+
+    kind: Literal["plain", "grouped", "packed"] = Field(
+        "plain", description="grouped: batches of about equal length and one modality; packed: no padding at all"
+    )
+    # None instead of 64, so that a window given for another kind can be told and refused.
+    window: int | None = Field(None, ge=1, description="grouped: global batches within which samples are regrouped; null: 64")
+    max_tokens: int | None = Field(
+        None, ge=1, description="packed: tokens of a forward pass on each process, in place of train.micro_batch_size"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> BatchingConfig:
+        if (self.kind == "packed") != (self.max_tokens is not None):
+            raise ValueError("kind=packed and max_tokens=N go together")
+        if self.kind != "grouped" and self.window is not None:
+            raise ValueError(f"window belongs to kind grouped, not to {self.kind}")
+        return self
+
+
 class LlmConfig(Section):
     """A causal language model: by name, or random weights from a transformers config."""
 
@@ -309,7 +330,8 @@ class LoraSettings(Section):
     r: int = Field(128, ge=1)
     alpha: int = Field(256, ge=1)
     dropout: float = Field(0.05, ge=0, lt=1)
-    projector_lr: float | None = Field(None, gt=0)
+    dora: bool = Field(False, description="learn length and direction of the weights apart (DoRA)")
+    quantization: Literal["nf4"] | None = Field(None, description="frozen weights in 4 bits (QLoRA); needs bitsandbytes")
 
 
 class LabelledDataConfig(Section):

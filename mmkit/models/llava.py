@@ -23,7 +23,9 @@ from mmkit.data.conversations import IMAGE_MARKER, Template, chat_template
 from mmkit.errors import InputError
 from mmkit.models.adapters import has_lora
 from mmkit.models.generation import choose_padding, settle_generation
+from mmkit.models.lm_loss import TokenLossHead
 from mmkit.models.meta import read_meta, write_meta
+from mmkit.models.packed import packed_arguments
 from mmkit.models.projectors import (
     VisionLanguageModel,
     check_projector,
@@ -350,9 +352,11 @@ def load_mllm(folder: str | Path) -> tuple[VisionLanguageModel, LlavaProcessor, 
 def llava_loss_sum(
     model: VisionLanguageModel,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     labels: Tensor,
     pixel_values: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy over supervised tokens, logits made at those positions only.
 
@@ -362,9 +366,12 @@ def llava_loss_sum(
     Args:
         model: The model, LoRA or not.
         input_ids: i64[B, T], image tokens expanded.
-        attention_mask: i64[B, T], 1 for true tokens.
+        attention_mask: i64[B, T], 1 for true tokens; None with ``cu_seqlens``.
         labels: i64[B, T], aligned with ``input_ids`` (not shifted); -100 where nothing is learnt.
         pixel_values: f[I, 3, S, S], the pictures of the rows that have one, in order; None or I = 0 for text only.
+        cu_seqlens: i32[D + 1], the documents of one packed row (B = 1); the model must `allow_packing`. The first label of each
+            must be -100: nothing of the document before predicts it.
+        max_seqlen: Tokens of the longest document.
 
     Returns:
         f32[] loss sum, i64[] number of supervised tokens.
@@ -374,6 +381,10 @@ def llava_loss_sum(
     """
     # A frozen tower may be bfloat16 under a float32 model.
     tower_dtype = model.model.vision_tower.dtype
+    how: dict[str, Any] = {"attention_mask": attention_mask}
+    if cu_seqlens is not None:
+        assert max_seqlen is not None
+        how = packed_arguments(cu_seqlens, max_seqlen)
     if pixel_values is None or len(pixel_values) == 0:
         size = image_size(model.config.vision_config)
         blank = torch.zeros(1, 3, size, size, dtype=tower_dtype, device=input_ids.device)
@@ -382,18 +393,20 @@ def llava_loss_sum(
         embeds = model.get_input_embeddings()(input_ids)
         # Zero times and not detached: the graph must reach the projector. One number is enough for that.
         embeds = embeds + 0.0 * features.mean().to(embeds.dtype)
-        out = model.model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
+        out = model.model(inputs_embeds=embeds, use_cache=False, **how)
     else:
         out = model.model(
             input_ids=input_ids,
             pixel_values=pixel_values.to(tower_dtype),
-            attention_mask=attention_mask,
             use_cache=False,
+            **how,
         )
     # Position t predicts token t + 1.
     targets = labels[:, 1:]
     chosen = targets != -100
     # Most positions are image or question: full logits at 2048 x 32000 would take 655 MB a sequence (performance.md 6).
-    logits = model.lm_head(out.last_hidden_state[:, :-1][chosen])
+    hidden, wanted = out.last_hidden_state[:, :-1][chosen], targets[chosen]
+    if isinstance(model.lm_head, TokenLossHead):
+        return model.lm_head(hidden, wanted), chosen.sum()
     # A sum: of no tokens it is 0 with a gradient, where a mean would be NaN.
-    return F.cross_entropy(logits.float(), targets[chosen], reduction="sum"), chosen.sum()
+    return F.cross_entropy(model.lm_head(hidden).float(), wanted, reduction="sum"), chosen.sum()

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from mmkit.config import TrainConfig
+from mmkit.data.batching import Batches, Share, make_batches
 from mmkit.data.layout import Layout
 from mmkit.data.loader import make_loader
-from mmkit.data.order import make_order
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.distributed.engine import Engine
 from mmkit.distributed.preemption import Preemption
@@ -23,7 +23,7 @@ from mmkit.training.checkpoint import Saver, load_newest, newest_step, put_aside
 from mmkit.training.objective import Batch, Stage, to_device
 from mmkit.training.optim import lr_scale, make_optimizer, parameter_groups, warmup_steps
 from mmkit.training.space import check_space
-from mmkit.training.step_log import Launched, LoopSettings, Readback, StepLog, batch_digest
+from mmkit.training.step_log import Launched, LoopSettings, Readback, StepLog, batch_digest, sum_sizes
 from mmkit.training.track import Tracker
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,16 @@ def train(
     run.drop_metrics_after(start)
     if start:
         logger.info("going on from the checkpoint at step %d of %d", start, total)
-    batches = _batches(stage, engine, config, settings, start, total)
+    plan = make_batches(
+        stage.layout or Layout.flat(len(stage.samples)),
+        stage.batching,
+        stage.lengths,
+        seed=settings.seed,
+        batch_size=config.batch_size,
+        micro_batch_size=engine.micro_batch_size,
+        share=Share(engine.rank, engine.world_size),
+    )
+    batches = _loader(stage, engine, settings, plan, start, total)
     saver = Saver(engine, run.checkpoints, keep=config.keep_checkpoints)
     opened = tracker(start) if tracker is not None else None
     log = StepLog(stage, engine, run, config, settings, opened, saver=saver, start=start, total=total)
@@ -108,15 +117,16 @@ def train(
             # No two of (seed, step, rank) share a number below a million steps and 4,096 ranks.
             torch.manual_seed((settings.seed * 1_000_003 + step) * 4096 + engine.rank)
             began = time.monotonic()
-            micro, left_out = _read_step(batches, engine.accumulation)
+            micro, left_out = _read_step(batches, plan.rounds(step))
             waited = time.monotonic() - began
             # On the host's copy of the batch: counting on the device would mean to wait for it.
             counted = sum(objective.count(b) for b in micro)
             keys = [str(k) for b in micro for k in b.get("keys", [])]
+            sizes = sum_sizes(objective.sizes(b) for b in micro)
             micro = [to_device(b, engine.device) for b in micro]
             # float64 holds any token count exactly, and one tensor means one collective a step before the forward.
             signals = bool(preemption.requested)
-            facts = engine.sum(engine.numbers(counted, len(left_out), signals, saver.failed, batch_digest(keys)))
+            facts = engine.sum(engine.numbers(counted, len(left_out), signals, saver.failed, batch_digest(keys), *sizes))
             # After the other sum and not before it: collectives of a group run in order, so this one has the forward pass to
             # run beside, and nothing waits behind it.
             statistics = objective.statistics(micro)
@@ -161,23 +171,14 @@ def _look_every(stage: Stage, config: TrainConfig) -> list[int]:
     return [*found, config.val_every] if stage.validation is not None and config.val_every else found
 
 
-def _batches(
-    stage: Stage, engine: Engine, config: TrainConfig, settings: LoopSettings, start: int, total: int
+def _loader(
+    stage: Stage, engine: Engine, settings: LoopSettings, plan: Batches, start: int, total: int
 ) -> Iterator[tuple[Batch, list[LeftOut]]]:
     """This rank's micro-batches from step ``start`` on."""
-    order = make_order(stage.layout or Layout.flat(len(stage.samples)), settings.seed)
-    micro_batches = order.micro_batches(
-        first_step=start,
-        last_step=total,
-        batch_size=config.batch_size,
-        micro_batch_size=engine.micro_batch_size,
-        rank=engine.rank,
-        world_size=engine.world_size,
-    )
     return make_loader(
         stage.samples,
         stage.collate,
-        micro_batches,
+        plan.stream(start, total),
         seed=settings.seed,
         workers=settings.workers,
         pin_memory=engine.device.type == "cuda",
@@ -187,10 +188,10 @@ def _batches(
     )
 
 
-def _read_step(batches: Iterator[tuple[Batch, list[LeftOut]]], accumulation: int) -> tuple[list[Batch], list[LeftOut]]:
+def _read_step(batches: Iterator[tuple[Batch, list[LeftOut]]], rounds: int) -> tuple[list[Batch], list[LeftOut]]:
     """The micro-batches of one step, and what had to be left out to fill them."""
     try:
-        read = [next(batches) for _ in range(accumulation)]
+        read = [next(batches) for _ in range(rounds)]
     except SampleError as error:
         raise InputError(str(error), where="data.train", mend="repair or remove the samples") from None
     return [batch for batch, _ in read], [s for _, left in read for s in left]

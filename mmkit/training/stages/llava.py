@@ -15,15 +15,18 @@ from mmkit.data.conversations import ConversationError, EncodedConversation, enc
 from mmkit.data.images import Fit, ImageRef, Pixels, decode_image, fit_square
 from mmkit.data.layout import Layout, join
 from mmkit.data.llava_json import LlavaItem, read_llava
+from mmkit.data.packing import pack_sequences
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.distributed.engine import Engine
 from mmkit.errors import InputError
 from mmkit.files import hash_file, hash_text, new_folder
 from mmkit.models.adapters import freeze_for, merge_lora, set_train_mode
 from mmkit.models.llava import llava_loss_sum, save_mllm
+from mmkit.models.lm_loss import apply_liger, use_loss_head
+from mmkit.models.packed import allow_packing
 from mmkit.models.projectors import VisionLanguageModel
 from mmkit.models.reuse import tuned_parts
-from mmkit.training.objective import Batch, Objective, Stage
+from mmkit.training.objective import Batch, Objective, Sizes, Stage
 from mmkit.training.stages.assemble import open_model
 from mmkit.training.step_log import check_skipped
 
@@ -72,12 +75,33 @@ class ConversationSamples:
 _Opened = tuple[ConversationSamples, list[LeftOut], Layout, int]
 
 
-def collate_conversations(samples: list[Turned], *, pad: int) -> Batch:
-    """Right-padded ``input_ids``, ``attention_mask``, ``labels`` i64 ``[B, T]``, and ``pixels`` uint8 ``[P, 3, S, S]``.
+def collate_conversations(samples: list[Turned], *, pad: int, packed: bool) -> Batch:
+    """Token sequences and their pictures as one batch.
 
-    The P pictures are those of the rows that have one, in order; None when no row has. The mask comes from lengths: a pad or unk
-    id inside a text is a token like any other.
+    Args:
+        samples: Conversations.
+        pad: Id that fills up short rows.
+        packed: All in one row, instead of a row each.
+
+    Returns:
+        ``pixels`` uint8[P, 3, S, S] of the samples that have some, in order, or None; ``cut``, how many samples were cut to
+        fit; and the sequences: packed as of `pack_sequences`, else right-padded ``input_ids``, ``labels`` and ``attention_mask``
+        i64[B, T]. The mask comes from lengths: a pad or unk id inside a text is a token like any other.
     """
+    # No black pictures for text-only rows, as LLaVA adds them: the tower would compute them for nothing.
+    pictures = [torch.from_numpy(s.pixels) for s in samples if s.pixels is not None]
+    common = {
+        "pixels": torch.stack(pictures) if pictures else None,
+        "keys": [s.key for s in samples],
+        "cut": sum(s.encoded.cut for s in samples),
+    }
+    if packed:
+        return {**pack_sequences([s.encoded.input_ids for s in samples], [s.encoded.labels for s in samples]), **common}
+    return {**_padded(samples, pad), **common}
+
+
+def _padded(samples: list[Turned], pad: int) -> Batch:
+    """A row for each sample, to the length of the longest."""
     longest = max(len(s.encoded.input_ids) for s in samples)
     ids = torch.full((len(samples), longest), pad, dtype=torch.int64)
     # Padding is never learnt, whichever id it has: with unk or the end token as padding the id cannot tell.
@@ -88,15 +112,7 @@ def collate_conversations(samples: list[Turned], *, pad: int) -> Batch:
         ids[i, :length] = torch.tensor(sample.encoded.input_ids)
         labels[i, :length] = torch.tensor(sample.encoded.labels)
         mask[i, :length] = 1
-    # No black pictures for text-only rows, as LLaVA adds them: the tower would compute them for nothing.
-    pictures = [torch.from_numpy(s.pixels) for s in samples if s.pixels is not None]
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "pixels": torch.stack(pictures) if pictures else None,
-        "keys": [s.key for s in samples],
-    }
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 class LlavaObjective(Objective):
@@ -121,13 +137,20 @@ class LlavaObjective(Objective):
         if pixels is not None:
             # uint8 travels to the device, normalised there.
             pixels = (pixels.float() / 255.0 - self.pixel_mean) / self.pixel_std
-        loss_sum, _ = llava_loss_sum(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"], pixels)
+        rows = {name: batch.get(name) for name in ("attention_mask", "cu_seqlens", "max_seqlen")}
+        loss_sum, _ = llava_loss_sum(self.model, batch["input_ids"], labels=batch["labels"], pixel_values=pixels, **rows)
         return loss_sum
 
     def count(self, batch: Batch) -> int:
         """Supervised tokens; the first position predicts nothing."""
         # Must count exactly what llava_loss_sum sums over.
         return int((batch["labels"][:, 1:] != -100).sum())
+
+    def sizes(self, batch: Batch) -> Sizes:
+        """True tokens, positions computed, conversations cut to fit."""
+        positions = batch["input_ids"].numel()
+        mask = batch.get("attention_mask")
+        return Sizes(positions if mask is None else int(mask.sum()), positions, batch["cut"])
 
 
 def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
@@ -137,13 +160,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         InputError: As the parts raise it, or too many conversations are unusable.
     """
     model, processor, meta, parents = open_model(recipe)
-    # The projector's learning rate is the optimizer's business, not peft's.
-    lora = recipe.lora.model_dump(exclude={"projector_lr"}) if recipe.tune == "lora" else None
-    model = freeze_for(model, recipe.tune, lora=lora, seed=recipe.seed)
-    if recipe.grad_checkpointing:
-        # The reentrant kind computes no gradients where a block's inputs have none, as above frozen embeddings.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+    _set_up(model, recipe)
     tokenizer = processor.tokenizer
     meta = {**meta, "tuned": tuned_parts(model, meta)}
 
@@ -178,14 +195,14 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     def save_product(folder: Path) -> None:
         with new_folder(folder) as new:
             # Merged: the product is a plain LLaVA folder, with no adapter that could part from its base.
-            save_mllm(merge_lora(model), processor, new, meta=meta)
+            save_mllm(merge_lora(_unquantized(model, recipe)), processor, new, meta=meta)
 
     # LLaVA's LoRA recipe: 2e-4 for the adapters, 2e-5 for the projector (facts/llava.md 1.2).
-    projector_lr = recipe.lora.projector_lr if recipe.tune == "lora" else None
+    rates = {"model.model.multi_modal_projector": recipe.projector_lr, "model.model.vision_tower": recipe.encoder_lr}
     return Stage(
         objective=LlavaObjective(model, mean=meta["mean"], std=meta["std"]),
         samples=samples,
-        collate=lambda batch: collate_conversations(batch, pad=tokenizer.pad_token_id),
+        collate=lambda batch: collate_conversations(batch, pad=tokenizer.pad_token_id, packed=recipe.batching.kind == "packed"),
         save_product=save_product,
         parents=parents,
         data_fingerprint=_fingerprint(recipe.data.sources),
@@ -193,8 +210,40 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         available=available,
         layout=layout,
         validation=validation,
-        lr_of={"model.model.multi_modal_projector": projector_lr} if projector_lr else {},
+        lr_of={part: rate for part, rate in rates.items() if rate is not None},
     )
+
+
+def _set_up(model: Any, recipe: LlavaRecipe) -> None:
+    """What of a model trains, and how it computes, in place."""
+    lora = recipe.lora.model_dump() if recipe.tune == "lora" else None
+    freeze_for(model, recipe.tune, lora=lora, train_encoder=recipe.train_encoder, seed=recipe.seed)
+    if recipe.grad_checkpointing:
+        # The reentrant kind computes no gradients where a block's inputs have none, as above frozen embeddings.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    use_loss_head(model, "liger" if recipe.liger else "chunked")
+    if recipe.liger:
+        apply_liger(model.model.language_model)
+    if recipe.batching.kind == "packed":
+        allow_packing(model.model.language_model)
+
+
+def _unquantized(model: Any, recipe: LlavaRecipe) -> Any:
+    """The model with the weights that were quantised for training as they were before; itself where none were.
+
+    Adapters are merged into the original weights, not into ones that went to 4 bits and back.
+    """
+    if recipe.tune != "lora" or recipe.lora.quantization is None:
+        return model
+    whole, *_ = open_model(recipe)
+    lora = recipe.lora.model_dump() | {"quantization": None}
+    freeze_for(whole, "lora", lora=lora, train_encoder=recipe.train_encoder, seed=recipe.seed)
+    trained = {name: p.detach().to("cpu") for name, p in model.named_parameters() if p.requires_grad}
+    missing = {name for name, p in whole.named_parameters() if p.requires_grad} ^ trained.keys()
+    assert not missing, f"the quantised model trained other parameters: {sorted(missing)[:3]}"
+    whole.load_state_dict(trained, strict=False)
+    return whole
 
 
 def _read_items(source: SourceConfig, data: DataConfig) -> tuple[list[LlavaItem], list[LeftOut]]:
