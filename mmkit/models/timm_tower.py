@@ -30,16 +30,7 @@ def wrap_timm(encoder: VisionEncoder) -> TimmWrapperModel:
     Raises:
         InputError: The last layer gives anything else.
     """
-    _check_output(encoder)
-    grid = round(encoder.num_tokens**0.5)
-    patch = encoder.image_size // grid
-    # The processor counts placeholders from picture and patch; a ragged grid would have another number of tokens.
-    if grid * grid != encoder.num_tokens or (encoder.image_size // patch) ** 2 != encoder.num_tokens:
-        raise InputError(
-            f"its {encoder.num_tokens} tokens at {encoder.image_size} pixels are no square grid",
-            where=_where(encoder),
-            mend="choose an image_size that is a multiple of the tower's stride",
-        )
+    grid = _grid(encoder)
     config = TimmWrapperConfig(
         architecture=encoder.architecture,
         # The wrapper itself says num_classes=0.
@@ -48,7 +39,7 @@ def wrap_timm(encoder: VisionEncoder) -> TimmWrapperModel:
         # Not the wrapper's, but FastVLM and mmkit read them here.
         hidden_size=encoder.width,
         image_size=encoder.image_size,
-        patch_size=patch,
+        patch_size=encoder.image_size // grid,
         num_hidden_layers=len(encoder.backbone.feature_info),
     )
     with torch.device("meta"):
@@ -77,8 +68,12 @@ def check_wrapped(projector: str, feature_layer: int) -> None:
     )
 
 
-def _check_output(encoder: VisionEncoder) -> None:
-    """Look at what the last layer gives, by trying: timm has no mark for it."""
+def _grid(encoder: VisionEncoder) -> int:
+    """Side of the map that the last layer gives, found by trying: timm has no mark for it.
+
+    Raises:
+        InputError: It gives no map, or one that does not cover the picture evenly.
+    """
     size = encoder.image_size
     parameter = next(encoder.backbone.parameters())
     training = encoder.backbone.training
@@ -87,14 +82,21 @@ def _check_output(encoder: VisionEncoder) -> None:
         # In eval mode: a picture of zeros must not enter the statistics of batch norms.
         shape = tuple(encoder.backbone.eval().forward_features(blank).shape)
     encoder.backbone.train(training)
-    if len(shape) == 4 and shape[1] == encoder.width and shape[2] * shape[3] == encoder.num_tokens:
-        return
-    raise InputError(
-        f"no class of transformers computes this {type(encoder.backbone).__name__}, nor reads what its last layer gives "
-        f"({list(shape)} for a picture) through the timm wrapper",
-        where=_where(encoder),
-        mend="use a plain ViT, or a convolutional tower with feature_layer: -1",
-    )
+    if len(shape) != 4 or shape[1] != encoder.width:
+        raise InputError(
+            f"no class of transformers computes this {type(encoder.backbone).__name__}, nor reads what its last layer gives "
+            f"({list(shape)} for a picture) through the timm wrapper",
+            where=_where(encoder),
+            mend="use a plain ViT, or a convolutional tower with feature_layer: -1",
+        )
+    # The processor counts image tokens as picture over patch, rounded down: a map with a ragged edge has others.
+    if shape[2] != shape[3] or size % shape[2] or shape[2] * shape[3] != encoder.num_tokens:
+        raise InputError(
+            f"its map of {shape[2]} x {shape[3]} does not cover {size} pixels evenly",
+            where=_where(encoder),
+            mend="choose an image_size that is a multiple of the tower's stride",
+        )
+    return int(shape[2])
 
 
 def _where(encoder: VisionEncoder) -> str:
