@@ -277,6 +277,8 @@ def build_processor(
     )
     # Batched generation needs the prompts' ends aligned.
     tokenizer.padding_side = "left"
+    # transformers saves what a tokenizer was made with, not what it was set to; a stranger's batches would be padded right.
+    tokenizer.init_kwargs["padding_side"] = "left"
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,

@@ -143,7 +143,7 @@ def test_weights_are_copies_in_the_encoders_dtype() -> None:
     [
         (
             {"reg_tokens": 4},
-            "4 register tokens, and LlavaForConditionalGeneration drops one class token at most; use the same family",
+            "4 register tokens, and LlavaForConditionalGeneration drops one class token",
         ),
         ({**NATIVE, "reg_tokens": 2}, "2 register tokens"),
         ({"qk_norm": True}, "no class of transformers computes this VisionTransformer"),
