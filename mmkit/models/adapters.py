@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from mmkit.errors import InputError
+from mmkit.models.projectors import VisionLanguageModel, image_size, train_projector
 from mmkit.models.quantize import QUANTIZATIONS, quantize_linears
 
 Tune = Literal["projector", "full", "lora"]
@@ -29,7 +29,7 @@ def has_lora(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def _inject_lora(model: LlavaForConditionalGeneration, lora: dict[str, Any], seed: int) -> None:
+def _inject_lora(model: VisionLanguageModel, lora: dict[str, Any], seed: int) -> None:
     """Put LoRA layers in place of every linear layer of the language model; lm_head is not inside it."""
     # A misspelt key would be lost in silence: only the known ones are read below.
     unknown = sorted(set(lora) - set(_LORA_DEFAULTS))
@@ -62,13 +62,13 @@ def _inject_lora(model: LlavaForConditionalGeneration, lora: dict[str, Any], see
 
 
 def freeze_for(
-    model: LlavaForConditionalGeneration,
+    model: VisionLanguageModel,
     tune: Tune,
     *,
     lora: dict[str, Any] | None = None,
     train_encoder: bool = False,
     seed: int = 0,
-) -> LlavaForConditionalGeneration:
+) -> VisionLanguageModel:
     """Set what trains, in place. Frozen parts are also put in eval mode: see `set_train_mode`.
 
     Args:
@@ -102,14 +102,14 @@ def freeze_for(
             # peft's own prefix of the added matrices; the weights they adapt stay frozen.
             parameter.requires_grad_("lora_" in name)
     # In every mode: LLaVA's LoRA trains the projector in full too (facts/llava.md 1.2).
-    model.model.multi_modal_projector.requires_grad_(True)
+    train_projector(model)
     if train_encoder:
         _train_tower(model)
     set_train_mode(model, model.training)
     return model
 
 
-def _train_tower(model: LlavaForConditionalGeneration) -> None:
+def _train_tower(model: VisionLanguageModel) -> None:
     """Let those weights of the vision tower train that the features depend on.
 
     With feature layer -2 the last block, the final norm and a pooling head have no effect; without a gradient they would stop
@@ -118,7 +118,7 @@ def _train_tower(model: LlavaForConditionalGeneration) -> None:
     tower = model.model.vision_tower
     tower.requires_grad_(True)
     weights = list(tower.parameters())
-    size = tower.config.image_size
+    size = image_size(tower.config)
     blank = torch.zeros(1, 3, size, size, dtype=weights[0].dtype, device=weights[0].device)
     # Asked of autograd, so that it holds for every kind of tower; the values do not matter.
     with torch.enable_grad():
@@ -128,7 +128,7 @@ def _train_tower(model: LlavaForConditionalGeneration) -> None:
         weight.requires_grad_(gradient is not None)
 
 
-def set_train_mode(model: LlavaForConditionalGeneration, training: bool = True) -> None:
+def set_train_mode(model: VisionLanguageModel, training: bool = True) -> None:
     """``model.train()`` for the parts that train; a frozen part stays in eval mode (dropout off).
 
     To be called in place of ``model.train()``, which would wake the frozen parts.
@@ -148,7 +148,7 @@ def _no_dropout(part: nn.Module) -> bool:
     return not any(rates) and not getattr(part.config, "attention_dropout", 0.0)
 
 
-def merge_lora(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+def merge_lora(model: VisionLanguageModel) -> VisionLanguageModel:
     """Add LoRA layers into the weights they adapt and take them out, in place.
 
     Returns:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from mmkit.config import DataConfig, LlavaRecipe, SourceConfig
 from mmkit.data.conversations import ConversationError, EncodedConversation, encode_conversation
@@ -19,17 +18,16 @@ from mmkit.data.llava_json import LlavaItem, read_llava
 from mmkit.data.packing import pack_sequences
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.distributed.engine import Engine
-from mmkit.encoders.save import load_encoder
-from mmkit.encoders.siglip import to_siglip
 from mmkit.errors import InputError
 from mmkit.files import hash_file, hash_text, new_folder
 from mmkit.models.adapters import freeze_for, merge_lora, set_train_mode
-from mmkit.models.llava import build_llava, build_processor, llava_loss_sum, load_mllm, save_mllm
-from mmkit.models.llm import build_llm, load_tokenizer
+from mmkit.models.llava import llava_loss_sum, save_mllm
 from mmkit.models.lm_loss import apply_liger, use_loss_head
 from mmkit.models.packed import allow_packing
-from mmkit.run import Parent, resolve_parent
+from mmkit.models.projectors import VisionLanguageModel
+from mmkit.models.reuse import tuned_parts
 from mmkit.training.objective import Batch, Objective, Sizes, Stage
+from mmkit.training.stages.assemble import open_model
 from mmkit.training.step_log import check_skipped
 
 
@@ -120,7 +118,7 @@ def _padded(samples: list[Turned], pad: int) -> Batch:
 class LlavaObjective(Objective):
     """Cross-entropy of the assistant's tokens."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, model: VisionLanguageModel, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.model = model
         # Not persistent: they are in the product's meta already, and a checkpoint holds what training changes.
@@ -161,9 +159,10 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     Raises:
         InputError: As the parts raise it, or too many conversations are unusable.
     """
-    model, processor, meta, parents = _open_model(recipe)
+    model, processor, meta, parents = open_model(recipe)
     _set_up(model, recipe)
     tokenizer = processor.tokenizer
+    meta = {**meta, "tuned": tuned_parts(model, meta)}
 
     def encode(item: LlavaItem) -> EncodedConversation:
         return encode_conversation(
@@ -237,7 +236,7 @@ def _unquantized(model: Any, recipe: LlavaRecipe) -> Any:
     """
     if recipe.tune != "lora" or recipe.lora.quantization is None:
         return model
-    whole, *_ = _open_model(recipe)
+    whole, *_ = open_model(recipe)
     lora = recipe.lora.model_dump() | {"quantization": None}
     freeze_for(whole, "lora", lora=lora, train_encoder=recipe.train_encoder, seed=recipe.seed)
     trained = {name: p.detach().to("cpu") for name, p in model.named_parameters() if p.requires_grad}
@@ -273,52 +272,3 @@ def _reasons(path: str, left_out: list[LeftOut]) -> str:
     """The file, and the first reasons in it: the run directory does not exist yet."""
     shown = "; ".join(f"{s.key}: {s.reason}" for s in left_out[:3])
     return f"{path} ({shown})" if shown else path
-
-
-def _open_model(recipe: LlavaRecipe) -> tuple[Any, Any, dict[str, Any], list[Parent]]:
-    """Model, processor, meta and parents: loaded from another run, or assembled from an encoder and an LLM."""
-    if recipe.model is not None:
-        parent = resolve_parent("model", recipe.model)
-        model, processor, meta = load_mllm(parent.folder or Path(recipe.model))
-        # These two may change between the stages: LLaVA aligns with plain text and crops, and tunes with Vicuna's and padding.
-        meta = {**meta, "template": recipe.template, "image_fit": recipe.image_fit}
-        # Made anew, since the chat template inside belongs to the conversation template.
-        processor = build_processor(
-            processor.tokenizer,
-            image_size=meta["image_size"],
-            patch_size=meta["patch_size"],
-            mean=meta["mean"],
-            std=meta["std"],
-            template=recipe.template,
-        )
-        return model, processor, meta, [parent]
-    assert recipe.encoder is not None and recipe.llm is not None
-    parent = resolve_parent("encoder", recipe.encoder)
-    encoder = load_encoder(parent.folder or recipe.encoder)
-    patch = encoder.backbone.patch_embed.patch_size[0]
-    # The recipe's schema sees to it that one of the two is given.
-    tokenizer = load_tokenizer(recipe.llm.tokenizer or recipe.llm.name or "")
-    llm = build_llm(
-        recipe.llm.name, config=recipe.llm.config, pretrained=recipe.llm.name is not None, seed=recipe.seed, tokenizer=tokenizer
-    )
-    # to_siglip rewrites the encoder in SigLIP's layout, so that transformers opens the product without mmkit.
-    model = build_llava(
-        to_siglip(encoder), llm, tokenizer, feature_layer=recipe.feature_layer, projector=recipe.projector, seed=recipe.seed
-    )
-    processor = build_processor(
-        tokenizer, image_size=encoder.image_size, patch_size=patch, mean=encoder.mean, std=encoder.std, template=recipe.template
-    )
-    # What prediction and the next stage need, and no model format has a place for.
-    meta = {
-        "template": recipe.template,
-        "image_fit": recipe.image_fit,
-        "image_size": encoder.image_size,
-        "patch_size": patch,
-        "num_image_tokens": encoder.num_tokens,
-        "mean": list(encoder.mean),
-        "std": list(encoder.std),
-        "encoder": {"path": recipe.encoder, "fingerprint": parent.fingerprint},
-        "llm": {"name": recipe.llm.name},
-    }
-    parents = [parent] + ([resolve_parent("llm", recipe.llm.name)] if recipe.llm.name else [])
-    return model, processor, meta, parents
