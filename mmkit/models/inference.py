@@ -147,8 +147,8 @@ class Mllm:
                 prompt,
                 self.tokenizer,
                 self.meta["template"],
-                with_image=True,
-                num_image_tokens=self.meta["num_image_tokens"],
+                num_images=1,
+                tokens_per_image=self.meta["num_image_tokens"],
                 image_token_id=self.model.config.image_token_id,
             )
             for prompt in prompts

@@ -24,7 +24,9 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mmkit.data.conversations import IMAGE_MARKER, Template, chat_template
+from mmkit.data.conversations import chat_template
+from mmkit.data.pieces import IMAGE_MARKER
+from mmkit.data.templates import Template
 from mmkit.errors import InputError
 from mmkit.models.adapters import has_lora
 from mmkit.models.meta import read_meta, write_meta
@@ -241,7 +243,7 @@ def build_processor(
         # From this and the strategy the placeholders are counted; a wrong count shows only in the forward pass.
         num_additional_image_tokens=int(class_token),
         image_token=image_token,
-        chat_template=chat_template(template),
+        chat_template=chat_template(template, tokenizer),
     )
 
 

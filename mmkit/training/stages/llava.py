@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from mmkit.config import DataConfig, LlavaRecipe, SourceConfig
-from mmkit.data.conversations import ConversationError, EncodedConversation, encode_conversation
-from mmkit.data.images import Fit, ImageRef, Pixels, decode_image, fit_square
+from mmkit.data.conversations import ConversationEncoder, EncodedConversation
+from mmkit.data.images import Fit, Pixels, decode_image, fit_square
+from mmkit.data.items import Conversation, ConversationSet, JoinedConversations
 from mmkit.data.layout import Layout, join
-from mmkit.data.llava_json import LlavaItem, read_llava
-from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.data.llava_json import read_llava
+from mmkit.data.skipped import LeftOut
 from mmkit.distributed.engine import Engine
 from mmkit.encoders.save import load_encoder
 from mmkit.encoders.siglip import to_siglip
@@ -31,20 +32,29 @@ from mmkit.training.step_log import check_skipped
 
 
 class Turned(NamedTuple):
-    """A picture (uint8 ``[3, S, S]`` or None) and its encoded conversation."""
+    """The pictures of a conversation (uint8 ``[3, S, S]`` each, those that fit) and its encoding."""
 
-    pixels: Pixels | None
+    pixels: list[Pixels]
     encoded: EncodedConversation
     key: str
 
 
 class ConversationSamples:
-    """Conversations with their picture; text is encoded when it is asked for, by the loader's workers."""
+    """Conversations with their pictures; text is encoded when it is asked for, by the loader's workers."""
 
     def __init__(
-        self, items: list[tuple[LlavaItem, str]], *, encode: Any, size: int, fit: Fit, max_pixels: int, max_bytes: int
+        self,
+        parts: Sequence[tuple[ConversationSet, str]],
+        *,
+        encode: Callable[[Conversation], EncodedConversation],
+        size: int,
+        fit: Fit,
+        max_pixels: int,
+        max_bytes: int,
     ) -> None:
-        self.items, self.encode = items, encode
+        """Take data sets with their names, and how text and pictures are prepared."""
+        self.encode = encode
+        self.items = JoinedConversations(parts)
         self.size, self.fit, self.max_pixels, self.max_bytes = size, fit, max_pixels, max_bytes
 
     def __len__(self) -> int:
@@ -52,22 +62,19 @@ class ConversationSamples:
 
     def describe(self, index: int) -> tuple[str, str]:
         """Source file and id of a conversation."""
-        item, source = self.items[index]
-        return source, item.id
+        return self.items.describe(index)
 
     def load(self, index: int, rng: np.random.Generator) -> Turned:
-        """Picture and token ids of one conversation."""
-        item, _ = self.items[index]
-        try:
-            # Text first: a conversation that does not fit costs no decoding.
-            encoded = self.encode(item)
-        except ConversationError as error:
-            # What the loader replaces; the reason without the exception's chain, since it goes into a list.
-            raise SampleError(error.reason) from None
-        if item.image is None:
-            return Turned(None, encoded, item.id)
-        image = decode_image(ImageRef(str(item.image)).read(self.max_bytes), max_pixels=self.max_pixels)
-        return Turned(fit_square(image, self.size, fit=self.fit), encoded, item.id)
+        """Pictures and token ids of one conversation. Raises SampleError: the text does not fit, or a picture cannot be read."""
+        item = self.items[index]
+        # Text first: a conversation that does not fit costs no decoding, and no more does a picture that is cut off with its
+        # turn.
+        encoded = self.encode(item)
+        pixels = []
+        for picture in item.images[: encoded.num_images]:
+            image = decode_image(picture.read(self.max_bytes), max_pixels=self.max_pixels)
+            pixels.append(fit_square(image, self.size, fit=self.fit))
+        return Turned(pixels, encoded, item.id)
 
 
 # Samples, what is left out, how they are cut, and how many there are without the recipe's limit.
@@ -77,8 +84,9 @@ _Opened = tuple[ConversationSamples, list[LeftOut], Layout, int]
 def collate_conversations(samples: list[Turned], *, pad: int) -> Batch:
     """Right-padded ``input_ids``, ``attention_mask``, ``labels`` i64 ``[B, T]``, and ``pixels`` uint8 ``[P, 3, S, S]``.
 
-    The P pictures are those of the rows that have one, in order; None when no row has. The mask comes from lengths: a pad or unk
-    id inside a text is a token like any other.
+    The P pictures are those of the rows, in order, however many each has; None when no row has any. The mask comes from lengths:
+    a pad or unk id inside a text is a token like any other. Beside them ``supervised``, the tokens that are learnt from, and
+    ``cut``, how many conversations were cut to fit.
     """
     longest = max(len(s.encoded.input_ids) for s in samples)
     ids = torch.full((len(samples), longest), pad, dtype=torch.int64)
@@ -91,13 +99,15 @@ def collate_conversations(samples: list[Turned], *, pad: int) -> Batch:
         labels[i, :length] = torch.tensor(sample.encoded.labels)
         mask[i, :length] = 1
     # No black pictures for text-only rows, as LLaVA adds them: the tower would compute them for nothing.
-    pictures = [torch.from_numpy(s.pixels) for s in samples if s.pixels is not None]
+    pictures = [torch.from_numpy(pixels) for s in samples for pixels in s.pixels]
     return {
         "input_ids": ids,
         "attention_mask": mask,
         "labels": labels,
         "pixels": torch.stack(pictures) if pictures else None,
         "keys": [s.key for s in samples],
+        "supervised": sum(s.encoded.num_supervised for s in samples),
+        "cut": sum(s.encoded.cut for s in samples),
     }
 
 
@@ -148,25 +158,22 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         model.enable_input_require_grads()
     tokenizer = processor.tokenizer
 
-    def encode(item: LlavaItem) -> EncodedConversation:
-        return encode_conversation(
-            item.turns,
-            tokenizer,
-            recipe.template,
-            # Image tokens are part of the length: LLaVA cuts after expansion and so loses answers (facts/llava.md 1.5).
-            num_image_tokens=meta["num_image_tokens"] if item.image else 0,
-            image_token_id=model.config.image_token_id,
-            max_length=recipe.max_length,
-        )
+    encode = ConversationEncoder(
+        tokenizer,
+        recipe.template,
+        tokens_per_image=meta["num_image_tokens"],
+        image_token_id=model.config.image_token_id,
+        max_length=recipe.max_length,
+    )
 
     def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Opened:
         read = [_read_items(source, recipe.data) for source in sources]
         available = sum(len(found) for found, _ in read)
-        read = [(found[:limit], left_out) for found, left_out in read]
-        items = [(item, source.path) for source, (found, _) in zip(sources, read, strict=True) for item in found]
+        read = [(found.take(limit), left_out) for found, left_out in read]
+        parts = [(found, source.path) for source, (found, _) in zip(sources, read, strict=True)]
         fit, size = meta["image_fit"], meta["image_size"]
         bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
-        samples = ConversationSamples(items, encode=encode, size=size, fit=fit, **bounds)
+        samples = ConversationSamples(parts, encode=encode, size=size, fit=fit, **bounds)
         layout = join([Layout.flat(len(found)) for found, _ in read], [source.weight for source in sources])
         return samples, [row for _, left_out in read for row in left_out], layout, available
 
@@ -198,7 +205,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     )
 
 
-def _read_items(source: SourceConfig, data: DataConfig) -> tuple[list[LlavaItem], list[LeftOut]]:
+def _read_items(source: SourceConfig, data: DataConfig) -> tuple[ConversationSet, list[LeftOut]]:
     """Usable conversations of a file, and what is left out of it.
 
     Raises:
@@ -208,7 +215,9 @@ def _read_items(source: SourceConfig, data: DataConfig) -> tuple[list[LlavaItem]
         raise InputError(f"data type {source.type!r} holds no conversations", where=source.path, mend="use llava")
     path = Path(source.path)
     # Without a root, paths are relative to the file: a data folder that is moved as a whole stays usable.
-    items, left_out = read_llava(path, image_root=Path(source.image_root) if source.image_root else path.parent)
+    root = Path(source.image_root) if source.image_root else path.parent
+    # The published files name items after their pictures, so their ids repeat by design (facts/llava.md 1.3).
+    items, left_out = read_llava(path, image_root=root, unique_ids=False)
     # Before the model trains a step: a wrong image root leaves everything out.
     check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(source.path, left_out))
     return items, left_out
