@@ -19,7 +19,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mmkit.data.conversations import IMAGE_MARKER, Template, chat_template
+from mmkit.data.conversations import chat_template
+from mmkit.data.pieces import IMAGE_MARKER
+from mmkit.data.templates import Template
 from mmkit.errors import InputError
 from mmkit.models.adapters import has_lora
 from mmkit.models.generation import choose_padding, settle_generation
@@ -287,7 +289,7 @@ def build_processor(
         # From this and the strategy the placeholders are counted; a wrong count shows only in the forward pass.
         num_additional_image_tokens=int(class_token),
         image_token=image_token,
-        chat_template=chat_template(template),
+        chat_template=chat_template(template, tokenizer),
     )
 
 

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import GenerationConfig
 
-from mmkit.data.conversations import encode_prompt
+from mmkit.data.conversations import encode_prompt, stop_tokens
 from mmkit.encoders import build_encoder
-from mmkit.models.generation import add_stop_tokens, stop_ids, template_stop
+from mmkit.models.generation import add_stop_tokens, stop_ids
 from mmkit.models.llava import build_llava, load_mllm, processor_for, save_mllm
 from mmkit.models.llm import build_llm
 from mmkit.models.projectors import num_image_tokens
@@ -283,10 +283,10 @@ def test_every_end_token_of_an_instruct_model_is_kept_and_written(tmp_path: Path
     model = build_llava(siglip(), llm, tok)
     assert stop_ids(model) == [7, 9, tok.eos_token_id]
     end = tok.convert_tokens_to_ids("<|im_end|>")
-    assert template_stop("chatml", tok) == [end]
-    assert template_stop("vicuna_v1", tok) == template_stop("plain", tok) == []
+    assert stop_tokens("chatml", tok) == [end, tok.eos_token_id]
+    assert stop_tokens("vicuna_v1", tok) == stop_tokens("plain", tok) == [tok.eos_token_id]
     for _ in range(2):
-        add_stop_tokens(model, template_stop("chatml", tok))
+        add_stop_tokens(model, stop_tokens("chatml", tok))
     save_mllm(model, processor_for(model, tok, mean=MEAN, std=STD, template="chatml"), tmp_path, meta={})
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [7, 9, tok.eos_token_id, end]
     plain, tok = assemble("sp", llama, siglip())
