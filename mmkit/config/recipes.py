@@ -137,7 +137,9 @@ class LlavaRecipe(RunRecipe):
     # LLaVA's: the last block but one, before the final norm.
     feature_layer: int = -2
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
-    template: Literal["plain", "vicuna_v1", "chatml", "demo"]
+    template: Literal["plain", "vicuna_v1", "chatml", "demo", "chat"] = Field(
+        description="chat: the language model's own chat template"
+    )
     # The encoder was validated on squashed squares; pad is LLaVA-1.5's way in the second stage.
     image_fit: Literal["squash", "crop", "pad"] = "squash"
     # LLaVA's limit; it too counts after expansion.

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkit.data.conversations import encode_prompt
+from mmkit.data.conversations import encode_prompt, stop_tokens
 from mmkit.data.images import Fit, fit_square
 from mmkit.encoders.save import load_encoder, load_tagger
 from mmkit.errors import InputError
@@ -174,7 +174,8 @@ class Mllm:
             do_sample=False,
             use_cache=True,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            # A chat template may end answers with another token than the tokenizer's end of text.
+            eos_token_id=stop_tokens(self.meta["template"], self.tokenizer),
         )
         # The prompt comes back with the answer and is cut off by position, which left padding makes the same in all rows.
         return [t.strip() for t in self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]

@@ -24,9 +24,10 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mmkit.data.chat import leave_start_to_template
 from mmkit.data.conversations import chat_template
 from mmkit.data.pieces import IMAGE_MARKER
-from mmkit.data.templates import Template
+from mmkit.data.templates import OWN, Template
 from mmkit.errors import InputError
 from mmkit.models.adapters import has_lora
 from mmkit.models.meta import read_meta, write_meta
@@ -233,6 +234,8 @@ def build_processor(
         image_std=list(std),
         do_convert_rgb=True,
     )
+    if template == OWN:
+        leave_start_to_template(tokenizer)
     # Batched generation needs the prompts' ends aligned.
     tokenizer.padding_side = "left"
     return LlavaProcessor(
@@ -287,7 +290,11 @@ def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaP
         InputError: When the folder is no MLLM's.
     """
     meta = read_meta(folder, "mllm")
-    return LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder), meta
+    processor = AutoProcessor.from_pretrained(folder)
+    # The folder has room for one chat template only, the processor's; a later stage may ask for the LLM's own.
+    if "chat_template" in meta:
+        processor.tokenizer.chat_template = meta["chat_template"]
+    return LlavaForConditionalGeneration.from_pretrained(folder), processor, meta
 
 
 def llava_loss_sum(

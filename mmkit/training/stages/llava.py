@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from mmkit.config import DataConfig, LlavaRecipe, SourceConfig
-from mmkit.data.conversations import ConversationEncoder, EncodedConversation
+from mmkit.data.conversations import ConversationEncoder, EncodedConversation, stop_tokens
 from mmkit.data.images import Fit, Pixels, decode_image, fit_square
 from mmkit.data.items import Conversation, ConversationSet, JoinedConversations
 from mmkit.data.layout import Layout, join
@@ -157,6 +157,10 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     tokenizer = processor.tokenizer
+    # Saved with the model, so that other programs stop where this one does; the LLM's own stop tokens stay.
+    own = model.generation_config.eos_token_id
+    stops = [*stop_tokens(recipe.template, tokenizer), *([] if own is None else [own] if isinstance(own, int) else own)]
+    model.generation_config.eos_token_id = list(dict.fromkeys(stops))
 
     encode = ConversationEncoder(
         tokenizer,
@@ -271,6 +275,7 @@ def _open_model(recipe: LlavaRecipe) -> tuple[Any, Any, dict[str, Any], list[Par
     # What prediction and the next stage need, and no model format has a place for.
     meta = {
         "template": recipe.template,
+        "chat_template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
         "image_fit": recipe.image_fit,
         "image_size": encoder.image_size,
         "patch_size": patch,
