@@ -202,6 +202,18 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> OwnTemplate:
     return known[2]
 
 
+def leave_start_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Switch off the start token that a tokenizer puts in front of any text, for one whose chat template is followed.
+
+    The template writes the token where it wants one. A program that renders and then tokenises would else have two, or one that
+    training never saw (Zephyr's template has none).
+    """
+    start = tokenizer.bos_token_id
+    # Not the setting's own value: transformers has it false for tokenizers that add the token by their file.
+    if start is not None and tokenizer("a").input_ids[:1] == [start] != tokenizer("a", add_special_tokens=False).input_ids[:1]:
+        tokenizer.add_bos_token = False
+
+
 def original_template(jinja: str) -> str:
     """A chat template as it was before mmkit extended it for a processor."""
     return jinja.partition(_END + "\n")[2] if jinja.startswith(_BEGIN) else jinja

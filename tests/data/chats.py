@@ -1,4 +1,4 @@
-"""Chat templates of the shapes that language models come with, written from the formats they document, and tokenizers for them."""
+"""Chat templates of the shapes that language models come with, written from their documented formats, and tokenizers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ LLAMA2 = (
     "{% for message in rest %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if loop.index0 == 0 and system != false %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% if loop.index0 == 0 and system != false %}"
+    "{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] %}"
     "{% else %}{% set content = message['content'] %}{% endif %}"
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}"
@@ -50,12 +51,13 @@ QWEN25 = (
 )
 # Thinking is written around the last answer only, found in the text, and left out of the prompt on demand.
 QWEN3 = (
-    "{%- if messages[0].role == 'system' %}\n    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}\n{%- endif %}\n"
-    "{%- set ns = namespace(last_query=messages|length - 1) %}\n"
+    "{%- if messages[0].role == 'system' %}\n"
+    "    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}\n{%- endif %}\n"
+    "{%- set ns = namespace(searching=true, last_query=messages|length - 1) %}\n"
     "{%- for message in messages[::-1] %}\n"
-    "    {%- if message.role == 'user' and not message.content.startswith('<tool_response>') %}\n"
-    "        {%- set ns.last_query = [ns.last_query, messages|length - 1 - loop.index0] | min %}\n"
-    "        {%- if loop.index0 > 1 %}{%- set ns.last_query = messages|length - 2 %}{%- endif %}\n    {%- endif %}\n{%- endfor %}\n"
+    "    {%- if ns.searching and message.role == 'user' and not message.content.startswith('<tool_response>') %}\n"
+    "        {%- set ns.searching = false %}\n"
+    "        {%- set ns.last_query = messages|length - 1 - loop.index0 %}\n    {%- endif %}\n{%- endfor %}\n"
     "{%- for message in messages %}\n"
     "    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}\n"
     "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n"
@@ -65,11 +67,13 @@ QWEN3 = (
     "            {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}\n"
     "            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}\n        {%- endif %}\n"
     "        {%- if loop.index0 > ns.last_query %}\n"
-    "            {{- '<|im_start|>assistant\\n<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}\n"
+    "            {{- '<|im_start|>assistant\\n<think>\\n'"
+    " + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}\n"
     "        {%- else %}\n            {{- '<|im_start|>assistant\\n' + content }}\n        {%- endif %}\n"
     "        {{- '<|im_end|>\\n' }}\n    {%- endif %}\n{%- endfor %}\n"
     "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n"
-    "    {%- if enable_thinking is defined and enable_thinking is false %}\n        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n"
+    "    {%- if enable_thinking is defined and enable_thinking is false %}\n"
+    "        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n"
     "{%- endif %}"
 )
 SMOLLM = (

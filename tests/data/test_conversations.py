@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from models.tiny import tokenizer
 
 from mmkit.data.conversations import chat_template, encode_conversation, encode_prompt
@@ -251,3 +252,77 @@ def test_an_empty_question_is_allowed():
     made = tok("sp")
     out = encode([("<image>", "a dog")], made, "demo", n=2)
     assert out.input_ids[: len(prompt("", made, "demo", n=2))] == prompt("", made, "demo", n=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", CHATS)
+def test_several_pictures_stay_where_their_markers_are(kind, template):
+    made = tok(kind)
+    turns = [("This <image> or <image>\nthat?", "that one"), ("And <image>?", "three"), ("near", "two")]
+    out = encode(turns, made, template, n=2, images=3)
+    image_id = made.convert_tokens_to_ids("<image>")
+    runs, previous = [], None
+    for token, label in zip(out.input_ids, out.labels, strict=True):
+        if token == image_id:
+            assert label == -100
+            runs = [*runs[:-1], runs[-1] + 1] if previous == image_id else [*runs, 1]
+        previous = token
+    assert runs == [2, 2, 2]
+    assert (out.num_images, out.cut) == (3, False)
+    parts = [{"type": "text", "text": "This "}, {"type": "image"}, {"type": "text", "text": "or "}, {"type": "image"}]
+    chat = [
+        {"role": "user", "content": [*parts, {"type": "text", "text": "that?"}]},
+        {"role": "assistant", "content": "that one"},
+        {"role": "user", "content": [{"type": "text", "text": "And ?"}, {"type": "image"}]},
+        {"role": "assistant", "content": "three"},
+    ]
+    text = made.apply_chat_template(chat, chat_template=chat_template(template, made), tokenize=False)
+    spelt = [("This <image>\nor <image>\nthat?", "that one"), turns[1]]
+    assert made(text.replace("<image>", "<image>" * 2)).input_ids == encode(spelt, made, template, n=2, images=3).input_ids
+
+
+def test_pictures_that_are_next_to_each_other_have_all_their_tokens():
+    made = tok("sp")
+    out = encode([("<image><image>", "two")], made, "demo", n=3, images=2)
+    assert out.input_ids.count(made.convert_tokens_to_ids("<image>")) == 6
+    assert prompt("", made, "demo", n=3, images=2) == prompt("<image>\n<image>", made, "demo", n=3, images=2)
+    with pytest.raises(ConversationError, match="2 pictures need as many <image> in the questions, found 1"):
+        prompt("<image> and?", made, "demo", images=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", CHATS)
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_system_text_takes_the_place_of_the_templates_own(kind, template, n):
+    made = tok(kind)
+    turns = TURNS if n else [(q.replace("<image>\n", ""), a) for q, a in TURNS]
+    out = encode(turns, made, template, n=n, system=" Be brief, say </s> and <|im_end|>. ")
+    text = made.decode(out.input_ids)
+    assert "Be brief, say </s> and <|im_end|>." in text
+    assert "helpful" not in text
+    assert supervised(out) == supervised(encode(turns, made, template, n=n))
+    asked = prompt(turns[0][0], made, template, n=n, system="Be brief, say </s> and <|im_end|>.")
+    assert out.input_ids[: len(asked)] == asked
+    chat = [{"role": "system", "content": [{"type": "text", "text": " Be brief. "}]}, *messages(turns, n)]
+    text = made.apply_chat_template(chat, chat_template=chat_template(template, made), tokenize=False)
+    expected = encode(turns, made, template, n=n, system="Be brief.").input_ids
+    assert made(text.replace("<image>", "<image>" * n)).input_ids == expected
+    assert encode(turns, made, template, n=n, system=" \n").input_ids == encode(turns, made, template, n=n).input_ids
+
+
+def test_plain_keeps_pictures_only():
+    made = tok("sp")
+    bare = encode([("<image><image>", "a dog")], made, "plain", images=2)
+    turns = [("Both <image> and <image>!", "a dog")]
+    assert encode(turns, made, "plain", images=2, system="Be brief.").input_ids == bare.input_ids
+    chat = [{"role": "system", "content": "Be brief."}, *messages([("<image>", "a dog")], 3)]
+    text = made.apply_chat_template(chat, chat_template=chat_template("plain", made), tokenize=False)
+    assert text == "<image>a dog\n"
+
+
+@pytest.mark.parametrize("template", CHATS)
+def test_a_role_without_a_place_is_refused(template):
+    made = tok("sp")
+    for chat in ([{"role": "tool", "content": "x"}], [*messages(TURNS[1:], 0), {"role": "system", "content": "x"}]):
+        with pytest.raises(TemplateError, match="unknown role"):
+            made.apply_chat_template(chat, chat_template=chat_template(template, made), tokenize=False)

@@ -86,6 +86,8 @@ def _assemble(recipe: LlavaRecipe) -> Opened:
     # What prediction and the next stage need, and no model format has a place for.
     meta = {
         "template": recipe.template,
+        # The folder has room for one chat template only; a later stage may ask for the language model's own.
+        "chat_template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
         "image_fit": recipe.image_fit,
         "image_size": encoder.image_size,
         "patch_size": patch_size(model.config.vision_config),
