@@ -131,7 +131,7 @@ def test_a_stranger_gets_the_same_logits_and_words(name: str, opened: dict[str, 
     count = num_image_tokens(model.config)
     image_id = model.config.image_token_id
     assert count == int((out["ids"] == image_id).sum()) == model.config.image_seq_length
-    ids = encode_prompt(QUESTION, tok, "demo", with_image=True, num_image_tokens=count, image_token_id=image_id)
+    ids = encode_prompt(QUESTION, tok, "demo", num_images=1, tokens_per_image=count, image_token_id=image_id)
     assert out["ids"].tolist() == [ids]
     with torch.no_grad():
         torch.testing.assert_close(model(out["ids"], pixel_values=out["pixels"]).logits, out["logits"], rtol=0, atol=1e-6)
