@@ -15,12 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmkit.config import DecodingConfig
 from mmkit.data.conversations import encode_prompt
 from mmkit.data.images import Fit, fit_square
 from mmkit.encoders.save import load_encoder, load_tagger
 from mmkit.errors import InputError
 from mmkit.files import read_json
+from mmkit.models.captioning import write_captions
 from mmkit.models.clipcap import load_captioner
+from mmkit.models.decoding import bare_settings, choose_decoding, draw_seed, search_arguments
 from mmkit.models.llava import load_mllm
 from mmkit.run import resolve_parent
 
@@ -30,10 +33,8 @@ class Predictor(Protocol):
 
     kind: str
 
-    def predict(
-        self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 32, num_beams: int = 1
-    ) -> list[str]:
-        """One text a picture."""
+    def predict(self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, **decoding: Any) -> list[str]:
+        """One text a picture; ``decoding`` takes the keys of `DecodingConfig`, and what is not given is the model's own."""
         ...
 
 
@@ -67,18 +68,28 @@ class Tagger:
         return found
 
     def predict(
-        self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 10, num_beams: int = 1
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        **decoding: Any,
     ) -> list[str]:
-        """The ``max_new_tokens`` most likely tags of each picture, best first, with their probability.
+        """The ``max_new_tokens`` most likely tags of each picture (ten if not given), best first, with their probability.
 
         Raises:
-            InputError: The encoder has no label head.
+            InputError: The encoder has no label head, or something was given that has no effect on tags.
         """
         # Refused here and not on opening: features of such an encoder are still of use.
         if self.head is None:
             raise InputError("this encoder has no label head, so it gives no tags", where=self.folder, mend="use mmkit.load")
+        asked = sorted(key for key, value in {**decoding, "prompt": prompts}.items() if value is not None)
+        if asked:
+            what = f"an encoder takes neither prompt nor decoding settings ({', '.join(asked)})"
+            raise InputError(what, where=self.folder, mend="leave them out, or use an MLLM")
+        count = 10 if max_new_tokens is None else max_new_tokens
         with torch.inference_mode():
-            found = self.head.top_tags(self.features(images), self.labels, max_new_tokens)
+            found = self.head.top_tags(self.features(images), self.labels, count)
         return [", ".join(f"{tag} {p:.3f}" for tag, p in row) for row in found]
 
 
@@ -93,25 +104,33 @@ class Captioner:
         self.encoder = load_encoder(Path(folder) / "encoder").to(device)
         self.model.to(device).eval()
         self.device = device
+        # Captioners of mmkit 0.1 have no settings of their own; these were the defaults then.
+        self.decoding = DecodingConfig(**self.meta.get("decoding", {"max_new_tokens": 67}))
 
     @torch.inference_mode()
-    def predict(
-        self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 67, num_beams: int = 1
-    ) -> list[str]:
+    def predict(self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, **decoding: Any) -> list[str]:
         """A caption for each picture; prompts have no effect and are refused.
 
+        Args:
+            images: RGB pictures.
+            prompts: None, or empty ones.
+            **decoding: Keys of `DecodingConfig`; what is not given is as the captioner was saved. With sampling a caption depends
+                on seed and picture alone.
+
         Raises:
-            InputError: A prompt was given.
+            InputError: A prompt was given, or settings that do not go together.
         """
         # Empty ones pass: they ask for nothing.
         if prompts is not None and any(prompts):
             raise InputError("a captioner takes no prompt", mend="leave it out, or use an MLLM")
-        pixels = _pixels(images, self.encoder.image_size, "squash").to(self.device)
+        how = choose_decoding(self.decoding, decoding)
+        pixels = _pixels(images, self.encoder.image_size, "squash")
+        draws = [draw_seed(how.seed or 0, square.numpy().tobytes()) for square in pixels]
         kind = self.model.config.feature_kind
         # Extracted as in training; the scaling of features is part of the captioner.
+        pixels = pixels.to(self.device)
         features = self.encoder.tokens(pixels) if kind == "tokens" else self.encoder(pixels)
-        ids = self.model.generate(features, max_new_tokens=max_new_tokens, num_beams=num_beams)
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return write_captions(self.model, self.tokenizer, features, how, draws=draws)
 
 
 class Mllm:
@@ -122,23 +141,28 @@ class Mllm:
     def __init__(self, folder: str, device: torch.device) -> None:
         self.model, self.processor, self.meta = load_mllm(folder)
         self.model.to(device).eval()
+        # What a language model brings along (sampling, a repetition penalty) is no part of the request.
+        self.model.generation_config = bare_settings(self.model.generation_config)
         self.tokenizer = self.processor.tokenizer
         self.device = device
         self._mean = torch.tensor(self.meta["mean"], device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(self.meta["std"], device=device).view(1, 3, 1, 1)
 
     @torch.inference_mode()
-    def predict(
-        self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 32, num_beams: int = 1
-    ) -> list[str]:
-        """An answer for each (picture, prompt), greedy or by beam search.
+    def predict(self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, **decoding: Any) -> list[str]:
+        """An answer for each (picture, prompt); greedy unless asked otherwise.
 
         Args:
             images: RGB pictures.
             prompts: One question a picture; None asks for a description.
-            max_new_tokens: Length limit of the answer.
-            num_beams: Beams; 1 is greedy.
+            **decoding: Keys of `DecodingConfig`. With sampling an answer depends on seed, picture and prompt alone.
+
+        Raises:
+            InputError: Settings that do not go together, or the paper's decoding, which is a captioner's.
         """
+        how = choose_decoding(DecodingConfig(), decoding)
+        if how.decoding == "paper":
+            raise InputError("decoding=paper is ClipCap's, for captioners", where="decoding", mend="use search or sample")
         # A request that the demo's conversations contain.
         prompts = list(prompts) if prompts is not None else ["Describe the picture."] * len(images)
         rows = [
@@ -161,20 +185,24 @@ class Mllm:
         for i, row in enumerate(rows):
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
-        pixels = _pixels(images, self.meta["image_size"], self.meta["image_fit"]).to(self.device)
+        pixels = _pixels(images, self.meta["image_size"], self.meta["image_fit"])
+        draws = [
+            draw_seed(how.seed or 0, square.numpy().tobytes() + prompt.encode())
+            for square, prompt in zip(pixels, prompts, strict=True)
+        ]
+        pixels = pixels.to(self.device)
         values = (pixels.float() / 255.0 - self._mean) / self._std
         out = self.model.generate(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             # Normalised in float32 and rounded once, as in training.
             pixel_values=values.to(self.model.dtype),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            # Said outright: a language model's saved generation settings may ask for sampling.
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            **search_arguments(
+                how,
+                stop=[self.tokenizer.eos_token_id],
+                fill=self.tokenizer.pad_token_id,
+                draws=draws,
+            ),
         )
         # The prompt comes back with the answer and is cut off by position, which left padding makes the same in all rows.
         return [t.strip() for t in self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
