@@ -134,7 +134,6 @@ class Mllm:
         add_stop_tokens(self.model, template_stop(self.meta["template"], self.tokenizer))
         settle_generation(self.model, self.tokenizer)
 
-    @torch.inference_mode()
     def predict(
         self, images: Sequence[Shown], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 32, num_beams: int = 1
     ) -> list[str]:
@@ -151,15 +150,25 @@ class Mllm:
         """
         # A request that the demo's conversations contain.
         prompts = list(prompts) if prompts is not None else ["Describe the picture."] * len(images)
+        out = self.answer_ids(images, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams)
+        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    @torch.inference_mode()
+    def answer_ids(
+        self, images: Sequence[Shown], prompts: Sequence[str], *, max_new_tokens: int = 32, num_beams: int = 1
+    ) -> Tensor:
+        """Token ids i64[B, T] of the answers of `predict`, end token included; padding after it in the shorter ones."""
         if len(prompts) != len(images):
             raise InputError(f"{len(prompts)} prompts for {len(images)} rows", mend="give one prompt a row")
         shown = [_pictures(row) for row in images]
         ids, mask = self._left_padded([self._encode(q, len(row)) for q, row in zip(prompts, shown, strict=True)])
         pictures = [picture for row in shown for picture in row]
-        out = self.model.generate(
+        # Left out where there are none: transformers' generate runs the tower for whatever it is given, None too.
+        seen = {"pixel_values": self._values(pictures)} if pictures else {}
+        out: Tensor = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            pixel_values=self._values(pictures) if pictures else None,
+            **seen,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             # Said outright: a language model's saved generation settings may ask for sampling. Where to stop, they say.
@@ -167,7 +176,7 @@ class Mllm:
             use_cache=True,
         )
         # The prompt comes back with the answer and is cut off by position, which left padding makes the same in all rows.
-        return [t.strip() for t in self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+        return out[:, ids.shape[1] :]
 
     def _encode(self, question: str, pictures: int) -> list[int]:
         """Ids of a question that comes with this many pictures."""

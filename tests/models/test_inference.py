@@ -10,7 +10,13 @@ from PIL import Image
 
 import mmkit
 from mmkit.errors import InputError
+from mmkit.models.generation import add_stop_tokens, stop_ids
 from mmkit.models.inference import Captioner, Mllm, Tagger, load_model
+from mmkit.models.llava import build_llava, processor_for, save_mllm
+
+from .tiny import llama, siglip, tokenizer
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,73 @@ def test_answers_do_not_depend_on_the_batch(pictures, beams):
     pairs = zip(pictures, prompts, strict=True)
     assert together == [opened.predict([i], [p], max_new_tokens=6, num_beams=beams)[0] for i, p in pairs]
     assert opened.predict(pictures, max_new_tokens=6) == opened.predict(pictures, ["Describe the picture."] * 4, max_new_tokens=6)
+
+
+def up_to_the_end(ids: torch.Tensor, stops: list[int]) -> list[int]:
+    """A row's ids with its end token, without the padding after it."""
+    row = ids.tolist()
+    ends = [i for i, token in enumerate(row) if token in stops]
+    return row[: ends[0] + 1] if ends else row
+
+
+QUESTIONS = ["What?", "How many red circles are there in this picture?", "Is it blue?", "Which word do you know, and why?"]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_batch_1_equals_batch_n_token_by_token_with_rows_of_text_alone(pictures, beams):
+    opened = mmkit.load(pipeline.trained("finetune"))
+    assert opened.model.dtype == torch.float32
+    rows = [pictures[0], None, [pictures[1]], None]
+    together = opened.answer_ids(rows, QUESTIONS, max_new_tokens=8, num_beams=beams)
+    stops = stop_ids(opened.model)
+    for row, question, ids in zip(rows, QUESTIONS, together, strict=True):
+        alone = opened.answer_ids([row], [question], max_new_tokens=8, num_beams=beams)[0]
+        assert up_to_the_end(ids, stops) == up_to_the_end(alone, stops)
+    words = opened.predict(rows, QUESTIONS, max_new_tokens=8, num_beams=beams)
+    assert words == [text.strip() for text in opened.tokenizer.batch_decode(together, skip_special_tokens=True)]
+    # A batch without any picture runs no tower at all.
+    assert torch.equal(
+        opened.answer_ids([None], QUESTIONS[1:2], max_new_tokens=8, num_beams=beams)[0],
+        opened.answer_ids([None, None], QUESTIONS[1:2] * 2, max_new_tokens=8, num_beams=beams)[1],
+    )
+
+
+def test_rows_that_do_not_fit_are_refused(pictures):
+    opened = mmkit.load(pipeline.trained("finetune"))
+    with pytest.raises(InputError, match="1 prompts for 2 rows"):
+        opened.predict(pictures[:2], ["What?"])
+    with pytest.raises(InputError, match="2 pictures in one row"):
+        opened.predict([pictures[:2]], ["What?"])
+
+
+def test_generation_stops_at_every_end_token_of_the_model(tmp_path, pictures):
+    """Instruct models end answers with a token that is not their tokenizer's end token."""
+    tok = tokenizer("sp", image=False)
+    model = build_llava(siglip(), llama(tok, initializer_range=0.5), tok)
+    meta = {"template": "demo", "image_fit": "squash", "image_size": 32, "num_image_tokens": 4, "mean": MEAN, "std": STD}
+    processor = processor_for(model, tok, mean=MEAN, std=STD, template="demo")
+    save_mllm(model, processor, tmp_path / "a", meta=meta)
+    free = load_model(str(tmp_path / "a")).answer_ids(pictures[:1], ["What?"], max_new_tokens=8)[0].tolist()
+    third = free[2]
+    cut = free.index(third) + 1
+    assert len(free) == 8 > cut, "the model stopped by itself; the test needs one that goes on"
+    # Second in the list: it is not enough to read the first.
+    add_stop_tokens(model, [third])
+    save_mllm(model, processor, tmp_path / "b", meta=meta)
+    opened = load_model(str(tmp_path / "b"))
+    assert opened.answer_ids(pictures[:1], ["What?"], max_new_tokens=8)[0].tolist() == free[:cut]
+    # And with a row beside it that goes on, padding follows.
+    rows = opened.answer_ids([pictures[0], None], ["What?", "hi"], max_new_tokens=8)
+    assert rows[0, :cut].tolist() == free[:cut] and set(rows[0, cut:].tolist()) <= {tok.pad_token_id}
+
+
+def test_a_template_of_its_own_end_token_stops_there(tmp_path, pictures):
+    """A base model tuned with ChatML: its saved settings know its old end token only."""
+    tok = tokenizer("sp", image=False, chatml=True)
+    model = build_llava(siglip(), llama(tok), tok)
+    meta = {"template": "chatml", "image_fit": "squash", "image_size": 32, "num_image_tokens": 4, "mean": MEAN, "std": STD}
+    save_mllm(model, processor_for(model, tok, mean=MEAN, std=STD, template="chatml"), tmp_path, meta=meta)
+    assert stop_ids(load_model(str(tmp_path)).model) == [tok.eos_token_id, tok.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
