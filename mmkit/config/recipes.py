@@ -145,7 +145,9 @@ class LlavaRecipe(RunRecipe):
         None, ge=2, description="projector pixel_shuffle: r x r patches become one image token; null: 2"
     )
     projector_from: str | None = Field(None, description="run whose projector to start from; same encoder and LLM")
-    template: Literal["plain", "vicuna_v1", "chatml", "demo"]
+    template: Literal["plain", "vicuna_v1", "chatml", "demo", "chat"] = Field(
+        description="chat: the language model's own chat template"
+    )
     # The encoder was validated on squashed squares; pad is LLaVA-1.5's way in the second stage.
     image_fit: Literal["squash", "crop", "pad"] = "squash"
     # LLaVA's limit; it too counts after expansion.

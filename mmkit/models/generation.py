@@ -6,8 +6,6 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mmkit.data.conversations import EOS, Template, get_template
-
 # Without do_sample these do nothing, and transformers refuses to save a config that has them changed and do_sample not:
 # Vicuna's and Llama 2's published generation_config.json are such, and a run would end without a product.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -53,14 +51,3 @@ def stop_ids(model: Any) -> list[int]:
     """The ids that end an answer."""
     known = model.generation_config.eos_token_id
     return [] if known is None else list(known) if isinstance(known, (list, tuple)) else [known]
-
-
-def template_stop(template: str | Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Id of the control token with which a template ends an answer; empty where the tokenizer's own end or text does it.
-
-    A base model that is tuned with ChatML learns to write ``<|im_end|>``, which its own generation settings do not know.
-    """
-    end = get_template(template).end
-    if end == EOS or end not in get_template(template).controls:
-        return []
-    return [int(tokenizer.convert_tokens_to_ids(end))]

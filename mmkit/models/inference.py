@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkit.data.conversations import encode_prompt
+from mmkit.data.conversations import ConversationError, encode_prompt, stop_tokens
 from mmkit.data.images import Fit, fit_square
 from mmkit.encoders.save import load_encoder, load_tagger
 from mmkit.errors import InputError
 from mmkit.files import read_json
 from mmkit.models.clipcap import load_captioner
-from mmkit.models.generation import add_stop_tokens, settle_generation, template_stop
+from mmkit.models.generation import add_stop_tokens, settle_generation
 from mmkit.models.llava import load_mllm
 from mmkit.run import resolve_parent
 
@@ -131,7 +131,7 @@ class Mllm:
         self._mean = torch.tensor(self.meta["mean"], device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(self.meta["std"], device=device).view(1, 3, 1, 1)
         # The tokenizer's and the template's beside the model's own list: folders of older versions know only the first.
-        add_stop_tokens(self.model, template_stop(self.meta["template"], self.tokenizer))
+        add_stop_tokens(self.model, stop_tokens(self.meta["template"], self.tokenizer))
         settle_generation(self.model, self.tokenizer)
 
     def predict(
@@ -146,7 +146,7 @@ class Mllm:
             num_beams: Beams; 1 is greedy.
 
         Raises:
-            InputError: Not as many prompts as rows, or several pictures in a row.
+            InputError: Not as many prompts as rows, or ``<image>`` in a prompt, but not once for each picture.
         """
         # A request that the demo's conversations contain.
         prompts = list(prompts) if prompts is not None else ["Describe the picture."] * len(images)
@@ -180,18 +180,20 @@ class Mllm:
 
     def _encode(self, question: str, pictures: int) -> list[int]:
         """Ids of a question that comes with this many pictures."""
-        if pictures > 1:
-            # encode_prompt has a place for one.
-            raise InputError(f"{pictures} pictures in one row", mend="ask about one picture at a time")
-        # Not the processor's chat template: this path keeps control tokens that are spelt out in a question plain text.
-        return encode_prompt(
-            question,
-            self.tokenizer,
-            self.meta["template"],
-            with_image=pictures > 0,
-            num_image_tokens=self.meta["num_image_tokens"],
-            image_token_id=self.model.config.image_token_id,
-        )
+        try:
+            # Not the processor's chat template: this path keeps control tokens that are spelt out in a question plain text.
+            return encode_prompt(
+                question,
+                self.tokenizer,
+                self.meta["template"],
+                num_images=pictures,
+                tokens_per_image=self.meta["num_image_tokens"],
+                image_token_id=self.model.config.image_token_id,
+            )
+        except ConversationError as error:
+            # In training such a sample is left out and listed; here somebody waits for its answer.
+            what = f"a prompt that cannot be encoded ({error.reason})"
+            raise InputError(what, where=repr(question[:60]), mend="write <image> once a picture, or leave it out") from error
 
     def _left_padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids and mask i64[B, T] of rows of any length.

@@ -19,7 +19,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mmkit.data.conversations import IMAGE_MARKER, Template, chat_template
+from mmkit.data.chat import leave_start_to_template
+from mmkit.data.conversations import chat_template
+from mmkit.data.pieces import IMAGE_MARKER
+from mmkit.data.templates import OWN, Template
 from mmkit.errors import InputError
 from mmkit.models.adapters import has_lora
 from mmkit.models.generation import choose_padding, settle_generation
@@ -275,6 +278,8 @@ def build_processor(
         image_std=list(std),
         do_convert_rgb=True,
     )
+    if template == OWN:
+        leave_start_to_template(tokenizer)
     # Batched generation needs the prompts' ends aligned.
     tokenizer.padding_side = "left"
     # transformers saves what a tokenizer was made with, not what it was set to; a stranger's batches would be padded right.
@@ -287,7 +292,7 @@ def build_processor(
         # From this and the strategy the placeholders are counted; a wrong count shows only in the forward pass.
         num_additional_image_tokens=int(class_token),
         image_token=image_token,
-        chat_template=chat_template(template),
+        chat_template=chat_template(template, tokenizer),
     )
 
 
@@ -347,8 +352,12 @@ def load_mllm(folder: str | Path) -> tuple[VisionLanguageModel, LlavaProcessor, 
         InputError: When the folder is no MLLM's.
     """
     meta = read_meta(folder, "mllm")
+    processor = AutoProcessor.from_pretrained(folder)
+    # The folder has room for one chat template only, the processor's; a later stage may ask for the LLM's own.
+    if "chat_template" in meta:
+        processor.tokenizer.chat_template = meta["chat_template"]
     # The class that config.json names: LLaVA's, Aya Vision's or FastVLM's.
-    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder), meta
+    return AutoModelForImageTextToText.from_pretrained(folder), processor, meta
 
 
 def llava_loss_sum(

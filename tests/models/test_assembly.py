@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import GenerationConfig
 
-from mmkit.data.conversations import encode_conversation, encode_prompt
+from mmkit.data.conversations import encode_conversation, encode_prompt, stop_tokens
 from mmkit.encoders import build_encoder
 from mmkit.models.adapters import freeze_for
-from mmkit.models.generation import add_stop_tokens, stop_ids, template_stop
+from mmkit.models.generation import add_stop_tokens, stop_ids
 from mmkit.models.llava import build_llava, llava_loss_sum, load_mllm, processor_for, save_mllm
 from mmkit.models.llm import build_llm
 from mmkit.models.projectors import image_size, num_image_tokens
@@ -132,7 +132,7 @@ def test_a_stranger_gets_the_same_logits_and_words(name: str, opened: dict[str, 
     count = num_image_tokens(model.config)
     image_id = model.config.image_token_id
     assert count == int((out["ids"] == image_id).sum()) == model.config.image_seq_length
-    ids = encode_prompt(QUESTION, tok, "demo", with_image=True, num_image_tokens=count, image_token_id=image_id)
+    ids = encode_prompt(QUESTION, tok, "demo", num_images=1, tokens_per_image=count, image_token_id=image_id)
     assert out["ids"].tolist() == [ids]
     with torch.no_grad():
         torch.testing.assert_close(model(out["ids"], pixel_values=out["pixels"]).logits, out["logits"], rtol=0, atol=1e-6)
@@ -284,10 +284,10 @@ def test_every_end_token_of_an_instruct_model_is_kept_and_written(tmp_path: Path
     model = build_llava(siglip(), llm, tok)
     assert stop_ids(model) == [7, 9, tok.eos_token_id]
     end = tok.convert_tokens_to_ids("<|im_end|>")
-    assert template_stop("chatml", tok) == [end]
-    assert template_stop("vicuna_v1", tok) == template_stop("plain", tok) == []
+    assert stop_tokens("chatml", tok) == [end, tok.eos_token_id]
+    assert stop_tokens("vicuna_v1", tok) == stop_tokens("plain", tok) == [tok.eos_token_id]
     for _ in range(2):
-        add_stop_tokens(model, template_stop("chatml", tok))
+        add_stop_tokens(model, stop_tokens("chatml", tok))
     save_mllm(model, processor_for(model, tok, mean=MEAN, std=STD, template="chatml"), tmp_path, meta={})
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [7, 9, tok.eos_token_id, end]
     plain, tok = assemble("sp", llama, siglip())
@@ -316,10 +316,8 @@ def test_loss_and_gradients_of_every_assembly_equal_transformers_own(name: str) 
     freeze_for(model, "projector")
     count = num_image_tokens(model.config)
     turns = [[("<image>\nWhat is this?", "a red circle")], [("how many", "three")]]
-    rows = [
-        encode_conversation(t, tok, "demo", num_image_tokens=n, image_token_id=model.config.image_token_id, max_length=120)
-        for t, n in zip(turns, (count, 0), strict=True)
-    ]
+    how = {"tokens_per_image": count, "image_token_id": model.config.image_token_id, "max_length": 120}
+    rows = [encode_conversation(t, tok, "demo", num_images=n, **how) for t, n in zip(turns, (1, 0), strict=True)]
     width = max(len(row.input_ids) for row in rows)
     ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows])
     labels = torch.tensor([row.labels + [-100] * (width - len(row.labels)) for row in rows])

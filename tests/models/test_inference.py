@@ -109,8 +109,27 @@ def test_rows_that_do_not_fit_are_refused(pictures):
     opened = mmkit.load(pipeline.trained("finetune"))
     with pytest.raises(InputError, match="1 prompts for 2 rows"):
         opened.predict(pictures[:2], ["What?"])
-    with pytest.raises(InputError, match="2 pictures in one row"):
-        opened.predict([pictures[:2]], ["What?"])
+    with pytest.raises(InputError, match="'What is <image>"):
+        opened.predict([pictures[:2]], ["What is <image>?"])
+
+
+def test_several_pictures_in_a_row_are_seen_in_their_order(pictures):
+    opened = mmkit.load(pipeline.trained("finetune"))
+    question = "Compare <image> with <image>."
+    rows = [pictures[:2], pictures[2], [], pictures[1::-1]]
+    questions = [question, "What?", "Which word?", question]
+    together = opened.answer_ids(rows, questions, max_new_tokens=6)
+    for row, prompt, ids in zip(rows, questions, together, strict=True):
+        alone = opened.answer_ids([row], [prompt], max_new_tokens=6)[0]
+        assert up_to_the_end(ids, stop_ids(opened.model)) == up_to_the_end(alone, stop_ids(opened.model))
+
+    def logits(row):
+        ids, mask = opened._left_padded([opened._encode(question, 2)])
+        return opened.model(input_ids=ids, attention_mask=mask, pixel_values=opened._values(row)).logits[0, -1]
+
+    # Words of so small a model could be the same either way; what it computes is not.
+    with torch.no_grad():
+        assert not torch.allclose(logits(pictures[:2]), logits(pictures[1::-1]), atol=1e-5)
 
 
 def test_generation_stops_at_every_end_token_of_the_model(tmp_path, pictures):

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmkit.config import LlavaRecipe, LlmConfig
+from mmkit.data.conversations import stop_tokens
 from mmkit.encoders.save import load_encoder
 from mmkit.encoders.vit import at_size
 from mmkit.files import hash_text
-from mmkit.models.generation import add_stop_tokens, template_stop
+from mmkit.models.generation import add_stop_tokens
 from mmkit.models.llava import build_llava, load_mllm, processor_for
 from mmkit.models.llm import build_llm, load_tokenizer
 from mmkit.models.projectors import num_image_tokens, patch_size, projector_kind
@@ -43,7 +44,7 @@ def open_model(recipe: LlavaRecipe) -> Opened:
     """
     opened = _go_on(recipe, recipe.model) if recipe.model is not None else _assemble(recipe)
     # Learnt with the template, so generation has to stop there, in other people's programs too.
-    add_stop_tokens(opened.model, template_stop(recipe.template, opened.processor.tokenizer))
+    add_stop_tokens(opened.model, stop_tokens(recipe.template, opened.processor.tokenizer))
     return opened
 
 
@@ -85,6 +86,8 @@ def _assemble(recipe: LlavaRecipe) -> Opened:
     # What prediction and the next stage need, and no model format has a place for.
     meta = {
         "template": recipe.template,
+        # The folder has room for one chat template only; a later stage may ask for the language model's own.
+        "chat_template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
         "image_fit": recipe.image_fit,
         "image_size": encoder.image_size,
         "patch_size": patch_size(model.config.vision_config),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from mmkit.config import DataConfig, LlavaRecipe, SourceConfig
-from mmkit.data.conversations import ConversationError, EncodedConversation, encode_conversation
-from mmkit.data.images import Fit, ImageRef, Pixels, decode_image, fit_square
+from mmkit.data.batching import Lengths
+from mmkit.data.conversations import ConversationEncoder, EncodedConversation
+from mmkit.data.images import Fit, Pixels, decode_image, fit_square
+from mmkit.data.items import Conversation, ConversationSet, JoinedConversations
 from mmkit.data.layout import Layout, join
-from mmkit.data.llava_json import LlavaItem, read_llava
+from mmkit.data.lengths import Measured, conversation_lengths
+from mmkit.data.llava_json import read_llava
 from mmkit.data.packing import pack_sequences
-from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.data.remote import default_cache
+from mmkit.data.skipped import LeftOut
 from mmkit.distributed.engine import Engine
 from mmkit.errors import InputError
 from mmkit.files import hash_file, hash_text, new_folder
@@ -32,43 +36,54 @@ from mmkit.training.step_log import check_skipped
 
 
 class Turned(NamedTuple):
-    """A picture (uint8 ``[3, S, S]`` or None) and its encoded conversation."""
+    """The pictures of a conversation (uint8 ``[3, S, S]`` each, those that fit) and its encoding."""
 
-    pixels: Pixels | None
+    pixels: list[Pixels]
     encoded: EncodedConversation
     key: str
 
 
 class ConversationSamples:
-    """Conversations with their picture; text is encoded when it is asked for, by the loader's workers."""
+    """Conversations with their pictures; text is encoded when it is asked for, by the loader's workers."""
 
     def __init__(
-        self, items: list[tuple[LlavaItem, str]], *, encode: Any, size: int, fit: Fit, max_pixels: int, max_bytes: int
+        self,
+        parts: Sequence[tuple[ConversationSet, str]],
+        *,
+        encode: Callable[[Conversation], EncodedConversation],
+        size: int,
+        fit: Fit,
+        max_pixels: int,
+        max_bytes: int,
     ) -> None:
-        self.items, self.encode = items, encode
+        """Take data sets with their names, and how text and pictures are prepared."""
+        self.encode = encode
+        self.items = JoinedConversations(parts)
         self.size, self.fit, self.max_pixels, self.max_bytes = size, fit, max_pixels, max_bytes
+        self._kept = np.arange(len(self.items))
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self._kept)
+
+    def leave_out(self, numbers: Sequence[int]) -> None:
+        """Leave out conversations by their number in ``items``."""
+        self._kept = np.setdiff1d(self._kept, numbers)
 
     def describe(self, index: int) -> tuple[str, str]:
         """Source file and id of a conversation."""
-        item, source = self.items[index]
-        return source, item.id
+        return self.items.describe(int(self._kept[index]))
 
     def load(self, index: int, rng: np.random.Generator) -> Turned:
-        """Picture and token ids of one conversation."""
-        item, _ = self.items[index]
-        try:
-            # Text first: a conversation that does not fit costs no decoding.
-            encoded = self.encode(item)
-        except ConversationError as error:
-            # What the loader replaces; the reason without the exception's chain, since it goes into a list.
-            raise SampleError(error.reason) from None
-        if item.image is None:
-            return Turned(None, encoded, item.id)
-        image = decode_image(ImageRef(str(item.image)).read(self.max_bytes), max_pixels=self.max_pixels)
-        return Turned(fit_square(image, self.size, fit=self.fit), encoded, item.id)
+        """Pictures and token ids of one conversation. Raises SampleError: the text does not fit, or a picture cannot be read."""
+        item = self.items[int(self._kept[index])]
+        # Text first: a conversation that does not fit costs no decoding, and no more does a picture that is cut off with its
+        # turn.
+        encoded = self.encode(item)
+        pixels = []
+        for picture in item.images[: encoded.num_images]:
+            image = decode_image(picture.read(self.max_bytes), max_pixels=self.max_pixels)
+            pixels.append(fit_square(image, self.size, fit=self.fit))
+        return Turned(pixels, encoded, item.id)
 
 
 # Samples, what is left out, how they are cut, and how many there are without the recipe's limit.
@@ -84,12 +99,12 @@ def collate_conversations(samples: list[Turned], *, pad: int, packed: bool) -> B
         packed: All in one row, instead of a row each.
 
     Returns:
-        ``pixels`` uint8[P, 3, S, S] of the samples that have some, in order, or None; ``cut``, how many samples were cut to
-        fit; and the sequences: packed as of `pack_sequences`, else right-padded ``input_ids``, ``labels`` and ``attention_mask``
-        i64[B, T]. The mask comes from lengths: a pad or unk id inside a text is a token like any other.
+        ``pixels`` uint8[P, 3, S, S], the pictures of the samples in order, however many each has, or None; ``cut``, how many
+        samples were cut to fit; and the sequences: packed as of `pack_sequences`, else right-padded ``input_ids``, ``labels`` and
+        ``attention_mask`` i64[B, T]. The mask comes from lengths: a pad or unk id inside a text is a token like any other.
     """
     # No black pictures for text-only rows, as LLaVA adds them: the tower would compute them for nothing.
-    pictures = [torch.from_numpy(s.pixels) for s in samples if s.pixels is not None]
+    pictures = [torch.from_numpy(pixels) for s in samples for pixels in s.pixels]
     common = {
         "pixels": torch.stack(pictures) if pictures else None,
         "keys": [s.key for s in samples],
@@ -164,29 +179,33 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     tokenizer = processor.tokenizer
     meta = {**meta, "tuned": tuned_parts(model, meta)}
 
-    def encode(item: LlavaItem) -> EncodedConversation:
-        return encode_conversation(
-            item.turns,
-            tokenizer,
-            recipe.template,
-            # Image tokens are part of the length: LLaVA cuts after expansion and so loses answers (facts/llava.md 1.5).
-            num_image_tokens=meta["num_image_tokens"] if item.image else 0,
-            image_token_id=model.config.image_token_id,
-            max_length=recipe.max_length,
-        )
+    encode = ConversationEncoder(
+        tokenizer,
+        recipe.template,
+        tokens_per_image=meta["num_image_tokens"],
+        image_token_id=model.config.image_token_id,
+        max_length=recipe.max_length,
+    )
 
     def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Opened:
         read = [_read_items(source, recipe.data) for source in sources]
         available = sum(len(found) for found, _ in read)
-        read = [(found[:limit], left_out) for found, left_out in read]
-        items = [(item, source.path) for source, (found, _) in zip(sources, read, strict=True) for item in found]
+        read = [(found.take(limit), left_out) for found, left_out in read]
+        parts = [(found, source.path) for source, (found, _) in zip(sources, read, strict=True)]
         fit, size = meta["image_fit"], meta["image_size"]
         bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
-        samples = ConversationSamples(items, encode=encode, size=size, fit=fit, **bounds)
+        samples = ConversationSamples(parts, encode=encode, size=size, fit=fit, **bounds)
         layout = join([Layout.flat(len(found)) for found, _ in read], [source.weight for source in sources])
         return samples, [row for _, left_out in read for row in left_out], layout, available
 
     samples, left_out, layout, available = samples_of(recipe.data.sources, recipe.data.limit)
+    data_fingerprint = _fingerprint(recipe.data.sources)
+    lengths = None
+    if recipe.batching.kind != "plain":
+        # The main process first: it counts with all cores, and the others find what it kept.
+        measured = engine.main_first(lambda: _measure(samples, encode, recipe.data, data_fingerprint))
+        lengths, layout = _use(measured, samples, layout, left_out)
+        available -= len(measured.unusable)
     validation = None
     data = recipe.data
     if data.val:
@@ -205,13 +224,42 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         collate=lambda batch: collate_conversations(batch, pad=tokenizer.pad_token_id, packed=recipe.batching.kind == "packed"),
         save_product=save_product,
         parents=parents,
-        data_fingerprint=_fingerprint(recipe.data.sources),
+        data_fingerprint=data_fingerprint,
         left_out=left_out,
         available=available,
         layout=layout,
+        batching=recipe.batching,
+        lengths=lengths,
         validation=validation,
+        # As many as are sure to fit: packed batches have a bound on tokens, which validation must keep too.
+        validation_group=max(1, recipe.batching.max_tokens // recipe.max_length) if recipe.batching.max_tokens else None,
         lr_of={part: rate for part, rate in rates.items() if rate is not None},
     )
+
+
+def _measure(samples: ConversationSamples, encode: ConversationEncoder, data: DataConfig, data_fingerprint: str) -> Measured:
+    """The length of every conversation, counted once and kept."""
+    fingerprint = (data_fingerprint, str(data.limit), encode.fingerprint())
+    return conversation_lengths(
+        samples.items, encode, cache=Path(data.cache) if data.cache else default_cache(), fingerprint=fingerprint
+    )
+
+
+def _use(measured: Measured, samples: ConversationSamples, layout: Layout, left_out: list[LeftOut]) -> tuple[Lengths, Layout]:
+    """Leave out what cannot be encoded, so that every sample of the order has a length; lengths and layout of the others.
+
+    Raises:
+        InputError: Nothing is left.
+    """
+    for number, reason in measured.unusable:
+        left_out.append(LeftOut(*samples.items.describe(number), reason))
+    kept = measured.lengths.tokens > 0
+    if not kept.any():
+        source, key = samples.items.describe(0)
+        what = f"none of {len(kept)} conversations can be used; the first, {key}: {measured.unusable[0][1]}"
+        raise InputError(what, where=source, mend="check template and max_length")
+    samples.leave_out([number for number, _ in measured.unusable])
+    return Lengths(measured.lengths.tokens[kept], measured.lengths.text_only[kept]), layout.keep(kept)
 
 
 def _set_up(model: Any, recipe: LlavaRecipe) -> None:
@@ -246,7 +294,7 @@ def _unquantized(model: Any, recipe: LlavaRecipe) -> Any:
     return whole
 
 
-def _read_items(source: SourceConfig, data: DataConfig) -> tuple[list[LlavaItem], list[LeftOut]]:
+def _read_items(source: SourceConfig, data: DataConfig) -> tuple[ConversationSet, list[LeftOut]]:
     """Usable conversations of a file, and what is left out of it.
 
     Raises:
@@ -256,7 +304,9 @@ def _read_items(source: SourceConfig, data: DataConfig) -> tuple[list[LlavaItem]
         raise InputError(f"data type {source.type!r} holds no conversations", where=source.path, mend="use llava")
     path = Path(source.path)
     # Without a root, paths are relative to the file: a data folder that is moved as a whole stays usable.
-    items, left_out = read_llava(path, image_root=Path(source.image_root) if source.image_root else path.parent)
+    root = Path(source.image_root) if source.image_root else path.parent
+    # The published files name items after their pictures, so their ids repeat by design (facts/llava.md 1.3).
+    items, left_out = read_llava(path, image_root=root, unique_ids=False)
     # Before the model trains a step: a wrong image root leaves everything out.
     check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(source.path, left_out))
     return items, left_out
