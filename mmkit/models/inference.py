@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmkit.data.conversations import ConversationError, encode_prompt, stop_tokens
-from mmkit.data.images import Fit, fit_square
+from mmkit.data.images import Fit, fit_square, mean_colour
 from mmkit.encoders.save import load_encoder, load_tagger
 from mmkit.errors import InputError
 from mmkit.files import read_json
@@ -211,7 +211,8 @@ class Mllm:
 
     def _values(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Normalised pixels f[P, 3, S, S] in the model's dtype."""
-        pixels = _pixels(pictures, self.meta["image_size"], self.meta["image_fit"]).to(self.device)
+        fill = mean_colour(self.meta["mean"])
+        pixels = _pixels(pictures, self.meta["image_size"], self.meta["image_fit"], fill).to(self.device)
         values = (pixels.float() / 255.0 - self._mean) / self._std
         # Normalised in float32 and rounded once, as in training.
         return values.to(self.model.dtype)
@@ -246,7 +247,7 @@ def _pictures(row: Shown) -> list[Image.Image]:
     return [] if row is None else [row] if isinstance(row, Image.Image) else list(row)
 
 
-def _pixels(images: Sequence[Image.Image], size: int, fit: Fit) -> Tensor:
-    """uint8 ``[B, 3, size, size]``."""
+def _pixels(images: Sequence[Image.Image], size: int, fit: Fit, fill: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
+    """uint8 ``[B, 3, size, size]``; ``fill`` is the colour that ``fit="pad"`` pads with."""
     # convert: callers of the Python API pass pictures of any mode.
-    return torch.from_numpy(np.stack([fit_square(image.convert("RGB"), size, fit=fit) for image in images]))
+    return torch.from_numpy(np.stack([fit_square(image.convert("RGB"), size, fit=fit, fill=fill) for image in images]))

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import mmkit
+from mmkit.data.images import mean_colour
 from mmkit.errors import InputError
 from mmkit.models.generation import add_stop_tokens, stop_ids
 from mmkit.models.inference import Captioner, Mllm, Tagger, load_model
@@ -188,3 +189,16 @@ def test_predict_refuses_what_does_not_fit(tmp_path, capsys):
     (tmp_path / "no.jpg").write_text("text")
     assert pipeline.mmkit("predict", pipeline.trained("clipcap"), tmp_path / "no.jpg") == 2
     assert "no.jpg: is no picture" in capsys.readouterr().err
+
+
+def test_padding_has_the_encoders_own_mean_colour():
+    """LLaVA pads with its tower's mean; with another tower's the bars would be a picture of their own."""
+    opened = mmkit.load(pipeline.trained("finetune"))
+    assert mean_colour((0.48145466, 0.4578275, 0.40821073)) == (122, 116, 104)
+    opened.meta = {**opened.meta, "image_fit": "pad", "mean": [0.1, 0.5, 0.9]}
+    opened._mean = torch.tensor(opened.meta["mean"]).view(1, 3, 1, 1)
+    size = opened.meta["image_size"]
+    values = opened._values([Image.new("RGB", (2 * size, size), "white")])
+    # Above and below: nothing, but for rounding to a colour.
+    assert values[0, :, 0].abs().max() < 1 / 255 / opened._std.min()
+    assert values[0, :, size // 2].abs().min() > 0.1

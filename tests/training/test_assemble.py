@@ -61,6 +61,16 @@ def test_an_encoder_with_a_class_token_through_both_stages(tmp_path: Path, clip_
         torch.testing.assert_close(hidden, encoder.tokens(pixels, -1), rtol=0, atol=1e-5)
 
 
+def test_a_tower_stored_in_halves_is_computed_in_the_llms_dtype(tmp_path: Path, clip_encoder: Path) -> None:
+    half = save_encoder(load_encoder(clip_encoder).to(torch.bfloat16), tmp_path / "half")
+    assert pipeline.mmkit(*pipeline.align(tmp_path / "align", f"encoder={half}", *TWO)) == 0
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "align" / "model")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    # Nothing is lost: the halves are there, in float32.
+    patches = load_encoder(half).backbone.patch_embed.proj.weight
+    assert torch.equal(model.model.vision_tower.embeddings.patch_embedding.weight, patches.float())
+
+
 @pytest.mark.parametrize(("projector", "tokens"), [("linear", 16), ("pixel_shuffle", 4)])
 def test_other_projectors_train_and_go_on(tmp_path: Path, projector: str, tokens: int) -> None:
     assert pipeline.mmkit(*pipeline.align(tmp_path / "align", f"projector={projector}", *TWO)) == 0
