@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmkit.config import DecodingConfig
-from mmkit.data.conversations import encode_prompt, stop_tokens
-from mmkit.data.images import Fit, fit_square
+from mmkit.data.conversations import ConversationError, encode_prompt, stop_tokens
+from mmkit.data.images import Fit, fit_square, mean_colour
 from mmkit.encoders.save import load_encoder, load_tagger
 from mmkit.errors import InputError
 from mmkit.files import read_json
@@ -166,44 +166,59 @@ class Mllm:
             **decoding: Keys of `DecodingConfig`. With sampling an answer depends on seed, pictures and prompt alone.
 
         Raises:
-            InputError: Not as many prompts as rows, settings that do not go together, or the paper's decoding, a captioner's.
+            InputError: Not as many prompts as rows, ``<image>`` in a prompt but not once a picture, settings that do not go
+                together, or the paper's decoding, a captioner's.
         """
+        # A request that the demo's conversations contain.
+        prompts = list(prompts) if prompts is not None else ["Describe the picture."] * len(images)
+        out = self.answer_ids(images, prompts, **decoding)
+        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    @torch.inference_mode()
+    def answer_ids(self, images: Sequence[Shown], prompts: Sequence[str], **decoding: Any) -> Tensor:
+        """Token ids i64[B, T] of the answers of `predict`, end token included; padding after it in the shorter ones."""
         how = choose_decoding(DecodingConfig(), decoding)
         if how.decoding == "paper":
             raise InputError("decoding=paper is ClipCap's, for captioners", where="decoding", mend="use search or sample")
-        # A request that the demo's conversations contain.
-        prompts = list(prompts) if prompts is not None else ["Describe the picture."] * len(images)
         if len(prompts) != len(images):
             raise InputError(f"{len(prompts)} prompts for {len(images)} rows", mend="give one prompt a row")
         shown = [_pictures(row) for row in images]
         ids, mask = self._left_padded([self._encode(q, len(row)) for q, row in zip(prompts, shown, strict=True)])
-        squares = [_pixels(row, self.meta["image_size"], self.meta["image_fit"]) if row else None for row in shown]
+        fill = mean_colour(self.meta["mean"])
+        squares = [_pixels(row, self.meta["image_size"], self.meta["image_fit"], fill) if row else None for row in shown]
         # Of all that an answer depends on, so that its neighbours in the batch are no part of it.
         draws = [
             draw_seed(how.seed or 0, (b"" if pixels is None else pixels.numpy().tobytes()) + prompt.encode())
             for pixels, prompt in zip(squares, prompts, strict=True)
         ]
         pixels = [made for made in squares if made is not None]
-        out = self.model.generate(
+        # Left out where there are none: transformers' generate runs the tower for whatever it is given, None too.
+        seen = {"pixel_values": self._values(torch.cat(pixels))} if pixels else {}
+        out: Tensor = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            pixel_values=self._values(torch.cat(pixels)) if pixels else None,
+            **seen,
             **search_arguments(how, stop=self._stop, fill=int(self.tokenizer.pad_token_id), draws=draws),
         )
         # The prompt comes back with the answer and is cut off by position, which left padding makes the same in all rows.
-        return [t.strip() for t in self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+        return out[:, ids.shape[1] :]
 
     def _encode(self, question: str, pictures: int) -> list[int]:
         """Ids of a question that comes with this many pictures."""
-        # Not the processor's chat template: this path keeps control tokens that are spelt out in a question plain text.
-        return encode_prompt(
-            question,
-            self.tokenizer,
-            self.meta["template"],
-            num_images=pictures,
-            tokens_per_image=self.meta["num_image_tokens"],
-            image_token_id=self.model.config.image_token_id,
-        )
+        try:
+            # Not the processor's chat template: this path keeps control tokens that are spelt out in a question plain text.
+            return encode_prompt(
+                question,
+                self.tokenizer,
+                self.meta["template"],
+                num_images=pictures,
+                tokens_per_image=self.meta["num_image_tokens"],
+                image_token_id=self.model.config.image_token_id,
+            )
+        except ConversationError as error:
+            # In training such a sample is left out and listed; here somebody waits for its answer.
+            what = f"a prompt that cannot be encoded ({error.reason})"
+            raise InputError(what, where=repr(question[:60]), mend="write <image> once a picture, or leave it out") from error
 
     def _left_padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids and mask i64[B, T] of rows of any length.
@@ -255,7 +270,7 @@ def _pictures(row: Shown) -> list[Image.Image]:
     return [] if row is None else [row] if isinstance(row, Image.Image) else list(row)
 
 
-def _pixels(images: Sequence[Image.Image], size: int, fit: Fit) -> Tensor:
-    """uint8 ``[B, 3, size, size]``."""
+def _pixels(images: Sequence[Image.Image], size: int, fit: Fit, fill: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
+    """uint8 ``[B, 3, size, size]``; ``fill`` is the colour that ``fit="pad"`` pads with."""
     # convert: callers of the Python API pass pictures of any mode.
-    return torch.from_numpy(np.stack([fit_square(image.convert("RGB"), size, fit=fit) for image in images]))
+    return torch.from_numpy(np.stack([fit_square(image.convert("RGB"), size, fit=fit, fill=fill) for image in images]))
