@@ -147,6 +147,9 @@ def open_conversations(location: str, kind: str = "auto", *, image_root: str | N
         return _open_parquet(location, spelling, root)
     # The published files name items after their pictures, so their ids repeat by design (facts/llava.md 1.3).
     items, left_out = read_llava(location, image_root=root or Path(location).parent, unique_ids=False, spelling=spelling)
+    # A file of nothing but bad items is the caller's to refuse: it knows how many may be bad.
+    if not len(items) and not left_out:
+        raise InputError("holds no conversations", where=location, mend="check the file")
     return items, left_out, hash_file(Path(location))
 
 
@@ -176,7 +179,5 @@ def _open_parquet(location: str, spelling: Spelling, root: Path | None) -> Opene
 
 def _of_rows(location: str, rows: Any, spelling: Spelling, root: Path | None, roots: Sequence[Path]) -> Opened:
     found = RowConversations(location, rows, spelling, root, tuple(roots))
-    if not len(found):
-        raise InputError("no rows", where=location, mend="check the split")
     # It changes with every transformation of the set, so no row has to be read to notice other content.
     return found, [], hash_text(str(rows._fingerprint), spelling)

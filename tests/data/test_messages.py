@@ -242,9 +242,12 @@ def test_places_that_cannot_be_opened_are_refused(root):
         open_conversations(str(broken))
     with pytest.raises(InputError, match="no such file"):
         open_conversations(str(root.parent / "none.jsonl"))
-    with pytest.raises(InputError, match="no rows"):
-        hub_rows(root).select([]).to_parquet(str(root.parent / "empty.parquet"))
+    hub_rows(root).select([]).to_parquet(str(root.parent / "empty.parquet"))
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
         open_conversations(str(root.parent / "empty.parquet"))
+    (root.parent / "empty.json").write_text(" [ ]\n")
+    with pytest.raises(InputError, match="holds no conversations"):
+        open_conversations(str(root.parent / "empty.json"))
 
 
 JSON = st.recursive(
