@@ -384,14 +384,22 @@ def _source_options(kind: str, image_root: Path | None, image: str, caption: str
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="An encoder run, or another encoder a recipe could name.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or another encoder a recipe could name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
-    format_: Annotated[str, typer.Option("--format", help="timm, siglip or open_clip.")] = "timm",
+    format_: Annotated[
+        str, typer.Option("--format", help="Of an encoder: timm, siglip or open_clip; of an MLLM: llava.")
+    ] = "timm",
 ) -> None:
-    """Convert a run's encoder for other people's software, and check that the features are the same there."""
-    from mmkit.encoders.export import export_model
+    """Convert a run's model for other people's software, and check that features or logits are the same there."""
+    if format_ == "llava":
+        from mmkit.models.export import export_llava
 
-    _say(f"done: {export_model(run, out, format=format_)}")
+        written = export_llava(run, out)
+    else:
+        from mmkit.encoders.export import export_model
+
+        written = export_model(run, out, format=format_)
+    _say(f"done: {written}")
 
 
 @app.command()

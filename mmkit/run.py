@@ -90,11 +90,11 @@ def resolve_parent(role: str, name: str) -> Parent:
         return Parent(role, name, hash_folder(path), path)
     # Language models go by plain hub names (gpt2); an encoder needs a prefix, or every typing error would be one.
     if ":" in name or role == "llm":
-        return Parent(role, name, _fingerprint_of_name(name))
+        return Parent(role, name, fingerprint_of_name(name))
     raise InputError(f"no such {role}", where=name, mend="give a finished run, a model folder, or timm:NAME")
 
 
-def _fingerprint_of_name(name: str) -> str:
+def fingerprint_of_name(name: str) -> str:
     """Hash of the folder or file that a name such as ``hf:FOLDER`` or ``open_clip:MODEL:FILE`` ends in; a hub name itself."""
     place = Path(name.rpartition(":")[2])
     if place.is_dir():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Union
 
 import numpy as np
 import torch
@@ -21,8 +21,12 @@ from mmkit.encoders.save import load_encoder, load_tagger
 from mmkit.errors import InputError
 from mmkit.files import read_json
 from mmkit.models.clipcap import load_captioner
+from mmkit.models.generation import add_stop_tokens, settle_generation
 from mmkit.models.llava import load_mllm
 from mmkit.run import resolve_parent
+
+# What a row of a question shows: a picture, several, or none.
+Shown = Union[Image.Image, Sequence[Image.Image], None]
 
 
 class Predictor(Protocol):
@@ -126,59 +130,77 @@ class Mllm:
         self.device = device
         self._mean = torch.tensor(self.meta["mean"], device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(self.meta["std"], device=device).view(1, 3, 1, 1)
+        # The tokenizer's and the template's beside the model's own list: folders of older versions know only the first.
+        add_stop_tokens(self.model, stop_tokens(self.meta["template"], self.tokenizer))
+        settle_generation(self.model, self.tokenizer)
 
     @torch.inference_mode()
     def predict(
-        self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 32, num_beams: int = 1
+        self, images: Sequence[Shown], prompts: Sequence[str] | None = None, *, max_new_tokens: int = 32, num_beams: int = 1
     ) -> list[str]:
-        """An answer for each (picture, prompt), greedy or by beam search.
+        """An answer for each row, greedy or by beam search; a row's answer does not depend on the others.
 
         Args:
-            images: RGB pictures.
-            prompts: One question a picture; None asks for a description.
+            images: What each row shows: an RGB picture, a list of pictures, or None for a question without one.
+            prompts: One question a row; None asks for a description.
             max_new_tokens: Length limit of the answer.
             num_beams: Beams; 1 is greedy.
+
+        Raises:
+            InputError: Not as many prompts as rows, or several pictures in a row.
         """
         # A request that the demo's conversations contain.
         prompts = list(prompts) if prompts is not None else ["Describe the picture."] * len(images)
-        rows = [
-            # Not the processor's chat template: this path keeps control tokens that are spelt out in a question plain text.
-            encode_prompt(
-                prompt,
-                self.tokenizer,
-                self.meta["template"],
-                num_images=1,
-                tokens_per_image=self.meta["num_image_tokens"],
-                image_token_id=self.model.config.image_token_id,
-            )
-            for prompt in prompts
-        ]
-        # Left padding: the last prompt token of every row is the last position, where generation starts.
-        # Rows differ by their questions only: every picture takes the same number of tokens.
+        if len(prompts) != len(images):
+            raise InputError(f"{len(prompts)} prompts for {len(images)} rows", mend="give one prompt a row")
+        shown = [_pictures(row) for row in images]
+        ids, mask = self._left_padded([self._encode(q, len(row)) for q, row in zip(prompts, shown, strict=True)])
+        pictures = [picture for row in shown for picture in row]
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=self._values(pictures) if pictures else None,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            # Said outright: a language model's saved generation settings may ask for sampling. Where to stop, they say.
+            do_sample=False,
+            use_cache=True,
+        )
+        # The prompt comes back with the answer and is cut off by position, which left padding makes the same in all rows.
+        return [t.strip() for t in self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+
+    def _encode(self, question: str, pictures: int) -> list[int]:
+        """Ids of a question that comes with this many pictures."""
+        # Not the processor's chat template: this path keeps control tokens that are spelt out in a question plain text.
+        return encode_prompt(
+            question,
+            self.tokenizer,
+            self.meta["template"],
+            num_images=pictures,
+            tokens_per_image=self.meta["num_image_tokens"],
+            image_token_id=self.model.config.image_token_id,
+        )
+
+    def _left_padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask i64[B, T] of rows of any length.
+
+        Left padding: the last prompt token of every row is the last position, where generation starts. The mask comes from
+        lengths, and transformers counts positions from the mask, so padding moves nothing.
+        """
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
-        pixels = _pixels(images, self.meta["image_size"], self.meta["image_fit"]).to(self.device)
+        return ids.to(self.device), mask.to(self.device)
+
+    def _values(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Normalised pixels f[P, 3, S, S] in the model's dtype."""
+        pixels = _pixels(pictures, self.meta["image_size"], self.meta["image_fit"]).to(self.device)
         values = (pixels.float() / 255.0 - self._mean) / self._std
-        out = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            # Normalised in float32 and rounded once, as in training.
-            pixel_values=values.to(self.model.dtype),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            # Said outright: a language model's saved generation settings may ask for sampling.
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self.tokenizer.pad_token_id,
-            # A chat template may end answers with another token than the tokenizer's end of text.
-            eos_token_id=stop_tokens(self.meta["template"], self.tokenizer),
-        )
-        # The prompt comes back with the answer and is cut off by position, which left padding makes the same in all rows.
-        return [t.strip() for t in self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+        # Normalised in float32 and rounded once, as in training.
+        return values.to(self.model.dtype)
 
 
 def load_model(name: str, device: torch.device | None = None) -> Any:
@@ -203,6 +225,11 @@ def load_model(name: str, device: torch.device | None = None) -> Any:
 def _foreign_kind(config: dict[str, Any]) -> str:
     """The kind of a folder that mmkit did not write: timm encoders can be opened."""
     return "encoder" if "architecture" in config else str(config.get("architectures", ["unknown"])[0])
+
+
+def _pictures(row: Shown) -> list[Image.Image]:
+    """The pictures of a row."""
+    return [] if row is None else [row] if isinstance(row, Image.Image) else list(row)
 
 
 def _pixels(images: Sequence[Image.Image], size: int, fit: Fit) -> Tensor:

@@ -305,7 +305,10 @@ def test_same_seed_same_projector():
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"projector": "linear"}, "mlp2x_gelu"),
+        ({"projector": "mlp"}, "use mlp2x_gelu, linear, pixel_shuffle"),
+        ({"projector": "pixel_shuffle", "pixel_shuffle": 3}, "2 x 2 patches cannot be joined by 3 x 3"),
+        ({"projector": "pixel_shuffle", "pixel_shuffle": 4}, "2 x 2 patches cannot be joined by 4 x 4; .* multiple of 64"),
+        ({"projector": "pixel_shuffle", "vision": clip(), "feature_select": "full"}, "class token has no place"),
         ({"feature_select": "patch"}, "full or default"),
         ({"feature_select": "default"}, "class token"),
         ({"feature_layer": -9}, "3 blocks"),
