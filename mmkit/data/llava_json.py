@@ -174,11 +174,13 @@ def read_llava(
             key = _key(item, place)
             # Counted before the checks: the second item of an id is a repeat even when the first was left out.
             uses[key] = uses.get(key, 0) + 1
+            # The list of what was left out tells items apart by it too.
+            name = key if uses[key] == 1 or unique_ids else f"{key}#{uses[key]}"
             try:
                 if uses[key] > 1 and unique_ids:
                     raise OddItem(f"{place}: the id was used before")
-                yield (key if uses[key] == 1 else f"{key}#{uses[key]}", *_item(item, root, spelling))
+                yield (name, *_item(item, root, spelling))
             except OddItem as odd:
-                left_out.append(LeftOut(str(path), key, str(odd)))
+                left_out.append(LeftOut(str(path), name, str(odd)))
 
     return PackedConversations.pack(sound(), root), left_out
