@@ -44,7 +44,7 @@ class EncoderConfig(Section):
         return self
 
 
-DataKind = Literal["auto", "webdataset", "parquet", "coco", "pairs", "llava", "folder", "hf"]
+DataKind = Literal["auto", "webdataset", "parquet", "coco", "pairs", "llava", "messages", "folder", "hf"]
 
 
 class SourceConfig(Section):
