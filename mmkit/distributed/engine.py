@@ -417,6 +417,8 @@ class Engine:
 
         if self._liveness is not None:
             self._liveness.close()
+        if self.uses_deepspeed:
+            _forget_groups(self.module)
         self._accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -464,6 +466,17 @@ def _prepare_deepspeed() -> None:
 
         # It would compile shared-memory kernels first (a minute, and a C++ compiler); gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _forget_groups(engine: Any) -> None:
+    """Make DeepSpeed let go of its process groups, which it keeps in globals and would use again in the next run."""
+    import deepspeed
+
+    if isinstance(engine, deepspeed.DeepSpeedEngine):
+        # Its hooks too: they hold the model, and with it the memory of a run that is over.
+        engine.destroy()
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
 
 
 def _forget_deepspeed_in_transformers() -> None:
