@@ -45,7 +45,10 @@ def drive(*, words: list[str], out: str, steps: list[dict[str, Any]], tower: boo
     stage = build_stage(recipe, engine)
     objective: Any = stage.objective.to(engine.device)
     if tower:
-        objective.model.model.vision_tower.requires_grad_(True)
+        # What lies before the layer that is read; DDP refuses parameters that never take part.
+        vision: Any = objective.model.model.vision_tower
+        vision.embeddings.requires_grad_(True)
+        vision.encoder.layers[: objective.model.config.vision_feature_layer + 1].requires_grad_(True)
     groups = parameter_groups(objective.named_parameters(), lr=config.lr, weight_decay=config.weight_decay, lr_of=stage.lr_of)
     engine.prepare(objective, make_optimizer(groups, betas=config.betas, eps=config.eps, device=engine.device))
     objective.train()

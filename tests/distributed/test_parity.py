@@ -3,9 +3,9 @@
 DeepSpeed has lost parts of gradients without an error more than once (facts/performance.md 7), so what is compared is every
 step's loss and gradient norm and the weights at the end, of the real stage through the real command line.
 
-Why these tolerances. All is fp32, so what differs is the order of sums. Losses and norms agree to a few units in the seventh digit.
-Adam divides a gradient by its own size: where a gradient is as small as its rounding, the first updates are of the size of the
-learning rate whatever its sign. An eps of 1e-4, far above rounding and below most gradients here, takes that away and leaves
+Why these tolerances. All is fp32, so what differs is the order of sums. Losses and norms agree to a few units in the seventh
+digit. Adam divides a gradient by its own size: where a gradient is as small as its rounding, the first updates are of the size of
+the learning rate whatever its sign. An eps of 1e-4, far above rounding and below most gradients here, takes that away and leaves
 weights within 1e-5 of each other, a hundredth of one update; a lost micro-batch or a wrong factor moves them by 1e-3.
 """
 
@@ -26,7 +26,14 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed on CPUs and CUDA do not mix in one environment"),
 ]
 MODES = ["ddp", 0, 1, 2, 3]
-COMMON = ["train.steps=4", "train.warmup=2", "train.weight_decay=0.1", "train.eps=1e-4", "train.clip_grad_norm=0.5", "track.kind=none"]
+COMMON = [
+    "train.steps=4",
+    "train.warmup=2",
+    "train.weight_decay=0.1",
+    "train.eps=1e-4",
+    "train.clip_grad_norm=0.5",
+    "track.kind=none",
+]
 
 
 def lora(run: Path, *more: str) -> list[str]:
@@ -111,8 +118,8 @@ def conversations() -> Path:
     return path
 
 
-# Pieces of 1, 3 and 2 a process, of unlike sizes, as packing gives them. First rank 0 has only text and rank 1 only pictures, then
-# the other way round, then no rank has a picture, then pieces of one process differ.
+# Pieces of 1, 3 and 2 a process, of unlike sizes, as packing gives them. First rank 0 has only text and rank 1 only pictures,
+# then the other way round, then no rank has a picture, then pieces of one process differ.
 STEPS = [
     {"rows": [*range(40, 46), *range(6)], "sizes": {"1": [12], "2": [6]}},
     {"rows": [*range(6, 12), *range(46, 52)], "sizes": {"1": [12], "2": [1, 3, 2]}},
@@ -152,5 +159,7 @@ def test_ranks_without_pictures_and_changing_numbers_of_pieces(pair, one_driven,
     assert torch.allclose(found[:, 0], expected[:, 0], rtol=1e-6, atol=0), (found, expected)
     assert torch.allclose(found[:, 1], expected[:, 1], rtol=1e-5, atol=0), (found, expected)
     assert pipeline.largest_difference(run, other) < 1e-5
-    moved = [name for name, w in pipeline.weights(pipeline.trained("align")).items() if not torch.equal(w, pipeline.weights(run)[name])]
+    moved = [
+        name for name, w in pipeline.weights(pipeline.trained("align")).items() if not torch.equal(w, pipeline.weights(run)[name])
+    ]
     assert any("vision_tower" in name for name in moved) == tower
