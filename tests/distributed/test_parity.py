@@ -12,20 +12,19 @@ weights within 1e-5 of each other, a hundredth of one update; a lost micro-batch
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pipeline
 import pytest
 import torch
+from modes import MODES, deepspeed
 from pair import Pair
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed on CPUs and CUDA do not mix in one environment"),
 ]
-MODES = ["ddp", 0, 1, 2, 3]
 COMMON = [
     "train.steps=4",
     "train.warmup=2",
@@ -45,14 +44,6 @@ TUNES: dict[str, Callable[..., list[str]]] = {"full": pipeline.finetune, "lora":
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    pipeline.trained("align")
-    made = Pair(pipeline.environment(), tmp_path_factory.mktemp("pair") / "log")
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def reference(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """One process without DeepSpeed, one piece a step."""
     made: dict[str, Path] = {}
@@ -64,18 +55,6 @@ def reference(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         return made[tune]
 
     return run
-
-
-def deepspeed(mode: str | int, folder: Path, **more: Any) -> list[str]:
-    """The override that chooses a mode; buckets of a few hundred numbers, so that there are many of them to lose one of."""
-    if mode == "ddp":
-        return []
-    path = folder / "zero.json"
-    zero = {"stage": mode, "overlap_comm": mode != 0, "reduce_bucket_size": 4000, "allgather_bucket_size": 4000, **more}
-    if mode == 3:
-        zero |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 2000, "sub_group_size": 6000}
-    path.write_text(json.dumps({"zero_optimization": zero}))
-    return [f"train.deepspeed={path}"]
 
 
 def norms(run: Path) -> list[float]:
