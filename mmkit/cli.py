@@ -384,14 +384,23 @@ def _source_options(kind: str, image_root: Path | None, image: str, caption: str
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="An encoder run, or another encoder a recipe could name.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="An encoder run or encoder; with --checkpoint any training run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
-    format_: Annotated[str, typer.Option("--format", help="timm, siglip or open_clip.")] = "timm",
+    format_: Annotated[str | None, typer.Option("--format", help="timm (the default), siglip or open_clip.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Write the product as of this step (or newest) instead.")] = None,
 ) -> None:
-    """Convert a run's encoder for other people's software, and check that the features are the same there."""
+    """Convert a run's encoder for other people's software, or make the product of a checkpoint, whichever mode wrote it."""
+    if checkpoint is not None:
+        from mmkit.training.export import export_checkpoint
+
+        # A checkpoint gives the run's own kind of product, which can be converted after.
+        if format_ is not None:
+            raise InputError("--format and --checkpoint do not go together", mend="export the checkpoint, then its folder")
+        _say(f"done: {export_checkpoint(run, out, checkpoint=checkpoint)}")
+        return
     from mmkit.encoders.export import export_model
 
-    _say(f"done: {export_model(run, out, format=format_)}")
+    _say(f"done: {export_model(run, out, format=format_ or 'timm')}")
 
 
 @app.command()

@@ -43,8 +43,9 @@ class Share:
     offset: int
 
     def of(self, state: Tensor) -> Tensor:
-        """The share's part of a state of the owner's size."""
-        return state.view(-1).narrow(0, self.offset, self.weight.numel())
+        """The share's part of a state of the owner's shape, a view of it."""
+        # A whole parameter need not lie in memory in order.
+        return state if self.weight.shape == state.shape else state.view(-1).narrow(0, self.offset, self.weight.numel())
 
 
 def pack(shares: list[Share], optimizer: torch.optim.Optimizer, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,12 +58,13 @@ def pack(shares: list[Share], optimizer: torch.optim.Optimizer, buffers: Mapping
     """
     found: dict[str, Tensor] = {f"{_BUFFER}|0|{name}": buffer for name, buffer in buffers.items()}
     for share in shares:
-        found[f"{WEIGHT}|{share.start}|{share.name}"] = share.weight
+        # Flat: a reader takes any stretch of it.
+        found[f"{WEIGHT}|{share.start}|{share.name}"] = share.weight.reshape(-1)
         for kind, state in optimizer.state.get(share.owner, {}).items():
             if kind == STEP:
                 found[f"{STEP}|0|"] = torch.as_tensor(state)
             else:
-                found[f"{kind}|{share.start}|{share.name}"] = share.of(state)
+                found[f"{kind}|{share.start}|{share.name}"] = share.of(state).reshape(-1)
     return found
 
 
@@ -83,7 +85,8 @@ def unpack(saved: Saved, shares: list[Share], optimizer: torch.optim.Optimizer) 
             if kind not in state:
                 # Zeros for what lies between the shares: padding, which no one reads.
                 state[kind] = torch.zeros_like(share.owner)
-            share.of(state[kind]).copy_(saved.read(kind, share.name, share.start, size))
+            target = share.of(state[kind])
+            target.copy_(saved.read(kind, share.name, share.start, size).view(target.shape))
         if saved.step is not None:
             # Its own for each owner, since the update counts in place; on the device, where the fused one wants it.
             state[STEP] = saved.step.clone().to(share.owner.device)

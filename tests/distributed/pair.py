@@ -23,18 +23,19 @@ class Pair:
 
     def __init__(self, environment: dict[str, str], log: Path, *, processes: int = 2) -> None:
         # DS_ACCELERATOR: DeepSpeed reads it when it is imported.
-        environment = {**environment, "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+        environment = {**environment, "DS_ACCELERATOR": "cpu"}
+        shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
         self.log, self._processes = log, []
-        for rank in range(processes):
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+        # The last is for orders to one process: DeepSpeed numbers modules from the first it ever saw, and all ranks must agree.
+        for rank in [*range(processes), None]:
+            own = {} if rank is None else {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             with log.open("ab") as errors:
-                made = subprocess.Popen(
-                    [sys.executable, __file__], env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-                )
+                pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+                made = subprocess.Popen([sys.executable, __file__], env={**environment, **own}, text=True, **pipes)
             self._processes.append(made)
 
     def __call__(self, arguments: list[str], *, alone: bool = False, timeout: float = 60.0) -> None:
-        """Run a command line (as after ``mmkit``) on all processes, or on the first alone, as without a launcher."""
+        """Run a command line (as after ``mmkit``) on all processes, or on one alone, as without a launcher."""
         self._order({"arguments": list(map(str, arguments))}, alone=alone, timeout=timeout)
 
     def call(self, place: str, *, alone: bool = False, timeout: float = 60.0, **more: Any) -> None:
@@ -45,10 +46,10 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        taking = self._processes[:1] if alone else self._processes
+        taking = self._processes[-1:] if alone else self._processes[:-1]
         for process in taking:
             assert process.stdin is not None
-            process.stdin.write(json.dumps({**order, "port": port, "alone": alone}) + "\n")
+            process.stdin.write(json.dumps({**order, "port": port}) + "\n")
             process.stdin.flush()
         codes = [self._answer(process, timeout) for process in taking]
         assert codes == ["0"] * len(taking), (codes, self.log.read_text()[-6000:])
@@ -75,10 +76,8 @@ def _obey(order: dict[str, Any]) -> int:
     from mmkit import cli
 
     kept = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
-    os.environ["MASTER_PORT"] = order["port"]
-    if order["alone"]:
-        for name in LAUNCHED:
-            os.environ.pop(name, None)
+    if kept:
+        os.environ["MASTER_PORT"] = order["port"]
     try:
         if "place" in order:
             module, _, name = order["place"].partition(":")
