@@ -401,18 +401,26 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or another encoder a recipe could name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
     format_: Annotated[
-        str, typer.Option("--format", help="Of an encoder: timm, siglip or open_clip; of an MLLM: llava.")
-    ] = "timm",
+        str | None, typer.Option("--format", help="Of an encoder: timm (the default), siglip or open_clip; of an MLLM: llava.")
+    ] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Write the product as of this step (or newest) instead.")] = None,
 ) -> None:
-    """Convert a run's model for other people's software, and check that features or logits are the same there."""
-    if format_ == "llava":
+    """Convert a run's model for other people's software and check it there; or make the product of a checkpoint."""
+    if checkpoint is not None:
+        from mmkit.training.export import export_checkpoint
+
+        # A checkpoint gives the run's own kind of product, which can be converted after.
+        if format_ is not None:
+            raise InputError("--format and --checkpoint do not go together", mend="export the checkpoint, then its folder")
+        written = export_checkpoint(run, out, checkpoint=checkpoint)
+    elif format_ == "llava":
         from mmkit.models.export import export_llava
 
         written = export_llava(run, out)
     else:
         from mmkit.encoders.export import export_model
 
-        written = export_model(run, out, format=format_)
+        written = export_model(run, out, format=format_ or "timm")
     _say(f"done: {written}")
 
 

@@ -145,10 +145,10 @@ class Run:
         if restart:
             return "new"
         # Compared as text in its resolved form: every default is written out, so a new default of mmkit is noticed too.
-        before = (self.path / "recipe.yaml").read_text(encoding="utf-8")
-        now = dump_recipe(recipe)
+        before = _experiment((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        now = _experiment(dump_recipe(recipe))
         if before != now:
-            lines = difflib.unified_diff(before.splitlines(), now.splitlines(), lineterm="", n=0)
+            lines = difflib.unified_diff(before, now, lineterm="", n=0)
             diff = ", ".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("---", "+++"))
             raise InputError(
                 f"this run was made with another recipe ({diff})",
@@ -326,6 +326,19 @@ class Run:
             self.manifest["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 1)
             self.manifest["skipped"] = self.skipped
             write_json(self.path / "manifest.json", self.manifest)
+
+
+def _experiment(recipe: str) -> list[str]:
+    """The lines of a recipe without those of the train section that only say how the work is spread over processes.
+
+    Other machines may want another ZeRO stage and another micro-batch; the global batches, and so the run, stay the same.
+    """
+    kept, section = [], ""
+    for line in recipe.splitlines():
+        section = line if not line.startswith(" ") else section
+        if section != "train:" or line.partition(":")[0] not in ("  deepspeed", "  micro_batch_size"):
+            kept.append(line)
+    return kept
 
 
 def _is_leftover(path: Path) -> bool:

@@ -206,7 +206,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         fingerprint = hashes[0] if len(hashes) == 1 else hash_text(*hashes)
         return _Read(samples, [row for _, left_out, _ in read for row in left_out], layout, available, fingerprint)
 
-samples, left_out, layout, available, data_fingerprint = samples_of(recipe.data.sources, recipe.data.limit)
+    samples, left_out, layout, available, data_fingerprint = samples_of(recipe.data.sources, recipe.data.limit)
     lengths = None
     if recipe.batching.kind != "plain":
         # The main process first: it counts with all cores, and the others find what it kept.
