@@ -407,15 +407,18 @@ def plan(
     longest: Annotated[int | None, typer.Option(min=1, help="Longest sequence; else the recipe's max_length.")] = None,
     encoder: Annotated[str | None, typer.Option(help="In place of an encoder that is not here: run, timm:NAME, recipe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="One row of a Markdown table instead.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Memory of one GPU by part, steps, GPU-hours and the largest micro-batch of a training recipe, before GPUs are spent."""
     from mmkit.plan import make_plan
-    from mmkit.plan.render import text
+    from mmkit.plan.render import markdown_table, text
 
     how = {"gpu": gpu, "gpu_memory": gpu_memory, "tflops": tflops, "mfu": mfu, "samples": samples, "tokens": tokens}
     found = make_plan(_load(recipe, overrides), recipe, gpus=gpus, longest=longest, encoder=encoder, **how)  # type: ignore[arg-type]
-    _say(json.dumps(found.as_json(), indent=2) if as_json else text(found))
+    # JSON wins where both are asked for: whoever reads it is a program.
+    shown = markdown_table([found]) if markdown else text(found)
+    _say(json.dumps(found.as_json(), indent=2) if as_json else shown)
 
 
 @app.command()

@@ -35,8 +35,12 @@ RESERVE_BYTES = GIB
 RESERVE_SHARE = 0.05
 
 
+# Kept for the process: a trace of a 7B model takes seconds, and neither the number of GPUs nor the ZeRO stage changes it.
+_TRACES: dict[tuple[str, int, int], Trace] = {}
+
+
 class Planner:
-    """A recipe on a machine; keeps what it traced, since a trace of a 7B model takes seconds."""
+    """A recipe on a machine."""
 
     def __init__(
         self, recipe: TrainRecipe, name: str, machine: Machine, *, encoder: str | None = None, lengths: Lengths | None = None
@@ -79,14 +83,14 @@ class Planner:
             )
         self.sizes = Sizes.of(self.subject.objective, persistent=self.sharding.persistent)
         self.states: States = states(self.sizes, self.sharding, machine.gpus)
-        self._traces: dict[tuple[int, int], Trace] = {}
+        self._key = f"{_shape_keys(recipe)} {cast} {self.autocast} {encoder}"
 
     def trace(self, rows: int, length: int) -> Trace:
         """A micro-batch's trace."""
-        key = (rows, length)
-        if key not in self._traces:
-            self._traces[key] = self.subject.trace(rows, length, autocast=self.autocast)
-        return self._traces[key]
+        key = (self._key, rows, length)
+        if key not in _TRACES:
+            _TRACES[key] = self.subject.trace(rows, length, autocast=self.autocast)
+        return _TRACES[key]
 
     def memory(self, micro: int) -> Memory:
         """What a micro-batch takes."""
@@ -233,6 +237,16 @@ def make_plan(
     peak = tflops or (kind.tflops if recipe.train.precision == "bf16" else kind.tflops_fp32)
     machine = Machine(gpus, gpu_memory or kind.memory_gib, peak, mfu, kind.name)
     return Planner(recipe, name, machine, encoder=encoder, lengths=Lengths(tokens or 0, longest or 0)).plan(samples)
+
+
+def _shape_keys(recipe: TrainRecipe) -> str:
+    """What of a recipe decides the modules and the size of their tensors."""
+    aside = {"run", "system", "seed", "data", "track", "train", "monitor"}
+    found = recipe.model_dump_json(exclude=aside)
+    # The vocabulary of the label head, and the features that a contrastive loss compares.
+    labels = getattr(recipe.data, "labels", None)
+    compared = recipe.train.batch_size if isinstance(recipe, ContrastiveRecipe) else None
+    return f"{found} {labels} {compared}"
 
 
 def largest_true(values: list[int], test: Callable[[int], bool]) -> int | None:

@@ -78,24 +78,29 @@ def text(plan: Plan) -> str:
     return "\n".join([head, console.export_text().rstrip(), *rest])
 
 
-COLUMNS = ("GPUs", "sharding", "states", "micro-batch", "activations", "in all", "largest", "steps", "hours", "GPU-hours")
-HEAD = f"| {' | '.join(COLUMNS)} |"
-RULE = "|" + "---|" * len(COLUMNS)
+COLUMNS = ("GPUs", "sharding", "states", "micro-batch", "step", "in all", "largest", "steps", "hours", "GPU-hours")
 
 
-def markdown_row(plan: Plan) -> str:
-    """The plan as a row under `HEAD`; memory in GiB."""
+def markdown_table(plans: list[Plan]) -> str:
+    """Plans as rows: states, what a step takes beyond them and the sum with the reserve in GiB of one GPU; largest micro-batch."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(_cells, plans)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _cells(plan: Plan) -> tuple[str, ...]:
+    """A row."""
     memory, work, largest = plan.memory, plan.work, plan.largest_micro_batch_size
-    cells = [
+    sizes = (sum(memory.states.values()), memory.step, memory.total)
+    states, step, total = (f"{size / GIB:.1f}" for size in sizes)
+    return (
         f"{plan.machine.gpus}",
         plan.sharding,
-        f"{sum(memory.states.values()) / GIB:.1f}",
+        states,
         f"{memory.micro_batch_size}",
-        f"{memory.step / GIB:.1f}",
-        f"{memory.total / GIB:.1f}",
+        step,
+        total,
         "none" if largest is None else f"{largest}",
         f"{work.steps:,}",
         f"{work.hours:,.1f}",
         f"{work.gpu_hours:,.0f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+    )

@@ -118,7 +118,7 @@ def trace(
         for parameter in module.parameters():
             if parameter.requires_grad:
                 # A gradient is counted with the model's states, and goes from here as soon as it is whole.
-                handle = parameter.register_post_accumulate_grad_hook(_drop_gradient)
+                handle = parameter.register_post_accumulate_grad_hook(counter.drop_gradient)
                 stack.callback(handle.remove)
         stack.enter_context(mode)
         stack.enter_context(_NoDropout())
@@ -126,21 +126,15 @@ def trace(
         # CPU autocast: its rules for products, norms and losses are CUDA's for all that these models do.
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             found = loss()
-        saved = dict(counter.alive())
-        counter.phase = "backward"
+        counter.turn()
         found.backward()
     return Trace(
-        saved=saved,
-        peak=counter.peak,
+        saved=dict(counter.saved()),
+        peak=counter.peak(),
         forward=dict(counter.flops["forward"]),
         backward=sum(counter.flops["backward"].values()),
         recomputed=sum(counter.flops["recomputed"].values()),
     )
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    """Let go of a gradient."""
-    parameter.grad = None
 
 
 def _watch(module: nn.Module, parts: Mapping[str, str], counter: _Counter) -> Iterator[Any]:
@@ -167,18 +161,38 @@ class _NoDropout(TorchFunctionMode):
 
 
 class _Counter(TorchDispatchMode):
-    """Bytes of tensors that are alive, and operations, by part."""
+    """Bytes of tensors that are alive, and operations, by part.
+
+    Allocations and releases are written down in order and added up at the end: only then is it known which of them have become
+    gradients (a fused loss makes the head's in its forward pass).
+    """
 
     def __init__(self, module: nn.Module, chosen: float) -> None:
         super().__init__()
         self.phase, self.chosen = "forward", chosen
-        self.now = self.peak = 0
         self.flops: dict[str, Counter[str]] = {name: Counter() for name in ("forward", "backward", "recomputed")}
         self._running: list[str] = []
-        # Storage by its address -> (bytes, part). Weights are known from the start and weigh nothing.
-        self._storages: dict[int, tuple[int, str]] = {}
+        # What was allocated, in order: (bytes, part). An event is the number of one, or -1 - number when it is freed.
+        self._made: list[tuple[int, str]] = []
+        self._events: list[int] = []
+        self._half = 0
+        self._gradients: set[int] = set()
+        # Storage by its address -> its number. Weights are known from the start and weigh nothing.
+        self._alive: dict[int, int] = {}
         tensors = [*module.parameters(), *module.buffers()]
         self._weights = {t.untyped_storage()._cdata for t in tensors}
+
+    def turn(self) -> None:
+        """The forward pass is over."""
+        self.phase, self._half = "backward", len(self._events)
+
+    def drop_gradient(self, parameter: Tensor) -> None:
+        """A weight's gradient is whole: no temporary, and gone."""
+        assert parameter.grad is not None
+        number = self._alive.get(parameter.grad.untyped_storage()._cdata)
+        if number is not None:
+            self._gradients.add(number)
+        parameter.grad = None
 
     def enter(self, part: str) -> None:
         """A module of a part begins."""
@@ -188,12 +202,25 @@ class _Counter(TorchDispatchMode):
         """It ends."""
         self._running.pop()
 
-    def alive(self) -> Counter[str]:
-        """Bytes alive now, by part."""
+    def saved(self) -> Counter[str]:
+        """Bytes alive between the passes, by part."""
         found: Counter[str] = Counter()
-        for size, part in self._storages.values():
-            found[part] += size
-        return found
+        for event in self._events[: self._half]:
+            number = event if event >= 0 else -1 - event
+            size, part = self._made[number]
+            if number not in self._gradients:
+                found[part] += size if event >= 0 else -size
+        return +found
+
+    def peak(self) -> int:
+        """Most bytes alive at one time."""
+        now = most = 0
+        for event in self._events:
+            number = event if event >= 0 else -1 - event
+            if number not in self._gradients:
+                now += self._made[number][0] if event >= 0 else -self._made[number][0]
+                most = max(most, now)
+        return most
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and count it."""
@@ -229,21 +256,19 @@ class _Counter(TorchDispatchMode):
         return found
 
     def _note(self, tensor: Tensor, part: str) -> None:
-        """Count a storage that was not there before, until it is freed."""
+        """Write down a storage that was not there before, and when it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._storages or key in self._weights:
+        if key in self._alive or key in self._weights:
             return
-        size = storage.nbytes()
-        self._storages[key] = (size, part)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        number = self._alive[key] = len(self._made)
+        self._made.append((storage.nbytes(), part))
+        self._events.append(number)
         weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
-        """A storage is gone."""
-        size, _ = self._storages.pop(key)
-        self.now -= size
+        """A storage is gone; its address may come again."""
+        self._events.append(-1 - self._alive.pop(key))
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
