@@ -82,7 +82,7 @@ COLUMNS = ("GPUs", "sharding", "states", "micro-batch", "step", "in all", "large
 
 
 def markdown_table(plans: list[Plan]) -> str:
-    """Plans as rows: states, what a step takes beyond them and the sum with the reserve in GiB of one GPU; largest micro-batch."""
+    """Plans as rows; in GiB of one GPU the states, what a step takes beyond them, and the sum with the reserve."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *map(_cells, plans)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 

@@ -75,7 +75,7 @@ def test_tuned_names_have_their_bases_shape(name: str, row: str) -> None:
 
 
 def test_an_unknown_model_is_asked_for() -> None:
-    with pytest.raises(InputError, match="llm.config"):
+    with pytest.raises(InputError, match=r"llm\.config"):
         shape_of(LlmConfig(name="nobody/nothing-7b"))
     assert shape_of(LlmConfig(config={"model_type": "llama", "hidden_size": 64}, tokenizer="x")).hidden_size == 64
 

@@ -28,7 +28,7 @@ def test_superclass_takes_what_the_arithmetic_says() -> None:
     found = plan("superclass-vit-b16")
     # performance.md 1.1: encoder 85.8 M (without class token and norm in front) + head 38.0 M.
     assert found.parameters == found.trainable == pytest.approx(85.8e6 + 38.0e6, rel=0.001)
-    # 2.2: states 16 bytes an element, activations 36 n D L = 65 MB a picture; 1.1: 105.3 GFLOP forward and backward with the head.
+    # 2.2: states 16 bytes an element, activations 36 n D L = 65 MB a picture; 1.1: 105.3 GFLOP a picture with the head.
     assert sum(found.memory.states.values()) == pytest.approx(16 * found.parameters, rel=0.001)
     assert sum(found.memory.activations.values()) / 512 == pytest.approx(36 * 196 * 768 * 12, rel=0.03)
     assert found.work.model_flops == found.work.executed_flops == pytest.approx(105.3e9, rel=0.01)
