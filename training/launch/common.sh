@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the launch scripts share: environment, the check of the recipe, signals, exit codes, going on after a stop. Sourced, not run.
+# What the launch scripts share: environment, check of the recipe, signals, exit codes, going on after a stop. Sourced, not run.
 #
 #   usage      source common.sh; prepare PROCESSES "$@"; run_ranks LAUNCHER WORDS... (each process runs rank.sh and the words)
 #   override   by environment, with these defaults:

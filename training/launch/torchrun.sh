@@ -8,7 +8,7 @@
 #   time       that of the recipe, see its head; the same command goes on where it was stopped
 set -euo pipefail
 
-# shellcheck source=training/launch/common.sh
+# shellcheck source=training/launch/common.sh disable=SC1091
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 NGPU=${NGPU:-8}
 NNODES=${NNODES:-1}
