@@ -184,8 +184,7 @@ class Mllm:
             raise InputError(f"{len(prompts)} prompts for {len(images)} rows", mend="give one prompt a row")
         shown = [_pictures(row) for row in images]
         ids, mask = self._left_padded([self._encode(q, len(row)) for q, row in zip(prompts, shown, strict=True)])
-        fill = mean_colour(self.meta["mean"])
-        squares = [_pixels(row, self.meta["image_size"], self.meta["image_fit"], fill) if row else None for row in shown]
+        squares = [self._squares(row) if row else None for row in shown]
         # Of all that an answer depends on, so that its neighbours in the batch are no part of it.
         draws = [
             draw_seed(how.seed or 0, (b"" if pixels is None else pixels.numpy().tobytes()) + prompt.encode())
@@ -233,6 +232,10 @@ class Mllm:
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
         return ids.to(self.device), mask.to(self.device)
+
+    def _squares(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """uint8[P, 3, S, S], fitted as in training."""
+        return _pixels(pictures, self.meta["image_size"], self.meta["image_fit"], mean_colour(self.meta["mean"]))
 
     def _values(self, pixels: Tensor) -> Tensor:
         """uint8[P, 3, S, S] normalised, f[P, 3, S, S] in the model's dtype."""
