@@ -70,6 +70,8 @@ class OwnTemplate:
     _special: dict[str, Any] = field(repr=False)
     _tokens: dict[str, AddedToken] = field(repr=False)
     _as_parts: bool = False
+    # A handful of texts for each number of turns, worked out once.
+    _pieces: dict[str, tuple[Segment, ...]] = field(default_factory=dict, repr=False)
     _known: dict[tuple[int, bool, bool], list[str]] = field(default_factory=dict, repr=False)
 
     def render(self, turns: list[tuple[str, str]], *, images: bool, system: str | None) -> Rendered:
@@ -96,7 +98,7 @@ class OwnTemplate:
             stop = 1 + next(i for i, segment in enumerate(after) if segment.kind == "control")
             reply = [*self._split(between[border:]), Segment("text", answer), *after[:stop]]
             out.append(RenderedTurn(joined(prompt), joined(reply)))
-            waiting = after[stop:]
+            waiting = [*after[stop:]]
         return Rendered(out, joined(waiting), starts=False)
 
     def prompt(self, question: str, *, images: bool, system: str | None) -> list[Segment]:
@@ -106,7 +108,7 @@ class OwnTemplate:
         texts = ([] if system is None else [system]) + [turns[0][0]]
         self._check(literals, texts, _roles(1, system=system is not None, last=False), last=False)
         contents = [[Segment("text", text)] for text in texts[:-1]] + [content_segments(turns[0][0], images=images)]
-        segments = self._split(literals[0])
+        segments = [*self._split(literals[0])]
         for content, literal in zip(contents, literals[1:], strict=True):
             segments += [*content, *self._split(literal)]
         return joined(segments)
@@ -160,10 +162,15 @@ class OwnTemplate:
         if at != len(text):
             raise ConversationError("the chat template writes more than the messages, by what they hold")
 
-    def _split(self, literal: str) -> list[Segment]:
+    def _split(self, literal: str) -> tuple[Segment, ...]:
         """Segments of the template's own text, its control tokens cut out as the tokenizer would."""
+        if literal not in self._pieces:
+            self._pieces[literal] = self._cut(literal)
+        return self._pieces[literal]
+
+    def _cut(self, literal: str) -> tuple[Segment, ...]:
         if not self._tokens:
-            return [Segment("text", literal)]
+            return (Segment("text", literal),)
         # Longest first: of two tokens that begin alike the tokenizer takes the longer one.
         names = sorted(self._tokens, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, names))})", literal)
@@ -172,7 +179,7 @@ class OwnTemplate:
             token = self._tokens[parts[i]]
             parts[i - 1] = parts[i - 1].rstrip() if token.lstrip else parts[i - 1]
             parts[i + 1] = parts[i + 1].lstrip() if token.rstrip else parts[i + 1]
-        return [Segment("control" if i % 2 else "text", part) for i, part in enumerate(parts) if part]
+        return tuple(Segment("control" if i % 2 else "text", part) for i, part in enumerate(parts) if part)
 
 
 _OWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, int, OwnTemplate]] = WeakKeyDictionary()

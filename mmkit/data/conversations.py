@@ -126,7 +126,7 @@ def _check_markers(turns: Sequence[tuple[str, str]], num_images: int) -> None:
 def _fill(rendered: Rendered, encoder: PieceEncoder, image: list[int], max_length: int) -> EncodedConversation:
     """The turns that fit, one after the other."""
     ids = list(encoder.bos) if rendered.starts else []
-    labels, cut, before, pictures = [IGNORE_INDEX] * len(ids), False, "start", 0
+    labels, cut, before, pictures, supervised = [IGNORE_INDEX] * len(ids), False, "start", 0, 0
     for turn in rendered.turns:
         # Prompt and reply are tokenised apart: a token over the border would be half supervised, and no prompt could end there.
         prompt = encoder.segments(turn.prompt, before=before, image=image)
@@ -139,8 +139,10 @@ def _fill(rendered: Rendered, encoder: PieceEncoder, image: list[int], max_lengt
             cut = True
             break
         cut = len(reply) > room
-        ids += prompt + reply[:room]
-        labels += [IGNORE_INDEX] * len(prompt) + reply[:room]
+        kept = reply[:room]
+        ids += prompt + kept
+        labels += [IGNORE_INDEX] * len(prompt) + kept
+        supervised += len(kept)
         pictures += sum(segment.kind == "image" for segment in turn.prompt)
         if cut:
             break
@@ -148,7 +150,7 @@ def _fill(rendered: Rendered, encoder: PieceEncoder, image: list[int], max_lengt
     # Nobody learns from it, so it counts as no cut where it does not fit.
     if not cut and len(ids) + len(tail) <= max_length:
         ids, labels = ids + tail, labels + [IGNORE_INDEX] * len(tail)
-    return EncodedConversation(ids, labels, sum(label != IGNORE_INDEX for label in labels), cut, pictures)
+    return EncodedConversation(ids, labels, supervised, cut, pictures)
 
 
 def encode_prompt(

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mmkit.data.items import Message, OddItem, PackedConversations, Turns, arrange, check_pictures, clean_text
+from mmkit.data.items import OddItem, PackedConversations, Turns, arrange, check_pictures, clean_text
+from mmkit.data.messages import Spelling, parse_item
 from mmkit.data.skipped import LeftOut
 from mmkit.errors import InputError
 
@@ -99,31 +100,6 @@ def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     return (_read_lines if lines else _read_list)(path, text)
 
 
-_NAMES = {"system": "system", "human": "user", "gpt": "assistant"}
-
-
-def _messages(item: dict[str, Any]) -> list[Message]:
-    """Messages, types checked."""
-    messages = item.get("conversations")
-    if not isinstance(messages, list):
-        hint = "; rows with `messages` are read by type: messages" if "messages" in item else ""
-        raise OddItem(f"`conversations` is missing or no list{hint}")
-    out = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or "from" not in message or "value" not in message:
-            # The chat format of other kits: said outright, or its users would look for a typing error.
-            hint = " (OpenAI-style role/content?)" if isinstance(message, dict) and "role" in message else ""
-            raise OddItem(f"message {number} lacks `from` or `value`{hint}")
-        if not isinstance(message["value"], str):
-            raise OddItem(f"message {number}: `value` is no text")
-        # A list as a role cannot be looked up in a table.
-        role = message["from"] if isinstance(message["from"], str) else None
-        if role not in _NAMES:
-            raise OddItem(f"message {number}: unknown role {message['from']!r}, expected human or gpt")
-        out.append(Message(_NAMES[role], clean_text(message["value"]), role))
-    return out
-
-
 def check_name(name: Any, image_root: Path) -> str:
     """The name of a picture's file; nothing outside ``image_root`` is ever named.
 
@@ -148,7 +124,7 @@ def check_name(name: Any, image_root: Path) -> str:
     return name
 
 
-def _item(item: Any, image_root: Path) -> tuple[list[str], Turns, str | None]:
+def _item(item: Any, image_root: Path, spelling: Spelling) -> tuple[list[str], Turns, str | None]:
     """Pictures, turns and system text of one checked item.
 
     Raises:
@@ -158,11 +134,10 @@ def _item(item: Any, image_root: Path) -> tuple[list[str], Turns, str | None]:
         raise item
     if not isinstance(item, dict):
         raise OddItem("not a JSON object")
-    turns, system = arrange(_messages(item))
-    # Text only, whether the key is missing or null.
-    found = [] if item.get("image") is None else item["image"] if isinstance(item["image"], list) else [item["image"]]
-    check_pictures(turns, len(found))
-    return [check_name(name, image_root) for name in found], turns, system
+    messages, pictures = parse_item(item, spelling)
+    turns, system = arrange(messages)
+    check_pictures(turns, len(pictures))
+    return [check_name(name, image_root) for name in pictures], turns, system
 
 
 def _key(item: Any, place: str) -> str:
@@ -172,14 +147,17 @@ def _key(item: Any, place: str) -> str:
     return clean_text(str(found)) if isinstance(found, (str, int)) and str(found) else place
 
 
-def read_llava(path: str | Path, *, image_root: str | Path, unique_ids: bool = True) -> tuple[PackedConversations, list[LeftOut]]:
-    """Read a LLaVA conversation file.
+def read_llava(
+    path: str | Path, *, image_root: str | Path, unique_ids: bool = True, spelling: Spelling = "llava"
+) -> tuple[PackedConversations, list[LeftOut]]:
+    """Read a LLaVA conversation file, or one of the same form with ``messages``.
 
     Args:
         path: JSON list or JSON lines.
         image_root: Folder the image paths are relative to.
         unique_ids: Leave out the later items of an id used before. False keeps them under ``ID#2``, ``ID#3``: the
             published instruction files name an item after its picture, so their ids repeat by design.
+        spelling: How items write their messages.
 
     Returns:
         The sound items in file order, and what was left out with reasons, in file order.
@@ -196,11 +174,13 @@ def read_llava(path: str | Path, *, image_root: str | Path, unique_ids: bool = T
             key = _key(item, place)
             # Counted before the checks: the second item of an id is a repeat even when the first was left out.
             uses[key] = uses.get(key, 0) + 1
+            # The list of what was left out tells items apart by it too.
+            name = key if uses[key] == 1 or unique_ids else f"{key}#{uses[key]}"
             try:
                 if uses[key] > 1 and unique_ids:
                     raise OddItem(f"{place}: the id was used before")
-                yield (key if uses[key] == 1 else f"{key}#{uses[key]}", *_item(item, root))
+                yield (name, *_item(item, root, spelling))
             except OddItem as odd:
-                left_out.append(LeftOut(str(path), key, str(odd)))
+                left_out.append(LeftOut(str(path), name, str(odd)))
 
     return PackedConversations.pack(sound(), root), left_out

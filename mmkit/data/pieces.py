@@ -5,8 +5,9 @@ Only the template's own control tokens become control tokens: the same character
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,6 +20,8 @@ from mmkit.errors import InputError
 
 # LLaVA's own spelling, in its files and in transformers' processor.
 IMAGE_MARKER = "<image>"
+# Characters of a piece whose ids are remembered.
+_SHORT = 120
 EOS = "{eos}"  # as a control segment: the tokenizer's own end token, whatever it is called
 
 
@@ -124,15 +127,22 @@ class PieceEncoder:
     # Special ids that may not come out of running text; the unknown token is not among them, any odd character gives it.
     forbidden: frozenset[int] = field(default_factory=frozenset)
 
-    def text(self, text: str, before: str) -> list[int]:
+    def __post_init__(self) -> None:
+        self._remembered = functools.lru_cache(maxsize=256)(self._encode)
+
+    def text(self, text: str, before: str) -> Sequence[int]:
         """Ids of running text that follows ``before``: "start", "control" (image included) or "text"."""
         # After other text never: the whole text, of which both are parts, has no added space there.
         prefixed = before == "start" or (before == "control" and self.prefix_everywhere)
+        # Half of the pieces are the template's own words, the same in every conversation.
+        return self._remembered(text, prefixed) if len(text) <= _SHORT else self._encode(text, prefixed)
+
+    def _encode(self, text: str, prefixed: bool) -> Sequence[int]:
         ids = (self.full if prefixed else self.bare).encode(text, add_special_tokens=False).ids
         # A tokenizer whose vocabulary spells a control token as an ordinary piece; such a text could end a turn early.
         if not self.forbidden.isdisjoint(ids):
             raise ConversationError("the text spells a control token that this tokenizer cannot keep as text")
-        return ids
+        return tuple(ids)
 
     def control(self, text: str) -> int:
         """Id of a control token of the template.

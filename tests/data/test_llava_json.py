@@ -140,6 +140,9 @@ def test_the_odd_items_of_the_shared_file(shared):
 def test_repeated_ids_can_be_kept_as_the_published_files_need(root):
     path = write(root, [{"id": "a", "conversations": TEXT}] * 3)
     assert [item.id for item in read_llava(path, image_root=root, unique_ids=False)[0]] == ["a", "a#2", "a#3"]
+    path = write(root, [{"id": "a", "conversations": TEXT}, {"id": "a"}, {"id": "a"}, {"id": "a", "conversations": TEXT}])
+    found, left = read_llava(path, image_root=root, unique_ids=False)
+    assert ([item.id for item in found], [row.key for row in left]) == (["a", "a#4"], ["a#2", "a#3"])
 
 
 @pytest.mark.parametrize(

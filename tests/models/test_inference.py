@@ -59,23 +59,49 @@ def test_an_encoder_without_a_head_gives_features_but_no_tags(tmp_path, pictures
         opened.predict(pictures)
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-def test_captions_do_not_depend_on_the_batch(pictures, beams):
+SAMPLE = {"decoding": "sample", "temperature": 1.3, "top_k": 100, "seed": 5}
+
+
+@pytest.mark.parametrize("way", [{}, {"num_beams": 2}, SAMPLE, {"decoding": "paper"}], ids=["greedy", "beam", "sample", "paper"])
+def test_captions_do_not_depend_on_the_batch(pictures, way):
     opened = mmkit.load(pipeline.trained("clipcap"))
-    together = opened.predict(pictures, max_new_tokens=8, num_beams=beams)
-    assert together == [opened.predict([p], max_new_tokens=8, num_beams=beams)[0] for p in pictures]
+    together = opened.predict(pictures, max_new_tokens=8, **way)
+    assert together == [opened.predict([p], max_new_tokens=8, **way)[0] for p in pictures]
     with pytest.raises(InputError, match="a captioner takes no prompt"):
         opened.predict(pictures, ["What?"] * 4)
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-def test_answers_do_not_depend_on_the_batch(pictures, beams):
+@pytest.mark.parametrize("way", [{"num_beams": 1}, {"num_beams": 2}, SAMPLE], ids=["greedy", "beam", "sample"])
+def test_answers_do_not_depend_on_the_batch(pictures, way):
     opened = mmkit.load(pipeline.trained("finetune"))
     prompts = ["What?", "How many red circles are there in this picture?", "Is it blue?", "Read the word, please."]
-    together = opened.predict(pictures, prompts, max_new_tokens=6, num_beams=beams)
+    together = opened.predict(pictures, prompts, max_new_tokens=6, **way)
     pairs = zip(pictures, prompts, strict=True)
-    assert together == [opened.predict([i], [p], max_new_tokens=6, num_beams=beams)[0] for i, p in pairs]
+    assert together == [opened.predict([i], [p], max_new_tokens=6, **way)[0] for i, p in pairs]
     assert opened.predict(pictures, max_new_tokens=6) == opened.predict(pictures, ["Describe the picture."] * 4, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("stage", ["clipcap", "finetune"])
+def test_a_seed_gives_the_same_texts_again(stage, pictures):
+    opened = mmkit.load(pipeline.trained(stage))
+    first, again, other = (opened.predict(pictures, **{**SAMPLE, "seed": seed}, max_new_tokens=12) for seed in (5, 5, 6))
+    assert first == again != other
+
+
+def test_decoding_on_the_command_line(capsys, pictures):
+    run, file = pipeline.trained("clipcap"), pipeline.pictures()[0]
+    opened = mmkit.load(run)
+    ways = {
+        ("--decoding", "paper"): {"decoding": "paper"},
+        ("--num-beams", "3", "--length-penalty", "0.2"): {"num_beams": 3, "length_penalty": 0.2},
+        ("--decoding", "sample", "--temperature", "1.5", "--top-p", "0.9", "--top-k", "40", "--seed", "7"): {
+            "decoding": "sample", "temperature": 1.5, "top_p": 0.9, "top_k": 40, "seed": 7,
+        },
+    }  # fmt: skip
+    for words, way in ways.items():
+        capsys.readouterr()
+        assert pipeline.mmkit("predict", run, file, "--max-new-tokens", "9", *words) == 0
+        assert capsys.readouterr().out == opened.predict(pictures[:1], max_new_tokens=9, **way)[0] + "\n"
 
 
 def up_to_the_end(ids: torch.Tensor, stops: list[int]) -> list[int]:
@@ -185,8 +211,13 @@ def test_predict_on_the_command_line(stage, more, capsys, pictures):
 
 def test_predict_refuses_what_does_not_fit(tmp_path, capsys):
     picture = pipeline.pictures()[0]
-    assert pipeline.mmkit("predict", pipeline.trained("superclass"), picture, "--prompt", "What?") == 2
-    assert "an encoder takes neither prompt nor beams" in capsys.readouterr().err
+    for more, named in ((["--prompt", "What?"], "prompt"), (["--num-beams", "1", "--seed", "2"], "num_beams, seed")):
+        assert pipeline.mmkit("predict", pipeline.trained("superclass"), picture, *more) == 2
+        assert f"an encoder takes neither prompt nor decoding settings ({named})" in capsys.readouterr().err
+    assert pipeline.mmkit("predict", pipeline.trained("clipcap"), picture, "--temperature", "0.5") == 2
+    assert "temperature belong to decoding=sample, not to search" in capsys.readouterr().err
+    assert pipeline.mmkit("predict", pipeline.trained("finetune"), picture, "--decoding", "paper") == 2
+    assert "decoding=paper is ClipCap's, for captioners" in capsys.readouterr().err
     (tmp_path / "no.jpg").write_text("text")
     assert pipeline.mmkit("predict", pipeline.trained("clipcap"), tmp_path / "no.jpg") == 2
     assert "no.jpg: is no picture" in capsys.readouterr().err

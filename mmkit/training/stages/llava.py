@@ -17,13 +17,13 @@ from mmkit.data.images import Fit, Pixels, decode_image, fit_square, mean_colour
 from mmkit.data.items import Conversation, ConversationSet, JoinedConversations
 from mmkit.data.layout import Layout, join
 from mmkit.data.lengths import Measured, conversation_lengths
-from mmkit.data.llava_json import read_llava
+from mmkit.data.message_rows import Opened, open_conversations
 from mmkit.data.packing import pack_sequences
 from mmkit.data.remote import default_cache
 from mmkit.data.skipped import LeftOut
 from mmkit.distributed.engine import Engine
 from mmkit.errors import InputError
-from mmkit.files import hash_file, hash_text, new_folder
+from mmkit.files import hash_text, new_folder
 from mmkit.models.adapters import freeze_for, merge_lora, set_train_mode
 from mmkit.models.llava import llava_loss_sum, save_mllm
 from mmkit.models.lm_loss import apply_liger, use_loss_head
@@ -87,8 +87,14 @@ class ConversationSamples:
         return Turned(pixels, encoded, item.id)
 
 
-# Samples, what is left out, how they are cut, and how many there are without the recipe's limit.
-_Opened = tuple[ConversationSamples, list[LeftOut], Layout, int]
+class _Read(NamedTuple):
+    """Samples, what is left out, how they are cut, how many there are without the recipe's limit, and a hash of the data."""
+
+    samples: ConversationSamples
+    left_out: list[LeftOut]
+    layout: Layout
+    available: int
+    fingerprint: str
 
 
 def collate_conversations(samples: list[Turned], *, pad: int, packed: bool) -> Batch:
@@ -188,19 +194,19 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         max_length=recipe.max_length,
     )
 
-    def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Opened:
+    def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Read:
         read = [_read_items(source, recipe.data) for source in sources]
-        available = sum(len(found) for found, _ in read)
-        read = [(found.take(limit), left_out) for found, left_out in read]
-        parts = [(found, source.path) for source, (found, _) in zip(sources, read, strict=True)]
+        available = sum(len(found) for found, *_ in read)
+        parts = [(found.take(limit), source.path) for source, (found, *_) in zip(sources, read, strict=True)]
         fit, size = meta["image_fit"], meta["image_size"]
         bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
         samples = ConversationSamples(parts, encode=encode, size=size, fit=fit, fill=mean_colour(meta["mean"]), **bounds)
-        layout = join([Layout.flat(len(found)) for found, _ in read], [source.weight for source in sources])
-        return samples, [row for _, left_out in read for row in left_out], layout, available
+        layout = join([Layout.flat(len(found)) for found, _ in parts], [source.weight for source in sources])
+        hashes = [fingerprint for *_, fingerprint in read]
+        fingerprint = hashes[0] if len(hashes) == 1 else hash_text(*hashes)
+        return _Read(samples, [row for _, left_out, _ in read for row in left_out], layout, available, fingerprint)
 
-    samples, left_out, layout, available = samples_of(recipe.data.sources, recipe.data.limit)
-    data_fingerprint = _fingerprint(recipe.data.sources)
+    samples, left_out, layout, available, data_fingerprint = samples_of(recipe.data.sources, recipe.data.limit)
     lengths = None
     if recipe.batching.kind != "plain":
         # The main process first: it counts with all cores, and the others find what it kept.
@@ -210,7 +216,8 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     validation = None
     data = recipe.data
     if data.val:
-        validation, *_ = samples_of([SourceConfig(path=data.val, type=data.val_type, image_root=data.val_image_root)], None)
+        source = SourceConfig(path=data.val, type=data.val_type, image_root=data.val_image_root)
+        validation = samples_of([source], None).samples
 
     def save_product(folder: Path) -> None:
         with new_folder(folder) as new:
@@ -295,28 +302,16 @@ def _unquantized(model: Any, recipe: LlavaRecipe) -> Any:
     return whole
 
 
-def _read_items(source: SourceConfig, data: DataConfig) -> tuple[ConversationSet, list[LeftOut]]:
-    """Usable conversations of a file, and what is left out of it.
+def _read_items(source: SourceConfig, data: DataConfig) -> Opened:
+    """Usable conversations of a data set, what is left out of it, and a hash of it.
 
     Raises:
         InputError: Another kind of data, no usable conversation, or too few.
     """
-    if source.type not in ("auto", "llava"):
-        raise InputError(f"data type {source.type!r} holds no conversations", where=source.path, mend="use llava")
-    path = Path(source.path)
-    # Without a root, paths are relative to the file: a data folder that is moved as a whole stays usable.
-    root = Path(source.image_root) if source.image_root else path.parent
-    # The published files name items after their pictures, so their ids repeat by design (facts/llava.md 1.3).
-    items, left_out = read_llava(path, image_root=root, unique_ids=False)
+    items, left_out, fingerprint = open_conversations(source.path, source.type, image_root=source.image_root)
     # Before the model trains a step: a wrong image root leaves everything out.
     check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(source.path, left_out))
-    return items, left_out
-
-
-def _fingerprint(sources: Sequence[SourceConfig]) -> str:
-    """Hash of the files' content."""
-    hashes = [hash_file(Path(source.path)) for source in sources]
-    return hashes[0] if len(hashes) == 1 else hash_text(*hashes)
+    return items, left_out, fingerprint
 
 
 def _reasons(path: str, left_out: list[LeftOut]) -> str:
