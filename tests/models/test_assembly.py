@@ -22,8 +22,9 @@ from mmkit.data.conversations import encode_conversation, encode_prompt, stop_to
 from mmkit.encoders import build_encoder
 from mmkit.models.adapters import freeze_for
 from mmkit.models.generation import add_stop_tokens, stop_ids
-from mmkit.models.llava import build_llava, llava_loss_sum, load_mllm, processor_for, save_mllm
+from mmkit.models.llava import build_llava, llava_loss_sum, load_mllm, save_mllm
 from mmkit.models.llm import build_llm
+from mmkit.models.processor import processor_for
 from mmkit.models.projectors import image_size, num_image_tokens
 from mmkit.models.towers import vision_tower
 

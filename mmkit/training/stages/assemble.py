@@ -12,8 +12,9 @@ from mmkit.encoders.save import load_encoder
 from mmkit.encoders.vit import at_size
 from mmkit.files import hash_text
 from mmkit.models.generation import add_stop_tokens
-from mmkit.models.llava import build_llava, load_mllm, processor_for
+from mmkit.models.llava import build_llava, load_mllm
 from mmkit.models.llm import build_llm, load_tokenizer
+from mmkit.models.processor import processor_for
 from mmkit.models.projectors import num_image_tokens, patch_size, projector_kind
 from mmkit.models.reuse import take_projector
 from mmkit.models.towers import vision_tower
@@ -54,8 +55,10 @@ def _go_on(recipe: LlavaRecipe, source: str) -> Opened:
     model, processor, meta = load_mllm(parent.folder or Path(source))
     # These two may change between the stages: LLaVA aligns with plain text and crops, and tunes with Vicuna's and padding.
     meta = {**meta, "template": recipe.template, "image_fit": recipe.image_fit}
-    # Made anew, since the chat template inside belongs to the conversation template.
-    processor = processor_for(model, processor.tokenizer, mean=meta["mean"], std=meta["std"], template=recipe.template)
+    # Made anew: the chat template inside belongs to the conversation template, the image processor to the fit.
+    processor = processor_for(
+        model, processor.tokenizer, mean=meta["mean"], std=meta["std"], template=recipe.template, image_fit=recipe.image_fit
+    )
     return Opened(model, processor, meta, [parent])
 
 
@@ -83,7 +86,9 @@ def _assemble(recipe: LlavaRecipe) -> Opened:
         pixel_shuffle=recipe.pixel_shuffle or 2,
         seed=recipe.seed,
     )
-    processor = processor_for(model, tokenizer, mean=encoder.mean, std=encoder.std, template=recipe.template)
+    processor = processor_for(
+        model, tokenizer, mean=encoder.mean, std=encoder.std, template=recipe.template, image_fit=recipe.image_fit
+    )
     # What prediction and the next stage need, and no model format has a place for.
     meta = {
         "template": recipe.template,
