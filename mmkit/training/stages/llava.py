@@ -196,7 +196,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Read:
         read = [_read_items(source, recipe.data) for source in sources]
         available = sum(len(found) for found, *_ in read)
-        parts = [(found.take(limit), source.path) for source, (found, *_) in zip(sources, read, strict=True)]
+        parts = [(found.piece(0, limit or len(found)), source.path) for source, (found, *_) in zip(sources, read, strict=True)]
         fit, size = meta["image_fit"], meta["image_size"]
         bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
         samples = ConversationSamples(parts, encode=encode, size=size, fit=fit, **bounds)
