@@ -6,6 +6,9 @@ from typing import Literal, Union
 
 from pydantic import Field, model_validator
 
+from mmkit.config.decoding import DecodingConfig
+from mmkit.config.looks import CaptionMonitorConfig
+from mmkit.config.section import Section
 from mmkit.config.sections import (
     CONTRASTIVE_LOSSES,
     LABEL_LOSSES,
@@ -19,13 +22,15 @@ from mmkit.config.sections import (
     MapperConfig,
     MonitorConfig,
     PairDataConfig,
-    Section,
     TaskConfig,
     TextConfig,
     TrackConfig,
     TrainConfig,
 )
 from mmkit.data.bounds import MAX_BYTES
+
+# What a captioner's monitor writes into metrics.jsonl.
+CAPTION_NUMBERS = ("val_CIDEr", "val_Bleu_4", "val_ROUGE_L")
 
 
 class RunRecipe(Section):
@@ -112,8 +117,16 @@ class ClipcapRecipe(RunRecipe):
     tune_llm: bool = False
     # ClipCap's longest caption in generation (rmokady/CLIP_prefix_caption, entry_length).
     max_length: int = Field(67, ge=2, description="caption tokens kept")
+    caption_end: Literal["eos", "period", "none"] = Field(
+        "eos",
+        description="eos: captions end with the end token; period: with a full stop, as Conceptual Captions; none: as they are",
+    )
+    generation: DecodingConfig = Field(
+        DecodingConfig(max_new_tokens=67), description="how `monitor` writes captions; saved with the captioner as its default"
+    )
     batching: BatchingConfig = BatchingConfig()
     data: DataConfig
+    monitor: CaptionMonitorConfig = CaptionMonitorConfig()
     track: TrackConfig = TrackConfig()
     train: TrainConfig
 
@@ -122,6 +135,18 @@ class ClipcapRecipe(RunRecipe):
         # A caption is a dozen tokens: grouped by length nothing is left that packing could save.
         if self.batching.kind == "packed":
             raise ValueError("batching.kind=packed is for llava; captions are grouped by length: use grouped")
+        return self
+
+    @model_validator(mode="after")
+    def _looks_fit(self) -> ClipcapRecipe:
+        looks = {"val_loss": self.train.val_every, **dict.fromkeys(CAPTION_NUMBERS, self.monitor.every)}
+        if (self.data.val is None) != (self.train.val_every is None and self.monitor.every is None):
+            raise ValueError("data.val (what to look at) and train.val_every or monitor.every (how often) go together")
+        stopping = self.train.early_stopping
+        # Known here, unlike in other stages: a wrong name would show after the first look only.
+        if stopping is not None and looks.get(stopping.metric) is None:
+            known = ", ".join(name for name, every in looks.items() if every is not None) or "none"
+            raise ValueError(f"train.early_stopping.metric {stopping.metric} is not looked at (looked at: {known})")
         return self
 
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from mmkit.config.decoding import GenerationConfig
+from mmkit.config.looks import StoppingConfig
+from mmkit.config.section import Section
 from mmkit.data.bounds import MAX_BYTES
 
 # OpenAI CLIP's constants (open_clip constants.py), the default of every SuperClass recipe.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class Section(BaseModel):
-    """A group of keys; an unknown key is an error, never ignored."""
-
-    # protected_namespaces: pydantic warns of keys such as model_args otherwise. allow_inf_nan: YAML has .inf and .nan.
-    # frozen: the recipe in memory stays the one that was written to recipe.yaml.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class EncoderConfig(Section):
@@ -188,6 +183,8 @@ class TrainConfig(Section):
     checkpoint_every: int | None = Field(None, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
 
+    early_stopping: StoppingConfig | None = Field(None, description="the product is that of the best step, not of the last")
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         given = [k for k in ("steps", "epochs", "samples") if getattr(self, k) is not None]
@@ -354,15 +351,6 @@ class LabelledDataConfig(Section):
     limit: int | None = Field(None, ge=1, description="pictures of each set, drawn once")
     max_pixels: int = Field(100_000_000, ge=1)
     max_bytes: int = Field(MAX_BYTES, ge=1, description="of an encoded picture")
-
-
-class GenerationConfig(Section):
-    """Decoding settings, printed beside every score."""
-
-    max_new_tokens: int = Field(32, ge=1)
-    # Greedy, as in LLaVA's evaluation.
-    num_beams: int = Field(1, ge=1)
-    batch_size: int = Field(32, ge=1)
 
 
 class TaskConfig(Section):

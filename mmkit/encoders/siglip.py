@@ -101,15 +101,21 @@ def block_difference(encoder: VisionEncoder) -> str | None:
     # without a place, and transformers would not complain.
     present = {
         "it has no position table": tower.pos_embed is None,
+        f"its patches come out of a {type(tower.patch_embed).__name__}": type(tower.patch_embed).__name__ != "PatchEmbed",
         f"its blocks are {type(block).__name__}": type(block).__name__ != "Block",
+        f"its MLP is a {type(block.mlp).__name__}": type(block.mlp).__name__ != "Mlp" and not is_gated(block.mlp),
         "it normalises queries and keys": not isinstance(getattr(block.attn, "q_norm", None), nn.Identity),
         "it has a norm inside attention": not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity),
+        "it has a norm inside its MLP": not isinstance(getattr(block.mlp, "norm", nn.Identity()), nn.Identity),
         "its attention is gated": getattr(block.attn, "gate", None) is not None,
         "its heads are not as wide as its tokens": block.attn.qkv.weight.shape[0] != 3 * encoder.width,
         f"its norms are {type(block.norm1).__name__}": not isinstance(block.norm1, nn.LayerNorm),
-        "its activation is unknown to transformers": activation_name(block.mlp.act) is None and not is_gated(block.mlp),
     }
-    return next((reason for reason, true in present.items() if true), None)
+    reason = next((reason for reason, true in present.items() if true), None)
+    # Asked last: other kinds of MLP have no such attribute.
+    if reason is None and not is_gated(block.mlp) and activation_name(block.mlp.act) is None:
+        return "its activation is unknown to transformers"
+    return reason
 
 
 def is_gated(mlp: nn.Module) -> bool:

@@ -360,6 +360,29 @@ def load_mllm(folder: str | Path) -> tuple[VisionLanguageModel, LlavaProcessor, 
     return AutoModelForImageTextToText.from_pretrained(folder), processor, meta
 
 
+def _embed(model: VisionLanguageModel, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    """Word embeddings with the pictures' features in place of image tokens; f[B, T, H].
+
+    One path for batches with and without pictures. ZeRO puts gradients together, and ZeRO-3 weights, in the order in which the
+    modules run; where two ranks had two orders, unlike parameters would be added up.
+    """
+    embeds = model.get_input_embeddings()(input_ids)
+    # A frozen tower may be bfloat16 under a float32 model.
+    tower_dtype = model.model.vision_tower.dtype
+    blank = pixel_values is None or len(pixel_values) == 0
+    if pixel_values is None or blank:
+        size = image_size(model.config.vision_config)
+        # One blank picture, not one a row as LLaVA does: the gradient is zero either way, the tower's work is not.
+        pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
+    found = model.get_image_features(pixel_values.to(tower_dtype), return_dict=True).pooler_output
+    features = torch.cat(tuple(found)).to(embeds.dtype)
+    if blank:
+        # Zero times and not detached: the graph must reach the projector. One number is enough for that.
+        return embeds + 0.0 * features.mean()
+    places = model.model.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
+    return embeds.masked_scatter(places, features)
+
+
 def llava_loss_sum(
     model: VisionLanguageModel,
     input_ids: Tensor,
@@ -390,28 +413,12 @@ def llava_loss_sum(
     Raises:
         ValueError: When image tokens and image features do not match in number (from transformers).
     """
-    # A frozen tower may be bfloat16 under a float32 model.
-    tower_dtype = model.model.vision_tower.dtype
     how: dict[str, Any] = {"attention_mask": attention_mask}
     if cu_seqlens is not None:
         assert max_seqlen is not None
         how = packed_arguments(cu_seqlens, max_seqlen)
-    if pixel_values is None or len(pixel_values) == 0:
-        size = image_size(model.config.vision_config)
-        blank = torch.zeros(1, 3, size, size, dtype=tower_dtype, device=input_ids.device)
-        # One blank picture, not one a row as LLaVA does: the gradient is zero either way, the tower's work is not.
-        features = torch.cat(tuple(model.get_image_features(blank, return_dict=True).pooler_output))
-        embeds = model.get_input_embeddings()(input_ids)
-        # Zero times and not detached: the graph must reach the projector. One number is enough for that.
-        embeds = embeds + 0.0 * features.mean().to(embeds.dtype)
-        out = model.model(inputs_embeds=embeds, use_cache=False, **how)
-    else:
-        out = model.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values.to(tower_dtype),
-            use_cache=False,
-            **how,
-        )
+    embeds = _embed(model, input_ids, pixel_values)
+    out = model.model(inputs_embeds=embeds, use_cache=False, **how)
     # Position t predicts token t + 1.
     targets = labels[:, 1:]
     chosen = targets != -100

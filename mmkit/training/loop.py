@@ -19,6 +19,7 @@ from mmkit.distributed.engine import Engine
 from mmkit.distributed.preemption import Preemption
 from mmkit.errors import InputError, StoppedError
 from mmkit.run import Run
+from mmkit.training.best import Best
 from mmkit.training.checkpoint import Saver, load_newest, newest_step, put_aside_unsound
 from mmkit.training.objective import Batch, Stage, to_device
 from mmkit.training.optim import lr_scale, make_optimizer, parameter_groups, warmup_steps
@@ -48,6 +49,9 @@ def train(
     preemption: Preemption | None = None,
 ) -> None:
     """Train a stage to the end, from the newest checkpoint if the run has one.
+
+    The end is the last step, or with ``train.early_stopping`` the step at which patience has run out; the objective then has the
+    weights of the best step.
 
     A step: read its micro-batches, count what is supervised over all ranks, forward and backward with the global count, check
     that loss and gradient are finite, update. On a GPU the host never waits for the device within a step: what it has to know
@@ -103,7 +107,8 @@ def train(
         share=Share(engine.rank, engine.world_size),
     )
     batches = _loader(stage, engine, settings, plan, start, total)
-    saver = Saver(engine, run.checkpoints, keep=config.keep_checkpoints)
+    best = Best(config.early_stopping, engine, run, every=_look_every(stage, config))
+    saver = Saver(engine, run.checkpoints, keep=config.keep_checkpoints, protected=best.protected)
     opened = tracker(start) if tracker is not None else None
     log = StepLog(stage, engine, run, config, settings, opened, saver=saver, start=start, total=total)
     readback = Readback(engine.device)
@@ -113,6 +118,9 @@ def train(
     # Closed however the run ends: a tracker that is not keeps its last rows to itself, a checkpoint may be half written.
     with preemption or Preemption() as preemption, contextlib.closing(log), contextlib.closing(saver):
         for step in range(start, total):
+            # Asked before a step and not after it: a run that was killed while its product was saved comes here too.
+            if best.over:
+                break
             # Dropout and the like: the same numbers at this step whatever happened before it.
             # No two of (seed, step, rank) share a number below a million steps and 4,096 ranks.
             torch.manual_seed((settings.seed * 1_000_003 + step) * 4096 + engine.rank)
@@ -154,14 +162,15 @@ def train(
             stopping = bool(sum([log.step(*read) for read in readback.ready(everything=ends or looks)]))
             if stopping and done < total:
                 stopping = any([stopping, *(log.step(*read) for read in readback.ready(everything=True))])
-            if looks:
-                log.looks(done)
-            if stopping or ends:
+            # The best so far may become the product; from the last step a run goes on that is killed while it saves that.
+            keeps = looks and best.take(done, log.looks(done), last=done == total)
+            if stopping or ends or keeps or best.over:
                 saver.save(done)
             if stopping and done < total:
                 saver.wait()
                 raise StoppedError(f"stopped by a signal after step {done} of {total}; run the same command to go on")
         saver.wait()
+        best.restore()
         run.note(saves={name: round(value, 3) for name, value in saver.totals.items()})
 
 

@@ -81,10 +81,17 @@ class Objective(nn.Module, ABC):
 
 @dataclasses.dataclass
 class Finding:
-    """What a monitor saw: numbers for metrics.jsonl and the tracker, pictures (uint8 ``[H, W, 3]``) for the tracker."""
+    """What a monitor saw.
+
+    Attributes:
+        numbers: For metrics.jsonl and the tracker.
+        pictures: For the tracker, uint8 ``[H, W, 3]``.
+        texts: Rows for samples.jsonl, such as captions beside their references.
+    """
 
     numbers: dict[str, float] = dataclasses.field(default_factory=dict)
     pictures: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = dataclasses.field(default_factory=dict)
+    texts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 class Monitor(Protocol):

@@ -186,9 +186,14 @@ class StepLog:
             "cut": cut / samples,
         }
 
-    def looks(self, done: int) -> None:
-        """Validation and monitors that are due after ``done`` updates; every process comes here at the same step."""
+    def looks(self, done: int) -> dict[str, float]:
+        """Validation and monitors that are due after ``done`` updates; every process comes here at the same step.
+
+        Returns:
+            All numbers that were found.
+        """
         objective, config, last = self.stage.objective, self.config, done == self._total
+        seen: dict[str, float] = {}
         if self.stage.validation is not None and config.val_every and (done % config.val_every == 0 or last):
             how = self.settings
             numbers, left_out = validate(
@@ -197,6 +202,7 @@ class StepLog:
             # Every rank comes here, whether it has something to report or not: gathering is a collective.
             self.run.skip(self.engine.gather(left_out))
             self._write(done, {"step": done, **numbers})
+            seen |= numbers
         for monitor in self.stage.monitors:
             if done % monitor.every == 0 or last:
                 objective.eval()
@@ -205,9 +211,12 @@ class StepLog:
                     found = monitor.look(self.engine)
                 if found.numbers:
                     self._write(done, {"step": done, **found.numbers})
+                    seen |= found.numbers
+                self.run.show([{"step": done, **row} for row in found.texts])
                 for name, picture in found.pictures.items():
                     self.tracker.picture(done, name, picture)
         objective.train()
+        return seen
 
     def _write(self, done: int, row: dict[str, float]) -> None:
         """To metrics.jsonl and the tracker."""

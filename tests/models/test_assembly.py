@@ -18,12 +18,13 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import GenerationConfig
 
-from mmkit.data.conversations import encode_prompt, stop_tokens
+from mmkit.data.conversations import encode_conversation, encode_prompt, stop_tokens
 from mmkit.encoders import build_encoder
+from mmkit.models.adapters import freeze_for
 from mmkit.models.generation import add_stop_tokens, stop_ids
-from mmkit.models.llava import build_llava, load_mllm, processor_for, save_mllm
+from mmkit.models.llava import build_llava, llava_loss_sum, load_mllm, processor_for, save_mllm
 from mmkit.models.llm import build_llm
-from mmkit.models.projectors import num_image_tokens
+from mmkit.models.projectors import image_size, num_image_tokens
 from mmkit.models.towers import vision_tower
 
 from .tiny import clip, gpt2, llama, siglip, tokenizer
@@ -131,7 +132,7 @@ def test_a_stranger_gets_the_same_logits_and_words(name: str, opened: dict[str, 
     count = num_image_tokens(model.config)
     image_id = model.config.image_token_id
     assert count == int((out["ids"] == image_id).sum()) == model.config.image_seq_length
-    ids = encode_prompt(QUESTION, tok, "demo", with_image=True, num_image_tokens=count, image_token_id=image_id)
+    ids = encode_prompt(QUESTION, tok, "demo", num_images=1, tokens_per_image=count, image_token_id=image_id)
     assert out["ids"].tolist() == [ids]
     with torch.no_grad():
         torch.testing.assert_close(model(out["ids"], pixel_values=out["pixels"]).logits, out["logits"], rtol=0, atol=1e-6)
@@ -306,3 +307,35 @@ def test_published_sampling_settings_do_not_lose_the_product(sampling: bool, tmp
     # What a model that is meant to be sampled says about it, stays.
     assert saved.get("temperature") == (0.9 if sampling else None)
     assert saved["eos_token_id"] == [2, 5]
+
+
+@pytest.mark.parametrize("name", cases())
+def test_loss_and_gradients_of_every_assembly_equal_transformers_own(name: str) -> None:
+    """A row with a picture, one of text alone, padded on the right; and a batch without any picture."""
+    model, tok = cases()[name]()
+    freeze_for(model, "projector")
+    count = num_image_tokens(model.config)
+    turns = [[("<image>\nWhat is this?", "a red circle")], [("how many", "three")]]
+    how = {"tokens_per_image": count, "image_token_id": model.config.image_token_id, "max_length": 120}
+    rows = [encode_conversation(t, tok, "demo", num_images=n, **how) for t, n in zip(turns, (1, 0), strict=True)]
+    width = max(len(row.input_ids) for row in rows)
+    ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows])
+    labels = torch.tensor([row.labels + [-100] * (width - len(row.labels)) for row in rows])
+    mask = torch.tensor([[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows])
+    size = image_size(model.config.vision_config)
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    loss, supervised = llava_loss_sum(model, ids, mask, labels, pixels)
+    loss.backward()
+    found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    twin = model(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=pixels).loss * supervised
+    twin.backward()
+    torch.testing.assert_close(loss, twin, rtol=1e-5, atol=1e-5)
+    assert found and all("multi_modal_projector" in key for key in found)
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, model.get_parameter(key).grad, rtol=1e-4, atol=1e-5, msg=key)
+    # Without a picture: every weight that trains still gets a gradient, of zeros, or processes would wait for each other.
+    model.zero_grad(set_to_none=True)
+    llava_loss_sum(model, ids[1:], mask[1:], labels[1:], None)[0].backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and not p.grad.any() for p in trained)

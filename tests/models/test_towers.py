@@ -148,6 +148,8 @@ def test_weights_are_copies_in_the_encoders_dtype() -> None:
         ({**NATIVE, "reg_tokens": 2}, "2 register tokens"),
         ({"qk_norm": True}, "no class of transformers computes this VisionTransformer"),
         ({"pre_norm": True}, "no class of transformers computes"),
+        ({"scale_mlp_norm": True}, "no class of transformers computes"),
+        ({**NATIVE, "act_layer": "mish"}, "no class of transformers computes"),
         ({**NATIVE, "mlp_ratio": 2.5}, "2.5 times as wide .* whole numbers only"),
     ],
 )

@@ -72,9 +72,10 @@ def _assemble(recipe: LlavaRecipe) -> Opened:
     llm = build_llm(
         recipe.llm.name, config=recipe.llm.config, pretrained=recipe.llm.name is not None, seed=recipe.seed, tokenizer=tokenizer
     )
-    # The encoder rewritten as one of transformers' towers, so that transformers opens the product without mmkit.
     model = build_llava(
-        vision_tower(encoder),
+        # The encoder rewritten as one of transformers' towers, so that transformers opens the product without mmkit; in the LLM's
+        # dtype, as the product will be opened. Many published towers are stored in halves.
+        vision_tower(encoder).to(llm.dtype),
         llm,
         tokenizer,
         feature_layer=recipe.feature_layer,

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmkit.config import DataConfig, LlavaRecipe, SourceConfig
 from mmkit.data.batching import Lengths
 from mmkit.data.conversations import ConversationEncoder, EncodedConversation
-from mmkit.data.images import Fit, Pixels, decode_image, fit_square
+from mmkit.data.images import Fit, Pixels, decode_image, fit_square, mean_colour
 from mmkit.data.items import Conversation, ConversationSet, JoinedConversations
 from mmkit.data.layout import Layout, join
 from mmkit.data.lengths import Measured, conversation_lengths
@@ -53,13 +53,14 @@ class ConversationSamples:
         encode: Callable[[Conversation], EncodedConversation],
         size: int,
         fit: Fit,
+        fill: tuple[int, int, int],
         max_pixels: int,
         max_bytes: int,
     ) -> None:
         """Take data sets with their names, and how text and pictures are prepared."""
         self.encode = encode
         self.items = JoinedConversations(parts)
-        self.size, self.fit, self.max_pixels, self.max_bytes = size, fit, max_pixels, max_bytes
+        self.size, self.fit, self.fill, self.max_pixels, self.max_bytes = size, fit, fill, max_pixels, max_bytes
         self._kept = np.arange(len(self.items))
 
     def __len__(self) -> int:
@@ -82,7 +83,7 @@ class ConversationSamples:
         pixels = []
         for picture in item.images[: encoded.num_images]:
             image = decode_image(picture.read(self.max_bytes), max_pixels=self.max_pixels)
-            pixels.append(fit_square(image, self.size, fit=self.fit))
+            pixels.append(fit_square(image, self.size, fit=self.fit, fill=self.fill))
         return Turned(pixels, encoded, item.id)
 
 
@@ -199,7 +200,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         parts = [(found.piece(0, limit or len(found)), source.path) for source, (found, *_) in zip(sources, read, strict=True)]
         fit, size = meta["image_fit"], meta["image_size"]
         bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
-        samples = ConversationSamples(parts, encode=encode, size=size, fit=fit, **bounds)
+        samples = ConversationSamples(parts, encode=encode, size=size, fit=fit, fill=mean_colour(meta["mean"]), **bounds)
         layout = join([Layout.flat(len(found)) for found, _ in parts], [source.weight for source in sources])
         hashes = [fingerprint for *_, fingerprint in read]
         fingerprint = hashes[0] if len(hashes) == 1 else hash_text(*hashes)
