@@ -26,7 +26,8 @@ TINY = [
 # What the report says of the models. The rest of it names folders, whose hash is in a model's fingerprint, and clocks.
 SAID = ("summary", "systems", "differences", "not_compared", "probes", "curves", "gallery", "skipped", "notes")
 OF_THE_RUN = {"samples_per_second", "model_fingerprint"}
-pytestmark = pytest.mark.slow
+# Two dozen starts of Python: minutes where the machine has other things to do.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def start(demo: Path, **more: str) -> subprocess.Popen[bytes]:
@@ -46,14 +47,14 @@ def log_of(demo: Path) -> str:
 
 
 def until(true: Callable[[], bool], process: subprocess.Popen[bytes], demo: Path) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not true():
         assert process.poll() is None and time.monotonic() < deadline, log_of(demo)
         time.sleep(0.01)
 
 
 def finish(demo: Path) -> dict[str, Any]:
-    assert start(demo).wait(400) == 0, log_of(demo)
+    assert start(demo).wait(900) == 0, log_of(demo)
     found: dict[str, Any] = json.loads((demo / "report" / "report.json").read_text(encoding="utf-8"))
     return found
 
@@ -91,7 +92,7 @@ def test_stopped_and_killed_it_ends_with_the_same_report(tmp_path: Path) -> None
     metrics = broken / "superclass/encoder/metrics.jsonl"
     until(lambda: metrics.exists() and metrics.stat().st_size > 0, process, broken)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75, log_of(broken)
+    assert process.wait(300) == 75, log_of(broken)
     manifest = json.loads((broken / "superclass/encoder/manifest.json").read_text())
     assert manifest["status"] == "stopped" and any((broken / "superclass/encoder/checkpoints").iterdir())
 
@@ -101,7 +102,7 @@ def test_stopped_and_killed_it_ends_with_the_same_report(tmp_path: Path) -> None
     until(lambda: metrics.exists() and metrics.stat().st_size > 0, process, broken)
     for pid in processes_of(tmp_path):
         os.kill(pid, signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(300) == -signal.SIGKILL
     assert not (broken / "superclass/llava-finetune").exists()
 
     # What was finished by then is not touched again.
