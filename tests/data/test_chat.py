@@ -120,6 +120,10 @@ def test_the_processors_template_gives_the_ids_of_the_prompt(shape, kind, tmp_pa
                 ids = opened(text=text, images=[picture] * images or None).input_ids[0]
                 expected = encode_prompt(question, made, "chat", system=system, **how(made, images))
                 assert list(ids) == expected, (content, system)
+    shown = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]}]
+    batch = opened.apply_chat_template(shown, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert list(batch["input_ids"][0]) == encode_prompt("What is this?", made, "chat", **how(made, 1))
+    assert len(batch["pixel_values"]) == 1
     whole = [*rows, {"role": "assistant", "content": "a dog"}]
     rows = opened.tokenizer(opened.apply_chat_template(whole)).input_ids
     assert rows == encode([("What is this?", "a dog")], made, system="Be brief.").input_ids
