@@ -102,8 +102,8 @@ one_encoder() {
   fi
   if wanted eval; then
     scores "$base" "$base" "$3"
-    # The aligned model has learnt captions alone, so that is what it is asked for.
-    step mmkit eval "$EVAL_CAPTIONS" "run=$base/eval-align" "model=$base/llava-align" "system=$3, align only"
+    # What the second stage adds: after the first alone the model captions whatever it is asked.
+    step mmkit eval "$EVAL_ANSWERS" "run=$base/eval-align" "model=$base/llava-align" "system=$3, align only"
   fi
   runs+=("$base/eval-captioner" "$base/$ANSWERED" "$base/eval-align")
 }

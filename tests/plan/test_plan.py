@@ -15,6 +15,7 @@ from mmkit.plan.figures import Memory
 from mmkit.plan.hardware import GIB
 from mmkit.plan.planner import checkpoints, largest_true
 from mmkit.plan.render import lines, memory_rows, text
+from mmkit.plan.subjects import make_subject
 from mmkit.recipes import find_recipe
 
 TINY = ["encoder.model_args={embed_dim: 64, depth: 2, num_heads: 4}"]
@@ -73,6 +74,23 @@ def test_llava_modes_train_what_they_say() -> None:
     assert shorter.memory == modes["projector"].memory
     narrow = plan("demo-llava-align", *base, gpus=2, longest=60)
     assert narrow.memory.total < shorter.memory.total and narrow.lengths.mean == 60
+
+
+def test_llava_counts_the_tokens_and_weights_of_its_projector_and_picture_size() -> None:
+    tiny = "llm.config={model_type: llama, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4}"
+    base = [tiny, "train.batch_size=8", "train.epochs=null", "train.steps=10", "max_length=400", "encoder=demo-superclass"]
+    # 64 pixels in patches of 16, width 128.
+    given = lambda *more: make_subject(load_recipe(find_recipe("demo-llava-align"), [*base, *more])).given  # noqa: E731
+    assert (given(), given("image_size=96"), given("projector=pixel_shuffle")) == (16, 36, 4)
+    assert given("projector=pixel_shuffle", "pixel_shuffle=3", "image_size=96") == 4
+    # A class token is there for the tower, and not for the language model.
+    assert given("encoder=timm:vit_tiny_patch16_224") == 196
+    linear = plan("demo-llava-align", *base, "projector=linear", gpus=2)
+    assert linear.trainable == 128 * 64 + 64
+    shuffled = plan("demo-llava-align", *base, "projector=pixel_shuffle", gpus=2)
+    assert shuffled.trainable == 2 * 512 + 512 * 128 + 128 + 64 * 64 + 64
+    with pytest.raises(InputError, match="4 x 4 patches cannot be joined by 3 x 3"):
+        given("projector=pixel_shuffle", "pixel_shuffle=3")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
