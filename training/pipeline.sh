@@ -194,7 +194,8 @@ report() {
 # In braces, so that bash has read all of it: the file may be edited while this runs for days.
 {
   case "$SCALE" in
-    real | demo) "$SCALE" ;;
+    real) real ;;
+    demo) demo ;;
     *) echo "pipeline.sh: SCALE=$SCALE: use real or demo" >&2 && exit 2 ;;
   esac
   exit 0

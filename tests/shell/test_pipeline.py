@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,17 @@ OF_THE_RUN = {"samples_per_second", "model_fingerprint"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def start(demo: Path, **more: str) -> subprocess.Popen[bytes]:
+def start(demo: Path) -> subprocess.Popen[bytes]:
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
     fixed = {"SCALE": "demo", "MMKIT_DEMO": str(demo), "WORLD": "--train 40 --heldout 8", "SYSTEMS": "superclass", "BLIND": "0"}
     fixed |= {"PYTHONPATH": path, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
-    fixed |= {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    # The mark by which all of it is found and killed, whatever session it is in.
+    fixed |= {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "MMKIT_TEST": str(demo)}
     demo.mkdir(parents=True, exist_ok=True)
     with (demo / "log").open("ab") as log:
         command = ["bash", str(ROOT / "training/pipeline.sh"), *TINY]
-        return subprocess.Popen(command, env={**kept, **fixed, **more}, cwd=demo, stdout=log, stderr=log)
+        return subprocess.Popen(command, env={**kept, **fixed}, cwd=demo, stdout=log, stderr=log)
 
 
 def log_of(demo: Path) -> str:
@@ -78,13 +79,27 @@ def processes_of(mark: Path) -> list[int]:
                 state = (place / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
-            if f"MMKIT_TEST={mark}".encode() in environment and state != "Z":
+            if f"MMKIT_TEST={mark}".encode() in environment.split(b"\0") and state != "Z":
                 found.append(int(place.name))
     return found
 
 
-def test_stopped_and_killed_it_ends_with_the_same_report(tmp_path: Path) -> None:
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+def kill(mark: Path) -> None:
+    for pid in processes_of(mark):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """Two demo folders; no process in them outlives the test."""
+    made = tmp_path / "straight", tmp_path / "broken"
+    yield made
+    for folder in made:
+        kill(folder)
+
+
+def test_stopped_and_killed_it_ends_with_the_same_report(folders: tuple[Path, Path]) -> None:
+    straight, broken = folders
     whole = finish(straight)
 
     # Stopped in its first training stage: 75, after a checkpoint.
@@ -97,11 +112,10 @@ def test_stopped_and_killed_it_ends_with_the_same_report(tmp_path: Path) -> None
     assert manifest["status"] == "stopped" and any((broken / "superclass/encoder/checkpoints").iterdir())
 
     # Killed in a later one, all of it at once.
-    process = start(broken, MMKIT_TEST=str(tmp_path))
+    process = start(broken)
     metrics = broken / "superclass/llava-align/metrics.jsonl"
     until(lambda: metrics.exists() and metrics.stat().st_size > 0, process, broken)
-    for pid in processes_of(tmp_path):
-        os.kill(pid, signal.SIGKILL)
+    kill(broken)
     assert process.wait(300) == -signal.SIGKILL
     assert not (broken / "superclass/llava-finetune").exists()
 
