@@ -398,14 +398,57 @@ def _source_options(kind: str, image_root: Path | None, image: str, caption: str
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="An encoder run, or another encoder a recipe could name.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or another encoder a recipe could name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
-    format_: Annotated[str, typer.Option("--format", help="timm, siglip or open_clip.")] = "timm",
+    format_: Annotated[
+        str | None, typer.Option("--format", help="Of an encoder: timm (the default), siglip or open_clip; of an MLLM: llava.")
+    ] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Write the product as of this step (or newest) instead.")] = None,
 ) -> None:
-    """Convert a run's encoder for other people's software, and check that the features are the same there."""
-    from mmkit.encoders.export import export_model
+    """Convert a run's model for other people's software and check it there; or make the product of a checkpoint."""
+    if checkpoint is not None:
+        from mmkit.training.export import export_checkpoint
 
-    _say(f"done: {export_model(run, out, format=format_)}")
+        # A checkpoint gives the run's own kind of product, which can be converted after.
+        if format_ is not None:
+            raise InputError("--format and --checkpoint do not go together", mend="export the checkpoint, then its folder")
+        written = export_checkpoint(run, out, checkpoint=checkpoint)
+    elif format_ == "llava":
+        from mmkit.models.export import export_llava
+
+        written = export_llava(run, out)
+    else:
+        from mmkit.encoders.export import export_model
+
+        written = export_model(run, out, format=format_ or "timm")
+    _say(f"done: {written}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes, one a GPU.")],
+    gpu: Annotated[str, typer.Option(help="a100, a100-40g, h100, h200, b200, l40s, rtx4090 or rtx3090.")] = "h100",
+    gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of one GPU; else that of the kind.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="Peak of one; else that of its data sheet.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached: an assumption.")] = 0.4,
+    samples: Annotated[int | None, typer.Option(min=1, help="In the data, where steps depend on it and it is not here.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Mean length of a padded sequence; else the longest.")] = None,
+    longest: Annotated[int | None, typer.Option(min=1, help="Longest sequence; else the recipe's max_length.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="In place of an encoder that is not here: run, timm:NAME, recipe.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="One row of a Markdown table instead.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Memory of one GPU by part, steps, GPU-hours and the largest micro-batch of a training recipe, before GPUs are spent."""
+    from mmkit.plan import make_plan
+    from mmkit.plan.render import markdown_table, text
+
+    how = {"gpu": gpu, "gpu_memory": gpu_memory, "tflops": tflops, "mfu": mfu, "samples": samples, "tokens": tokens}
+    found = make_plan(_load(recipe, overrides), recipe, gpus=gpus, longest=longest, encoder=encoder, **how)  # type: ignore[arg-type]
+    # JSON wins where both are asked for: whoever reads it is a program.
+    shown = markdown_table([found]) if markdown else text(found)
+    _say(json.dumps(found.as_json(), indent=2) if as_json else shown)
 
 
 @app.command()

@@ -84,6 +84,8 @@ def run_demo(out: Path, *, clip: bool = False, restart: bool = False) -> Path:
         stage("demo-llava-finetune", f"run={base}/llava-finetune", f"model={base}/llava-align", named)
         measure("demo-eval-captioner", f"run={base}/eval-captioner", f"model={base}/clipcap", named)
         measure("demo-eval-mllm", f"run={base}/eval-mllm", f"model={base}/llava-finetune", named)
+        # What the second stage adds: after the first alone the model captions whatever it is asked.
+        measure("demo-eval-mllm", f"run={base}/eval-align", f"model={base}/llava-align", f"{named}, align only")
     # The blind rows are SuperClass's own models with other pictures: what is left is what language alone can do.
     seeing = out / SYSTEMS["SuperClass"]
     for recipe, name, model in (("captioner", "eval-captioner", "clipcap"), ("mllm", "eval-mllm", "llava-finetune")):

@@ -92,11 +92,11 @@ def resolve_parent(role: str, name: str) -> Parent:
         return Parent(role, name, hash_folder(path), path)
     # Language models go by plain hub names (gpt2); an encoder needs a prefix, or every typing error would be one.
     if ":" in name or role == "llm":
-        return Parent(role, name, _fingerprint_of_name(name))
+        return Parent(role, name, fingerprint_of_name(name))
     raise InputError(f"no such {role}", where=name, mend="give a finished run, a model folder, or timm:NAME")
 
 
-def _fingerprint_of_name(name: str) -> str:
+def fingerprint_of_name(name: str) -> str:
     """Hash of the folder or file that a name such as ``hf:FOLDER`` or ``open_clip:MODEL:FILE`` ends in; a hub name itself."""
     place = Path(name.rpartition(":")[2])
     if place.is_dir():
@@ -145,10 +145,10 @@ class Run:
         if restart:
             return "new"
         # Compared as text in its resolved form: every default is written out, so a new default of mmkit is noticed too.
-        before = (self.path / "recipe.yaml").read_text(encoding="utf-8")
-        now = dump_recipe(recipe)
+        before = _experiment((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        now = _experiment(dump_recipe(recipe))
         if before != now:
-            lines = difflib.unified_diff(before.splitlines(), now.splitlines(), lineterm="", n=0)
+            lines = difflib.unified_diff(before, now, lineterm="", n=0)
             diff = ", ".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("---", "+++"))
             raise InputError(
                 f"this run was made with another recipe ({diff})",
@@ -326,6 +326,19 @@ class Run:
             self.manifest["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 1)
             self.manifest["skipped"] = self.skipped
             write_json(self.path / "manifest.json", self.manifest)
+
+
+def _experiment(recipe: str) -> list[str]:
+    """The lines of a recipe without those of the train section that only say how the work is spread over processes.
+
+    Other machines may want another ZeRO stage and another micro-batch; the global batches, and so the run, stay the same.
+    """
+    kept, section = [], ""
+    for line in recipe.splitlines():
+        section = line if not line.startswith(" ") else section
+        if section != "train:" or line.partition(":")[0] not in ("  deepspeed", "  micro_batch_size"):
+            kept.append(line)
+    return kept
 
 
 def _is_leftover(path: Path) -> bool:

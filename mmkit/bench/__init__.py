@@ -19,6 +19,8 @@ BENCHMARKS = {
     "clipcap": "clipcap",
     "reader": "reader",
     "loader": "loader",
+    "packing": "packing",
+    "lm-loss": "lm_loss",
 }
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

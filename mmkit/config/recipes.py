@@ -159,19 +159,44 @@ class LlavaRecipe(RunRecipe):
     model: str | None = Field(None, description="run or directory of an MLLM to go on from")
     tune: Literal["projector", "full", "lora"]
     lora: LoraSettings = LoraSettings()
+    train_encoder: bool = Field(False, description="train the encoder too, with any of the above")
+    projector_lr: float | None = Field(None, gt=0, description="of the projector; null: train.lr")
+    encoder_lr: float | None = Field(None, gt=0, description="of the encoder; null: train.lr")
     # LLaVA's: the last block but one, before the final norm.
     feature_layer: int = -2
-    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
-    template: Literal["plain", "vicuna_v1", "chatml", "demo"]
+    image_size: int | None = Field(None, ge=8, description="null: the encoder's; another one interpolates its positions")
+    projector: Literal["mlp2x_gelu", "linear", "pixel_shuffle"] = "mlp2x_gelu"
+    pixel_shuffle: int | None = Field(
+        None, ge=2, description="projector pixel_shuffle: r x r patches become one image token; null: 2"
+    )
+    projector_from: str | None = Field(None, description="run whose projector to start from; same encoder and LLM")
+    template: Literal["plain", "vicuna_v1", "chatml", "demo", "chat"] = Field(
+        description="chat: the language model's own chat template"
+    )
     # The encoder was validated on squashed squares; pad is LLaVA-1.5's way in the second stage.
     image_fit: Literal["squash", "crop", "pad"] = "squash"
     # LLaVA's limit; it too counts after expansion.
     max_length: int = Field(2048, ge=8, description="tokens after image expansion")
     grad_checkpointing: bool = False
+    cache_features: bool = Field(
+        False, description="keep what the frozen encoder gives for each picture on disk, beside the run, instead of running it"
+    )
+    liger: bool = Field(False, description="liger-kernel's norm, rotary, feed-forward and loss kernels; needs a GPU")
     batching: BatchingConfig = BatchingConfig()
     data: DataConfig
     track: TrackConfig = TrackConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _trains(self) -> LlavaRecipe:
+        # Keys without effect: whoever sets them expects one.
+        if self.encoder_lr is not None and not self.train_encoder:
+            raise ValueError("encoder_lr belongs to train_encoder=true")
+        if self.cache_features and self.train_encoder:
+            raise ValueError("cache_features keeps the features of a frozen encoder: drop it, or train_encoder")
+        if self.tune != "lora" and self.lora != LoraSettings():
+            raise ValueError(f"lora settings belong to tune=lora, not to {self.tune}")
+        return self
 
     @model_validator(mode="after")
     def _batches_fit(self) -> LlavaRecipe:
@@ -186,6 +211,17 @@ class LlavaRecipe(RunRecipe):
         # Both together would leave it open which encoder counts.
         if assembled == (self.model is not None) or (self.model is not None and (self.encoder or self.llm)):
             raise ValueError("give either `model` (to go on from) or both `encoder` and `llm` (to assemble)")
+        return self
+
+    @model_validator(mode="after")
+    def _assembly_fits(self) -> LlavaRecipe:
+        if self.pixel_shuffle is not None and self.projector != "pixel_shuffle":
+            raise ValueError(f"pixel_shuffle has no effect with projector {self.projector}: use projector=pixel_shuffle")
+        # Refused, not ignored: the model to go on from has made these choices already.
+        keys = ("feature_layer", "image_size", "projector", "pixel_shuffle", "projector_from")
+        changed = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+        if self.model is not None and changed:
+            raise ValueError(f"{', '.join(changed)} belong to assembling: leave them out with `model`")
         return self
 
 

@@ -44,7 +44,7 @@ class EncoderConfig(Section):
         return self
 
 
-DataKind = Literal["auto", "webdataset", "parquet", "coco", "pairs", "llava", "folder", "hf"]
+DataKind = Literal["auto", "webdataset", "parquet", "coco", "pairs", "llava", "messages", "folder", "hf"]
 
 
 class SourceConfig(Section):
@@ -327,7 +327,8 @@ class LoraSettings(Section):
     r: int = Field(128, ge=1)
     alpha: int = Field(256, ge=1)
     dropout: float = Field(0.05, ge=0, lt=1)
-    projector_lr: float | None = Field(None, gt=0)
+    dora: bool = Field(False, description="learn length and direction of the weights apart (DoRA)")
+    quantization: Literal["nf4"] | None = Field(None, description="frozen weights in 4 bits (QLoRA); needs bitsandbytes")
 
 
 class LabelledDataConfig(Section):

@@ -9,8 +9,8 @@ else in mmkit scales a loss, and ``tests/distributed`` holds one process equal t
 from __future__ import annotations
 
 import datetime
+import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmkit.distributed import zero
+from mmkit.distributed.collectives import AllGather
 from mmkit.distributed.liveness import Liveness
+from mmkit.distributed.pieces import Saved, Share, changing_buffers, pack, unpack
 from mmkit.distributed.settings import deepspeed_settings
-from mmkit.distributed.snapshot import HostCopies, StateFile, deepspeed_files, room_for, state_size
+from mmkit.distributed.snapshot import HostCopies, StateFile, room_for, state_size
 from mmkit.errors import InputError
-from mmkit.files import read_json
 
-# A folder that does not exist and never will: DeepSpeed is told to save there, and its files are kept in memory.
-_NOWHERE = Path("/mmkit")
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -77,7 +78,7 @@ class Engine:
             settings = deepspeed_settings(
                 deepspeed, micro_batch_size=self.micro_batch_size, accumulation=self.accumulation, clip=clip, precision=precision
             )
-            _prepare_deepspeed()
+            zero.prepare_environment()
             plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
         # Frozen parts are excluded by requires_grad, every trainable part takes part in every step (dummy path for text-only
         # batches), so the search for unused parameters stays off; buffers such as the IDF are summed by hand, not broadcast.
@@ -95,7 +96,7 @@ class Engine:
             kwargs_handlers=handlers,
         )
         if self.uses_deepspeed:
-            _forget_deepspeed_in_transformers()
+            zero.forget_in_transformers()
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
@@ -127,10 +128,23 @@ class Engine:
                 # torch has a new name for broadcast_buffers, which Accelerate does not know yet.
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
                 self.module, self.optimizer = self._accelerator.prepare(module, optimizer)
-            if self.uses_deepspeed:
-                self._take_over_saving()
         else:
             self.module, self.optimizer = module.to(self.device), optimizer
+        if self.uses_deepspeed:
+            numbers = {"micro_batch_size": self.micro_batch_size, "accumulation": self.accumulation}
+            zero.check_resolved(self.module, **numbers, world_size=self.world_size, clip=self.clip)
+        logger.info("%s", self.description)
+
+    @property
+    def description(self) -> str:
+        """The numbers that decide what a step is, in one line."""
+        size = self.micro_batch_size * self.accumulation * self.world_size
+        batch = f"global batch {size} = micro-batch {self.micro_batch_size} x accumulation {self.accumulation}"
+        clipping = f"gradients clipped at norm {self.clip:g}" if self.clip else "gradients not clipped"
+        mode = "DDP" if self.world_size > 1 else "one process"
+        if self.uses_deepspeed:
+            mode = f"DeepSpeed ZeRO-{int(self.module.zero_optimization_stage())}"  # type: ignore[operator]
+        return f"{batch} x world size {self.world_size}; {clipping}; {mode}, {self._accelerator.mixed_precision}"
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision for a forward pass outside the wrapped module."""
@@ -190,35 +204,13 @@ class Engine:
             group["lr"] = group["base_lr"] * lr_scale
         self._broken = broken.float() if self._broken is None else torch.maximum(self._broken, broken.float())
         if self.uses_deepspeed:
-            return self._deepspeed_step()
+            return zero.update(self.module, self._broken, self.device)
         # The fused AdamW's own switch, made for loss scaling: the decision stays on the device.
         getattr(self.optimizer, "optimizer", self.optimizer).found_inf = self._broken
         self.optimizer.step()
         # None and not zeros: a pass over all gradients less, and unused ones stay recognisable.
         self.optimizer.zero_grad(set_to_none=True)
         return torch.zeros((), device=self.device)
-
-    def _deepspeed_step(self) -> Tensor:
-        """DeepSpeed's update unless loss or gradient are broken, and its gradient norm.
-
-        The loss is looked at here, which waits for the device, as DeepSpeed does in any case for its norm. The gradient is
-        DeepSpeed's to look at, in pieces over the processes: ZeRO-1, 2, 3 and its bf16 optimizer leave the update out when
-        the norm is not finite. Its stage 0 in fp32 does not; there the gradients lie whole in the parameters.
-        """
-        assert self._broken is not None
-        engine: Any = self.module
-        norm = torch.zeros((), device=self.device)
-        if not hasattr(engine.optimizer, "overflow"):
-            gradients = [p.grad for p in engine.parameters() if p.requires_grad and p.grad is not None]
-            # Already summed over the processes, so the answer is the same on all.
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self._broken = torch.maximum(self._broken, (~norm.isfinite()).float())
-        if bool(self._broken):
-            return norm
-        engine.step()
-        if not hasattr(engine.optimizer, "overflow"):
-            return norm
-        return torch.as_tensor(float(engine.get_global_grad_norm() or 0.0), device=self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all processes."""
@@ -359,45 +351,55 @@ class Engine:
                 return state
             return self._copies.of(state, name)
 
-        if self.uses_deepspeed:
-            engine: Any = self.module
-            engine.checkpoint_engine = saver = deepspeed_files(_NOWHERE, take)
-            engine.save_checkpoint(str(_NOWHERE), tag="zero", exclude_frozen_parameters=True, save_latest=False)
-            files = saver.files
-        elif self.is_main:
-            states = {"model.safetensors": _changing_state(self.unwrapped()), "optimizer.pt": self.optimizer.state_dict()}
-            files = [StateFile(name, take(state, name)) for name, state in states.items()]
-        else:
-            files = []
+        states: dict[str, Any] = {}
+        if self.uses_deepspeed and (self.is_main or zero.is_partitioned(self.module)):
+            buffers = changing_buffers(self.unwrapped()) if self.is_main else {}
+            states[f"pieces-{self.rank:05d}.safetensors"] = pack(self._shares(), self._inner_optimizer, buffers)
+        elif self.is_main and not self.uses_deepspeed:
+            names = {id(p): name for name, p in self.unwrapped().named_parameters()}
+            order = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+            states["model.safetensors"] = _changing_state(self.unwrapped())
+            # Torch numbers the states; with the names another mode can read them too.
+            states["optimizer.pt"] = {**self.optimizer.state_dict(), "names": order}
+        files = [StateFile(name, take(state, name)) for name, state in states.items()]
         self._copies.finish(self.device)
         return files, copied
 
-    def _take_over_saving(self) -> None:
-        """Have DeepSpeed load with our reader, and write nothing by itself when it saves."""
-        engine: Any = self.module
-        engine.checkpoint_engine = deepspeed_files(_NOWHERE, lambda state, name: state)
-        # It copies scripts that put its pieces together into every checkpoint, at once; the product is whole already.
-        engine._copy_recovery_script = lambda save_path: None
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, out of what Accelerate and DeepSpeed put around it."""
+        if self.uses_deepspeed:
+            inner: Any = self.module.basic_optimizer
+        else:
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(inner, torch.optim.Optimizer)
+        return inner
+
+    def _shares(self) -> list[Share]:
+        """What this process holds of the trainable parameters."""
+        if self.uses_deepspeed:
+            return zero.shares(self.module)
+        return zero.whole_shares([(name, p) for name, p in self.unwrapped().named_parameters() if p.requires_grad])
 
     def load(self, folder: Path) -> None:
-        """Read the files of :meth:`snapshot`.
+        """Read the files of :meth:`snapshot`, whichever mode and number of processes wrote them.
 
         Raises:
-            InputError: The checkpoint was written in another mode, or by another number of ZeRO processes.
+            InputError: The checkpoint holds other parameters, or is damaged.
         """
-        # The two formats share no file, so the folder itself says which it is.
-        written = "deepspeed" if (folder / "zero").is_dir() else "plain"
-        if written != ("deepspeed" if self.uses_deepspeed else "plain"):
-            raise InputError(f"checkpoint was written in {written} mode", where=folder, mend="keep train.deepspeed, or --restart")
-        if self.uses_deepspeed:
-            before = read_json(folder / "state.json")["world_size"]
-            if before != self.world_size:
-                # Each process holds a piece of the optimizer's state; a plain checkpoint has no such limit.
-                what = f"a ZeRO checkpoint of {before} processes cannot go on with {self.world_size}"
-                raise InputError(what, where=folder, mend=f"start {before} processes, or --restart")
-            found, _ = self.module.load_checkpoint(str(folder), tag="zero", load_module_strict=False)  # type: ignore[operator]
-            assert found is not None, f"DeepSpeed did not load {folder}"
+        if not self.uses_deepspeed and (folder / "model.safetensors").is_file():
+            self._load_plain(folder)
             return
+        module = self.unwrapped()
+        saved = Saved(folder)
+        saved.check({name for name, p in module.named_parameters() if p.requires_grad})
+        unpack(saved, self._shares(), self._inner_optimizer)
+        saved.fill_buffers(module)
+        if self.uses_deepspeed:
+            zero.refresh(self.module)
+
+    def _load_plain(self, folder: Path) -> None:
+        """Read what one process or DDP wrote, as one process or DDP."""
         from safetensors.torch import load_file
 
         # Accelerate numbers CPUs too, which safetensors does not know.
@@ -417,6 +419,8 @@ class Engine:
 
         if self._liveness is not None:
             self._liveness.close()
+        if self.uses_deepspeed:
+            zero.forget_groups(self.module)
         self._accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -425,66 +429,16 @@ class Engine:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
-class AllGather(torch.autograd.Function):
-    """Rows of all processes; in backward every process gets the summed gradient of its own rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        """float[B, E] on each of W processes to float[W * B, E] on all."""
-        gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """float[W * B, E] to float[B, E]."""
-        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        gradient = gradient.contiguous()
-        if torch.distributed.get_backend() == "nccl":
-            own = gradient.new_empty((len(gradient) // world, *gradient.shape[1:]))
-            torch.distributed.reduce_scatter_tensor(own, gradient)
-            return own
-        # gloo has no reduce-scatter of one tensor: the same sum with more traffic.
-        gradient = gradient.clone()
-        torch.distributed.all_reduce(gradient)
-        return gradient.chunk(world)[rank].contiguous()
-
-
-def _prepare_deepspeed() -> None:
-    """What DeepSpeed needs to start: a rendezvous where no launcher made one, and no compiler on CPUs."""
-    if "LOCAL_RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
-
-        # It would compile shared-memory kernels first (a minute, and a C++ compiler); gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _forget_deepspeed_in_transformers() -> None:
-    """Keep transformers from cutting models into ZeRO-3 pieces while they are built.
-
-    Accelerate registers its settings there even with ``zero3_init_flag=False``. Models would be loaded into pieces, by rank 0
-    alone and outside our seeds, and saved under names that no other program opens; DeepSpeed cuts up the finished objective.
-    """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-
-
 def _changing_state(module: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters and persistent buffers: what training can change. Tied tensors once."""
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    changing = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    changing |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict().items():
         # safetensors refuses two names for one memory; empty tensors share the address 0 and are not meant.
-        if name in frozen or (tensor.data_ptr() in seen and tensor.numel()):
+        # Not by what is frozen: a layer of 4-bit weights has entries here that are neither parameters nor buffers.
+        if name not in changing or (tensor.data_ptr() in seen and tensor.numel()):
             continue
         seen.add(tensor.data_ptr())
         found[name] = tensor.contiguous()

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -155,59 +155,3 @@ def state_size(value: Any) -> int:
     if isinstance(value, Mapping):
         return sum(state_size(part) for part in value.values())
     return sum(state_size(part) for part in value) if isinstance(value, list | tuple) else 0
-
-
-def deepspeed_files(root: Path, copied: Callable[[Any, str], Any]) -> Any:
-    """A checkpoint engine for DeepSpeed that writes nothing: it keeps what it is given as :class:`StateFile`.
-
-    Args:
-        root: The folder that DeepSpeed will be told to save to; names are relative to it.
-        copied: Copies a state.
-    """
-    # Imported here: the class to inherit from comes with all of DeepSpeed.
-    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-
-    class Files(CheckpointEngine):  # type: ignore[misc, unused-ignore]
-        """Keeps the files of the last save in ``files``."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.name = "mmkit"
-            self.files: list[StateFile] = []
-
-        def create(self, info: Any) -> None:
-            """A save begins."""
-            self.files = []
-
-        def makedirs(self, path: str, exist_ok: bool = False) -> None:
-            """Nothing: the writer makes the folders, where a full disk can be told to all processes."""
-
-        def save(self, state_dict: Any, path: str) -> None:
-            """Keep a copy of a file's state."""
-            # Copied at once: DeepSpeed hands out views of what the next step changes.
-            name = Path(path).relative_to(root).as_posix()
-            self.files.append(StateFile(name, copied(state_dict, name)))
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            """Read a file; unlike DeepSpeed's own engine without running code that it may hold."""
-            with torch.serialization.safe_globals(_deepspeed_classes()):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-        def commit(self, info: Any) -> bool:
-            """A save ends."""
-            return True
-
-        def preserves_storage_sharing(self) -> bool:
-            """No: every tensor is copied by itself, so DeepSpeed need not do so before."""
-            return False
-
-    return Files()
-
-
-def _deepspeed_classes() -> list[Any]:
-    """What DeepSpeed puts into its files besides tensors and plain values."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]

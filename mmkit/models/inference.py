@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Union
 
 import numpy as np
 import torch
@@ -16,16 +16,20 @@ from PIL import Image
 from torch import Tensor
 
 from mmkit.config import DecodingConfig
-from mmkit.data.conversations import encode_prompt
-from mmkit.data.images import Fit, fit_square
+from mmkit.data.conversations import ConversationError, encode_prompt, stop_tokens
+from mmkit.data.images import Fit, fit_square, mean_colour
 from mmkit.encoders.save import load_encoder, load_tagger
 from mmkit.errors import InputError
 from mmkit.files import read_json
 from mmkit.models.captioning import write_captions
 from mmkit.models.clipcap import load_captioner
 from mmkit.models.decoding import bare_settings, choose_decoding, draw_seed, search_arguments
+from mmkit.models.generation import add_stop_tokens, settle_generation, stop_ids
 from mmkit.models.llava import load_mllm
 from mmkit.run import resolve_parent
+
+# What a row of a question shows: a picture, several, or none.
+Shown = Union[Image.Image, Sequence[Image.Image], None]
 
 
 class Predictor(Protocol):
@@ -147,65 +151,97 @@ class Mllm:
         self.device = device
         self._mean = torch.tensor(self.meta["mean"], device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(self.meta["std"], device=device).view(1, 3, 1, 1)
+        # The tokenizer's and the template's beside the model's own list: folders of older versions know only the first.
+        add_stop_tokens(self.model, stop_tokens(self.meta["template"], self.tokenizer))
+        settle_generation(self.model, self.tokenizer)
+        self._stop = stop_ids(self.model)
 
     @torch.inference_mode()
-    def predict(self, images: Sequence[Image.Image], prompts: Sequence[str] | None = None, **decoding: Any) -> list[str]:
-        """An answer for each (picture, prompt); greedy unless asked otherwise.
+    def predict(self, images: Sequence[Shown], prompts: Sequence[str] | None = None, **decoding: Any) -> list[str]:
+        """An answer for each row, greedy unless asked otherwise; a row's answer does not depend on the others.
 
         Args:
-            images: RGB pictures.
-            prompts: One question a picture; None asks for a description.
-            **decoding: Keys of `DecodingConfig`. With sampling an answer depends on seed, picture and prompt alone.
+            images: What each row shows: an RGB picture, a list of pictures, or None for a question without one.
+            prompts: One question a row; None asks for a description.
+            **decoding: Keys of `DecodingConfig`. With sampling an answer depends on seed, pictures and prompt alone.
 
         Raises:
-            InputError: Settings that do not go together, or the paper's decoding, which is a captioner's.
+            InputError: Not as many prompts as rows, ``<image>`` in a prompt but not once a picture, settings that do not go
+                together, or the paper's decoding, a captioner's.
         """
+        # A request that the demo's conversations contain.
+        prompts = list(prompts) if prompts is not None else ["Describe the picture."] * len(images)
+        out = self.answer_ids(images, prompts, **decoding)
+        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    @torch.inference_mode()
+    def answer_ids(self, images: Sequence[Shown], prompts: Sequence[str], **decoding: Any) -> Tensor:
+        """Token ids i64[B, T] of the answers of `predict`, end token included; padding after it in the shorter ones."""
         how = choose_decoding(DecodingConfig(), decoding)
         if how.decoding == "paper":
             raise InputError("decoding=paper is ClipCap's, for captioners", where="decoding", mend="use search or sample")
-        # A request that the demo's conversations contain.
-        prompts = list(prompts) if prompts is not None else ["Describe the picture."] * len(images)
-        rows = [
+        if len(prompts) != len(images):
+            raise InputError(f"{len(prompts)} prompts for {len(images)} rows", mend="give one prompt a row")
+        shown = [_pictures(row) for row in images]
+        ids, mask = self._left_padded([self._encode(q, len(row)) for q, row in zip(prompts, shown, strict=True)])
+        squares = [self._squares(row) if row else None for row in shown]
+        # Of all that an answer depends on, so that its neighbours in the batch are no part of it.
+        draws = [
+            draw_seed(how.seed or 0, (b"" if pixels is None else pixels.numpy().tobytes()) + prompt.encode())
+            for pixels, prompt in zip(squares, prompts, strict=True)
+        ]
+        pixels = [made for made in squares if made is not None]
+        # Left out where there are none: transformers' generate runs the tower for whatever it is given, None too.
+        seen = {"pixel_values": self._values(torch.cat(pixels))} if pixels else {}
+        out: Tensor = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            **seen,
+            **search_arguments(how, stop=self._stop, fill=int(self.tokenizer.pad_token_id), draws=draws),
+        )
+        # The prompt comes back with the answer and is cut off by position, which left padding makes the same in all rows.
+        return out[:, ids.shape[1] :]
+
+    def _encode(self, question: str, pictures: int) -> list[int]:
+        """Ids of a question that comes with this many pictures."""
+        try:
             # Not the processor's chat template: this path keeps control tokens that are spelt out in a question plain text.
-            encode_prompt(
-                prompt,
+            return encode_prompt(
+                question,
                 self.tokenizer,
                 self.meta["template"],
-                with_image=True,
-                num_image_tokens=self.meta["num_image_tokens"],
+                num_images=pictures,
+                tokens_per_image=self.meta["num_image_tokens"],
                 image_token_id=self.model.config.image_token_id,
             )
-            for prompt in prompts
-        ]
-        # Left padding: the last prompt token of every row is the last position, where generation starts.
-        # Rows differ by their questions only: every picture takes the same number of tokens.
+        except ConversationError as error:
+            # In training such a sample is left out and listed; here somebody waits for its answer.
+            what = f"a prompt that cannot be encoded ({error.reason})"
+            raise InputError(what, where=repr(question[:60]), mend="write <image> once a picture, or leave it out") from error
+
+    def _left_padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask i64[B, T] of rows of any length.
+
+        Left padding: the last prompt token of every row is the last position, where generation starts. The mask comes from
+        lengths, and transformers counts positions from the mask, so padding moves nothing.
+        """
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
-        pixels = _pixels(images, self.meta["image_size"], self.meta["image_fit"])
-        draws = [
-            draw_seed(how.seed or 0, square.numpy().tobytes() + prompt.encode())
-            for square, prompt in zip(pixels, prompts, strict=True)
-        ]
-        pixels = pixels.to(self.device)
-        values = (pixels.float() / 255.0 - self._mean) / self._std
-        out = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            # Normalised in float32 and rounded once, as in training.
-            pixel_values=values.to(self.model.dtype),
-            **search_arguments(
-                how,
-                stop=[self.tokenizer.eos_token_id],
-                fill=self.tokenizer.pad_token_id,
-                draws=draws,
-            ),
-        )
-        # The prompt comes back with the answer and is cut off by position, which left padding makes the same in all rows.
-        return [t.strip() for t in self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+        return ids.to(self.device), mask.to(self.device)
+
+    def _squares(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """uint8[P, 3, S, S], fitted as in training."""
+        return _pixels(pictures, self.meta["image_size"], self.meta["image_fit"], mean_colour(self.meta["mean"]))
+
+    def _values(self, pixels: Tensor) -> Tensor:
+        """uint8[P, 3, S, S] normalised, f[P, 3, S, S] in the model's dtype."""
+        # Normalised in float32 and rounded once, as in training.
+        values = (pixels.to(self.device).float() / 255.0 - self._mean) / self._std
+        return values.to(self.model.dtype)
 
 
 def load_model(name: str, device: torch.device | None = None) -> Any:
@@ -232,7 +268,12 @@ def _foreign_kind(config: dict[str, Any]) -> str:
     return "encoder" if "architecture" in config else str(config.get("architectures", ["unknown"])[0])
 
 
-def _pixels(images: Sequence[Image.Image], size: int, fit: Fit) -> Tensor:
-    """uint8 ``[B, 3, size, size]``."""
+def _pictures(row: Shown) -> list[Image.Image]:
+    """The pictures of a row."""
+    return [] if row is None else [row] if isinstance(row, Image.Image) else list(row)
+
+
+def _pixels(images: Sequence[Image.Image], size: int, fit: Fit, fill: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
+    """uint8 ``[B, 3, size, size]``; ``fill`` is the colour that ``fit="pad"`` pads with."""
     # convert: callers of the Python API pass pictures of any mode.
-    return torch.from_numpy(np.stack([fit_square(image.convert("RGB"), size, fit=fit) for image in images]))
+    return torch.from_numpy(np.stack([fit_square(image.convert("RGB"), size, fit=fit, fill=fill) for image in images]))

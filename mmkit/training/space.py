@@ -13,20 +13,13 @@ from mmkit.errors import InputError
 from mmkit.training.checkpoint import list_checkpoints
 
 
-def checkpoint_size(module: nn.Module, *, deepspeed: bool, precision: str) -> int:
-    """Bytes of a checkpoint: what training changes, and AdamW's two moments of it.
-
-    Args:
-        module: The objective, with fp32 weights.
-        deepspeed: DeepSpeed keeps an fp32 master copy beside the weights that it computes with.
-        precision: ``fp32`` or ``bf16``; decides the size of DeepSpeed's weights.
-    """
+def checkpoint_size(module: nn.Module) -> int:
+    """Bytes of a checkpoint of the objective in any mode: what training changes, and AdamW's two moments of it."""
     # What is frozen comes from the parent again, so it is in no checkpoint.
     changing = sum(p.numel() for p in module.parameters() if p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in module.buffers())
-    # Beside the weights AdamW's two moments, in fp32 in either mode.
-    weights = (4 + (2 if precision == "bf16" else 4)) if deepspeed else 4
-    return changing * (weights + 8) + buffers
+    # All in fp32: DeepSpeed's bf16 weights are made from its fp32 ones.
+    return changing * 12 + buffers
 
 
 def product_size(module: nn.Module) -> int:
@@ -48,7 +41,7 @@ def check_space(module: nn.Module, config: TrainConfig, folder: Path, *, start: 
         InputError: Less is free than the checkpoints that will be there at one time and the product need.
     """
     # An estimate, a little low: settings and names are not in it, and they are small.
-    each = checkpoint_size(module, deepspeed=config.deepspeed is not None, precision=config.precision)
+    each = checkpoint_size(module)
     every = config.checkpoint_every or max(1, total)
     planned = math.ceil(total / every) - start // every
     if config.early_stopping is not None:

@@ -195,8 +195,7 @@ def test_the_estimate_is_honest(tmp_path):
     run = pipeline.trained("clipcap")
     written = sum(f.stat().st_size for f in (run / "checkpoints" / "step-00000004").rglob("*") if f.is_file())
     module = torch.nn.ModuleList([torch.nn.Linear(100, 100), torch.nn.Linear(100, 100).requires_grad_(False)])
-    assert space.checkpoint_size(module, deepspeed=False, precision="fp32") == 10_100 * 12
-    assert space.checkpoint_size(module, deepspeed=True, precision="bf16") == 10_100 * 14
+    assert space.checkpoint_size(module) == 10_100 * 12
     assert space.product_size(module) == 20_200 * 4
     trainable = pipeline.manifest(run)["trainable_parameters"]
     assert trainable * 12 <= written < trainable * 12 * 1.5

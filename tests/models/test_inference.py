@@ -9,8 +9,16 @@ import torch
 from PIL import Image
 
 import mmkit
+from mmkit.data.images import mean_colour
 from mmkit.errors import InputError
+from mmkit.models.generation import add_stop_tokens, stop_ids
 from mmkit.models.inference import Captioner, Mllm, Tagger, load_model
+from mmkit.models.llava import build_llava, save_mllm
+from mmkit.models.processor import processor_for
+
+from .tiny import llama, siglip, tokenizer
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +104,92 @@ def test_decoding_on_the_command_line(capsys, pictures):
         assert capsys.readouterr().out == opened.predict(pictures[:1], max_new_tokens=9, **way)[0] + "\n"
 
 
+def up_to_the_end(ids: torch.Tensor, stops: list[int]) -> list[int]:
+    """A row's ids with its end token, without the padding after it."""
+    row = ids.tolist()
+    ends = [i for i, token in enumerate(row) if token in stops]
+    return row[: ends[0] + 1] if ends else row
+
+
+QUESTIONS = ["What?", "How many red circles are there in this picture?", "Is it blue?", "Which word do you know, and why?"]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_batch_1_equals_batch_n_token_by_token_with_rows_of_text_alone(pictures, beams):
+    opened = mmkit.load(pipeline.trained("finetune"))
+    assert opened.model.dtype == torch.float32
+    rows = [pictures[0], None, [pictures[1]], None]
+    together = opened.answer_ids(rows, QUESTIONS, max_new_tokens=8, num_beams=beams)
+    stops = stop_ids(opened.model)
+    for row, question, ids in zip(rows, QUESTIONS, together, strict=True):
+        alone = opened.answer_ids([row], [question], max_new_tokens=8, num_beams=beams)[0]
+        assert up_to_the_end(ids, stops) == up_to_the_end(alone, stops)
+    words = opened.predict(rows, QUESTIONS, max_new_tokens=8, num_beams=beams)
+    assert words == [text.strip() for text in opened.tokenizer.batch_decode(together, skip_special_tokens=True)]
+    # A batch without any picture runs no tower at all.
+    assert torch.equal(
+        opened.answer_ids([None], QUESTIONS[1:2], max_new_tokens=8, num_beams=beams)[0],
+        opened.answer_ids([None, None], QUESTIONS[1:2] * 2, max_new_tokens=8, num_beams=beams)[1],
+    )
+
+
+def test_rows_that_do_not_fit_are_refused(pictures):
+    opened = mmkit.load(pipeline.trained("finetune"))
+    with pytest.raises(InputError, match="1 prompts for 2 rows"):
+        opened.predict(pictures[:2], ["What?"])
+    with pytest.raises(InputError, match="'What is <image>"):
+        opened.predict([pictures[:2]], ["What is <image>?"])
+
+
+def test_several_pictures_in_a_row_are_seen_in_their_order(pictures):
+    opened = mmkit.load(pipeline.trained("finetune"))
+    question = "Compare <image> with <image>."
+    rows = [pictures[:2], pictures[2], [], pictures[1::-1]]
+    questions = [question, "What?", "Which word?", question]
+    together = opened.answer_ids(rows, questions, max_new_tokens=6)
+    for row, prompt, ids in zip(rows, questions, together, strict=True):
+        alone = opened.answer_ids([row], [prompt], max_new_tokens=6)[0]
+        assert up_to_the_end(ids, stop_ids(opened.model)) == up_to_the_end(alone, stop_ids(opened.model))
+
+    def logits(row):
+        ids, mask = opened._left_padded([opened._encode(question, 2)])
+        return opened.model(input_ids=ids, attention_mask=mask, pixel_values=opened._values(opened._squares(row))).logits[0, -1]
+
+    # Words of so small a model could be the same either way; what it computes is not.
+    with torch.no_grad():
+        assert not torch.allclose(logits(pictures[:2]), logits(pictures[1::-1]), atol=1e-5)
+
+
+def test_generation_stops_at_every_end_token_of_the_model(tmp_path, pictures):
+    """Instruct models end answers with a token that is not their tokenizer's end token."""
+    tok = tokenizer("sp", image=False)
+    model = build_llava(siglip(), llama(tok, initializer_range=0.5), tok)
+    meta = {"template": "demo", "image_fit": "squash", "image_size": 32, "num_image_tokens": 4, "mean": MEAN, "std": STD}
+    processor = processor_for(model, tok, mean=MEAN, std=STD, template="demo")
+    save_mllm(model, processor, tmp_path / "a", meta=meta)
+    free = load_model(str(tmp_path / "a")).answer_ids(pictures[:1], ["What?"], max_new_tokens=8)[0].tolist()
+    third = free[2]
+    cut = free.index(third) + 1
+    assert len(free) == 8 > cut, "the model stopped by itself; the test needs one that goes on"
+    # Second in the list: it is not enough to read the first.
+    add_stop_tokens(model, [third])
+    save_mllm(model, processor, tmp_path / "b", meta=meta)
+    opened = load_model(str(tmp_path / "b"))
+    assert opened.answer_ids(pictures[:1], ["What?"], max_new_tokens=8)[0].tolist() == free[:cut]
+    # And with a row beside it that goes on, padding follows.
+    rows = opened.answer_ids([pictures[0], None], ["What?", "hi"], max_new_tokens=8)
+    assert rows[0, :cut].tolist() == free[:cut] and set(rows[0, cut:].tolist()) <= {tok.pad_token_id}
+
+
+def test_a_template_of_its_own_end_token_stops_there(tmp_path, pictures):
+    """A base model tuned with ChatML: its saved settings know its old end token only."""
+    tok = tokenizer("sp", image=False, chatml=True)
+    model = build_llava(siglip(), llama(tok), tok)
+    meta = {"template": "chatml", "image_fit": "squash", "image_size": 32, "num_image_tokens": 4, "mean": MEAN, "std": STD}
+    save_mllm(model, processor_for(model, tok, mean=MEAN, std=STD, template="chatml"), tmp_path, meta=meta)
+    assert stop_ids(load_model(str(tmp_path)).model) == [tok.eos_token_id, tok.convert_tokens_to_ids("<|im_end|>")]
+
+
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
     with pytest.raises(InputError, match="a model of kind 'BertModel' cannot be opened; known: encoder, captioner, mllm"):
@@ -127,3 +221,16 @@ def test_predict_refuses_what_does_not_fit(tmp_path, capsys):
     (tmp_path / "no.jpg").write_text("text")
     assert pipeline.mmkit("predict", pipeline.trained("clipcap"), tmp_path / "no.jpg") == 2
     assert "no.jpg: is no picture" in capsys.readouterr().err
+
+
+def test_padding_has_the_encoders_own_mean_colour():
+    """LLaVA pads with its tower's mean; with another tower's the bars would be a picture of their own."""
+    opened = mmkit.load(pipeline.trained("finetune"))
+    assert mean_colour((0.48145466, 0.4578275, 0.40821073)) == (122, 116, 104)
+    opened.meta = {**opened.meta, "image_fit": "pad", "mean": [0.1, 0.5, 0.9]}
+    opened._mean = torch.tensor(opened.meta["mean"]).view(1, 3, 1, 1)
+    size = opened.meta["image_size"]
+    values = opened._values(opened._squares([Image.new("RGB", (2 * size, size), "white")]))
+    # Above and below: nothing, but for rounding to a colour.
+    assert values[0, :, 0].abs().max() < 1 / 255 / opened._std.min()
+    assert values[0, :, size // 2].abs().min() > 0.1

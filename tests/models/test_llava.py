@@ -12,7 +12,8 @@ from PIL import Image
 from mmkit.data.conversations import encode_conversation, encode_prompt
 from mmkit.errors import InputError
 from mmkit.models.adapters import freeze_for, has_lora, merge_lora, set_train_mode
-from mmkit.models.llava import build_llava, build_processor, llava_loss_sum, load_mllm, save_mllm
+from mmkit.models.llava import build_llava, llava_loss_sum, load_mllm, save_mllm
+from mmkit.models.processor import build_processor
 
 from .tiny import clip, gpt2, llama, siglip, tokenizer
 
@@ -44,7 +45,10 @@ def make(kind="sp", vision=None, llm=None, **more):
 def batch(model, tok, lengths=((TURNS, 4), (TURNS[1:], 0), (TURNS[:1], 4)), seed=0):
     """Rows with and without a picture, padded on the right."""
     image_id = model.config.image_token_id
-    rows = [encode_conversation(t, tok, "demo", num_image_tokens=n, image_token_id=image_id, max_length=200) for t, n in lengths]
+    rows = [
+        encode_conversation(t, tok, "demo", num_images=min(n, 1), tokens_per_image=n, image_token_id=image_id, max_length=200)
+        for t, n in lengths
+    ]
     width = max(len(row.input_ids) for row in rows)
     ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows])
     labels = torch.tensor([row.labels + [-100] * (width - len(row.labels)) for row in rows])
@@ -143,7 +147,7 @@ def test_folder_opens_without_mmkit_with_equal_logits(tower, select, class_token
     subprocess.run([sys.executable, "-c", OPEN_WITHOUT_MMKIT, str(tmp_path)], check=True, cwd=tmp_path, env=env)
     out = torch.load(tmp_path / "out.pt")
     image_id = model.config.image_token_id
-    ids = encode_prompt("What is this?", tok, "demo", with_image=True, num_image_tokens=4, image_token_id=image_id)
+    ids = encode_prompt("What is this?", tok, "demo", num_images=1, tokens_per_image=4, image_token_id=image_id)
     assert out["ids"].tolist() == [ids]
     with torch.no_grad():
         assert torch.equal(model(out["ids"], pixel_values=out["pixels"]).logits, out["logits"])
@@ -302,7 +306,10 @@ def test_same_seed_same_projector():
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"projector": "linear"}, "mlp2x_gelu"),
+        ({"projector": "mlp"}, "use mlp2x_gelu, linear, pixel_shuffle"),
+        ({"projector": "pixel_shuffle", "pixel_shuffle": 3}, "2 x 2 patches cannot be joined by 3 x 3"),
+        ({"projector": "pixel_shuffle", "pixel_shuffle": 4}, "2 x 2 patches cannot be joined by 4 x 4; .* multiple of 64"),
+        ({"projector": "pixel_shuffle", "vision": clip(), "feature_select": "full"}, "class token has no place"),
         ({"feature_select": "patch"}, "full or default"),
         ({"feature_select": "default"}, "class token"),
         ({"feature_layer": -9}, "3 blocks"),
@@ -332,3 +339,19 @@ def test_a_frozen_llm_recomputes_activations_when_asked():
     set_train_mode(model)
     layers = model.model.language_model.layers
     assert all(layer.training and layer.gradient_checkpointing for layer in layers)
+
+
+def test_a_language_model_that_would_be_opened_as_another_class_is_refused():
+    tok = tokenizer("sp", image=False)
+    llm = llama(tok)
+    llm.model.__class__ = type("OtherModel", (type(llm.model),), {})
+    with pytest.raises(InputError, match="is built on OtherModel, but transformers would open the product with LlamaModel"):
+        build_llava(siglip(), llm, tok)
+
+
+def test_a_refused_choice_leaves_the_parts_as_they_were():
+    tok = tokenizer("sp", image=False)
+    llm, size = llama(tok), len(tok)
+    with pytest.raises(InputError, match="3 blocks"):
+        build_llava(siglip(), llm, tok, feature_layer=-9)
+    assert len(tok) == size == llm.get_input_embeddings().num_embeddings

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkit.config import ClipcapRecipe
+from mmkit.data.batching import Lengths
 from mmkit.data.images import decode_image, fit_square
 from mmkit.data.layout import Layout
 from mmkit.data.pairs import Pair, PairSource, Picture
@@ -30,7 +31,7 @@ from mmkit.models.clipcap import ClipCap, check_fit, save_captioner
 from mmkit.models.clipcap import build_clipcap as build_captioner
 from mmkit.models.llm import build_llm, load_tokenizer
 from mmkit.run import resolve_parent
-from mmkit.training.objective import Batch, Monitor, Objective, Stage
+from mmkit.training.objective import Batch, Monitor, Objective, Sizes, Stage
 from mmkit.training.stages.caption_monitor import CaptionMonitor
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,10 @@ class ClipcapObjective(Objective):
         # Position P - 1 + t predicts token t, so the first token counts too.
         return int((batch["labels"] != -100).sum())
 
+    def sizes(self, batch: Batch) -> Sizes:
+        """Caption tokens and positions; the prefix, the same for every caption, is not counted."""
+        return Sizes(int(batch["attention_mask"].sum()), batch["input_ids"].numel())
+
 
 def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
     """Encoder features, mapper and language model.
@@ -193,6 +198,8 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         # Those that turned out unusable are in left_out by now.
         available=source.unlimited - len(left_out),
         layout=layout,
+        batching=recipe.batching,
+        lengths=Lengths.of([len(each) for each in samples.ids]),
         validation=validation if recipe.train.val_every is not None else None,
         monitors=monitors,
     )

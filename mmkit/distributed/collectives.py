@@ -1,0 +1,33 @@
+"""Collectives with a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AllGather(torch.autograd.Function):
+    """Rows of all processes; in backward every process gets the summed gradient of its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """float[B, E] on each of W processes to float[W * B, E] on all."""
+        gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """float[W * B, E] to float[B, E]."""
+        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        gradient = gradient.contiguous()
+        if torch.distributed.get_backend() == "nccl":
+            own = gradient.new_empty((len(gradient) // world, *gradient.shape[1:]))
+            torch.distributed.reduce_scatter_tensor(own, gradient)
+            return own
+        # gloo has no reduce-scatter of one tensor: the same sum with more traffic.
+        gradient = gradient.clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(world)[rank].contiguous()

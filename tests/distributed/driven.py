@@ -1,0 +1,75 @@
+"""Steps driven by hand: what a rank sees, and in how many pieces, is the test's choice and not the data order's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmkit.config import load_recipe
+from mmkit.distributed.engine import Engine
+from mmkit.recipes import find_deepspeed, find_recipe
+from mmkit.training.objective import to_device
+from mmkit.training.optim import make_optimizer, parameter_groups
+from mmkit.training.stages import build_stage
+
+
+def cut(rows: list[int], sizes: list[int]) -> list[list[int]]:
+    """Rows in pieces of the given sizes; the last takes the rest."""
+    ends = np.cumsum(sizes)[:-1]
+    return [list(map(int, piece)) for piece in np.split(np.asarray(rows), ends)]
+
+
+def drive(*, words: list[str], out: str, steps: list[dict[str, Any]], tower: bool) -> None:
+    """Train a recipe's stage for a few steps of chosen samples, and save its product.
+
+    Args:
+        words: Recipe and overrides.
+        out: Where ``steps.json`` (loss, gradient norm) and ``model`` go.
+        steps: Each with ``rows`` (samples of the whole step; a process takes its share in order) and ``sizes``, by number of
+            processes the sizes of the pieces that a share comes in.
+        tower: Whether the vision tower trains too.
+    """
+    recipe: Any = load_recipe(find_recipe(words[0]), words[1:])
+    config = recipe.train
+    engine = Engine(
+        precision=config.precision,
+        deepspeed=find_deepspeed(config.deepspeed) if config.deepspeed else None,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        clip=config.clip_grad_norm,
+    )
+    stage = build_stage(recipe, engine)
+    objective: Any = stage.objective.to(engine.device)
+    if tower:
+        # What lies before the layer that is read; DDP refuses parameters that never take part.
+        vision: Any = objective.model.model.vision_tower
+        vision.embeddings.requires_grad_(True)
+        vision.encoder.layers[: objective.model.config.vision_feature_layer + 1].requires_grad_(True)
+    groups = parameter_groups(objective.named_parameters(), lr=config.lr, weight_decay=config.weight_decay, lr_of=stage.lr_of)
+    engine.prepare(objective, make_optimizer(groups, betas=config.betas, eps=config.eps, device=engine.device))
+    objective.train()
+    found = []
+    for step in steps:
+        size = len(step["rows"]) // engine.world_size
+        share = step["rows"][engine.rank * size : (engine.rank + 1) * size]
+        pieces = cut(share, step["sizes"][str(engine.world_size)])
+        batches = [stage.collate([stage.samples.load(i, np.random.default_rng(0)) for i in piece]) for piece in pieces]
+        count = engine.sum(engine.numbers(sum(objective.count(batch) for batch in batches)))[0]
+        total = torch.zeros((), device=engine.device)
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            total += engine.forward_backward(to_device(batch, engine.device), count=count, last=last)
+        loss = engine.sum(total) / count
+        norm = engine.gradient_norm()
+        inner = engine.update(1.0, broken=torch.tensor(False))
+        found.append((float(loss), float(inner if norm is None else norm)))
+    with engine.gathered():
+        engine.on_main(lambda: stage.save_product(Path(out) / "model"))
+    if engine.is_main:
+        (Path(out) / "steps.json").write_text(json.dumps(found))
+    engine.barrier()
+    engine.close()
