@@ -132,6 +132,7 @@ class Engine:
             self.module, self.optimizer = module.to(self.device), optimizer
         if self.uses_deepspeed:
             numbers = {"micro_batch_size": self.micro_batch_size, "accumulation": self.accumulation}
+            zero.undo_first_step(self.module)
             zero.check_resolved(self.module, **numbers, world_size=self.world_size, clip=self.clip)
         logger.info("%s", self.description)
 
@@ -417,13 +418,14 @@ class Engine:
         """Leave the process group, so that another run in this process can choose another mode."""
         from accelerate.state import AcceleratorState
 
-        if self._liveness is not None:
-            self._liveness.close()
         if self.uses_deepspeed:
             zero.forget_groups(self.module)
         self._accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        if self._liveness is not None:
+            # Last: groups may ask the store in rank 0 while they end, and rank 0 is free to go after the goodbyes.
+            self._liveness.close()
         AcceleratorState._reset_state(True)
         # Left behind, it would choose DeepSpeed for the next Accelerator too.
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)

@@ -32,6 +32,11 @@ def deepspeed_settings(
     clash = sorted((ours.keys() | {"train_batch_size", "fp16"}) & settings.keys())
     if clash:
         raise InputError(f"sets {', '.join(clash)}", where=path, mend="remove it: these numbers are the recipe's")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if precision == "bf16" and stage > 0:
+        # DeepSpeed's own default adds up micro-batches in bf16, where the sum of many loses the small ones. Costs 2 bytes a
+        # parameter over the number of processes; the file may set it to bf16. Stage 0 has no such choice.
+        settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     return {
         **settings,
         **ours,

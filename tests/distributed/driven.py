@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmkit.config import load_recipe
+from mmkit.config import TrainConfig, load_recipe
 from mmkit.distributed.engine import Engine
 from mmkit.recipes import find_deepspeed, find_recipe
-from mmkit.training.objective import to_device
+from mmkit.training.objective import Stage, to_device
 from mmkit.training.optim import make_optimizer, parameter_groups
 from mmkit.training.stages import build_stage
 
@@ -21,6 +21,39 @@ def cut(rows: list[int], sizes: list[int]) -> list[list[int]]:
     """Rows in pieces of the given sizes; the last takes the rest."""
     ends = np.cumsum(sizes)[:-1]
     return [list(map(int, piece)) for piece in np.split(np.asarray(rows), ends)]
+
+
+def build(words: list[str]) -> tuple[Engine, Stage, TrainConfig]:
+    """Engine and stage of a recipe (name and overrides)."""
+    recipe: Any = load_recipe(find_recipe(words[0]), words[1:])
+    config = recipe.train
+    engine = Engine(
+        precision=config.precision,
+        deepspeed=find_deepspeed(config.deepspeed) if config.deepspeed else None,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        clip=config.clip_grad_norm,
+    )
+    return engine, build_stage(recipe, engine), config
+
+
+def prepare(engine: Engine, stage: Stage, config: TrainConfig) -> None:
+    """Make the optimizer and wrap the objective, as the loop does."""
+    named = stage.objective.named_parameters()
+    groups = parameter_groups(named, lr=config.lr, weight_decay=config.weight_decay, lr_of=stage.lr_of)
+    engine.prepare(stage.objective, make_optimizer(groups, betas=config.betas, eps=config.eps, device=engine.device))
+
+
+def copy_checkpoint(*, words: list[str], run: str, out: str) -> None:
+    """Load a run's checkpoint and write it again, with no step between."""
+    engine, stage, config = build(words)
+    stage.objective.to(engine.device)
+    prepare(engine, stage, config)
+    engine.load(Path(run) / "checkpoints" / "step-00000002")
+    for file in engine.snapshot()[0]:
+        file.write(Path(out))
+    engine.barrier()
+    engine.close()
 
 
 def drive(*, words: list[str], out: str, steps: list[dict[str, Any]], tower: bool) -> None:
@@ -33,24 +66,14 @@ def drive(*, words: list[str], out: str, steps: list[dict[str, Any]], tower: boo
             processes the sizes of the pieces that a share comes in.
         tower: Whether the vision tower trains too.
     """
-    recipe: Any = load_recipe(find_recipe(words[0]), words[1:])
-    config = recipe.train
-    engine = Engine(
-        precision=config.precision,
-        deepspeed=find_deepspeed(config.deepspeed) if config.deepspeed else None,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        clip=config.clip_grad_norm,
-    )
-    stage = build_stage(recipe, engine)
+    engine, stage, config = build(words)
     objective: Any = stage.objective.to(engine.device)
     if tower:
         # What lies before the layer that is read; DDP refuses parameters that never take part.
         vision: Any = objective.model.model.vision_tower
         vision.embeddings.requires_grad_(True)
         vision.encoder.layers[: objective.model.config.vision_feature_layer + 1].requires_grad_(True)
-    groups = parameter_groups(objective.named_parameters(), lr=config.lr, weight_decay=config.weight_decay, lr_of=stage.lr_of)
-    engine.prepare(objective, make_optimizer(groups, betas=config.betas, eps=config.eps, device=engine.device))
+    prepare(engine, stage, config)
     objective.train()
     found = []
     for step in steps:
