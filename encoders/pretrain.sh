@@ -14,8 +14,6 @@ RECIPE=${1:-superclass-vit-b16}
 shift || true
 RUN=${RUN:-$RUNS/$(basename "$RECIPE" .yaml)}
 
-# A typing error is found here, not after the GPUs are taken.
-mmkit validate "$RECIPE" "$@" "run=$RUN"
 "$HERE/training/launch/torchrun.sh" train "$RECIPE" "$@" "run=$RUN"
 
 if [ -d "$DATA/imagenet/train" ]; then

@@ -15,7 +15,7 @@ SIZE=${1:-b16}
 shift || true
 RECIPE=superclass-vit-$SIZE
 OURS=$RUNS/rivals-$SIZE/superclass THEIRS=$RUNS/rivals-$SIZE/clip LOCKED=$RUNS/rivals-$SIZE/lit
-train() { "$HERE/training/launch/torchrun.sh" train "$@"; }
+train() { VALIDATE=0 "$HERE/training/launch/torchrun.sh" train "$@"; }
 
 # A typing error is found here, not after the first encoder.
 mmkit validate "$RECIPE" "$@" "run=$OURS"

@@ -10,8 +10,8 @@
 set -euo pipefail
 
 export DATA=${DATA:-data} RUNS=${RUNS:-runs}
-CAPTIONER=${CAPTIONER:-$RUNS/clipcap-superclass}
-MLLM=${MLLM:-$RUNS/llava-7b-finetune}
+CAPTIONER=${CAPTIONER:-$RUNS/models-superclass-vit-l16/clipcap}
+MLLM=${MLLM:-$RUNS/models-superclass-vit-l16/llava-finetune}
 OUT=${OUT:-$RUNS/report}
 
 captions=$RUNS/eval-coco-captions-$(basename "$CAPTIONER")

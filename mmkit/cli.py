@@ -260,10 +260,16 @@ def predict(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a model folder, or timm:NAME.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")],
     prompt: Annotated[str | None, typer.Option(help="Question to an MLLM.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit; number of tags for an encoder.")] = 32,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 1,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Length limit; number of tags for an encoder.")] = None,
+    decoding: Annotated[str | None, typer.Option(help="search, sample, or paper (ClipCap's beams).")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams; 1 is greedy.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="Beams: exponent of the length that divides a score.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sampling: the likeliest tokens of this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sampling: the likeliest tokens of this number.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling; a text depends on it and on the picture alone.")] = None,
 ) -> None:
-    """Tags (encoder), a caption (captioner) or an answer (MLLM) for pictures."""
+    """Tags (encoder), a caption (captioner) or an answer (MLLM) for pictures; what is not given is the model's own."""
     from mmkit.data.images import ImageRef, decode_image
     from mmkit.data.skipped import SampleError
     from mmkit.models.inference import load_model
@@ -276,11 +282,19 @@ def predict(
         except SampleError as error:
             raise InputError(str(error), where=path, mend="give a picture file") from None
     opened = load_model(model)
-    # Refused, since they would have no effect on tags.
-    if opened.kind == "encoder" and (prompt or num_beams > 1):
-        raise InputError("an encoder takes neither prompt nor beams", where=model, mend="leave them out, or use an MLLM")
     prompts = None if prompt is None else [prompt] * len(pictures)
-    texts = opened.predict(pictures, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    texts = opened.predict(
+        pictures,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        decoding=decoding,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+    )
     for path, text in zip(images, texts, strict=True):
         # A single text stands alone, fit for a shell variable.
         _say(f"{path}: {text}" if len(images) > 1 else text)
@@ -384,23 +398,57 @@ def _source_options(kind: str, image_root: Path | None, image: str, caption: str
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="An encoder run or encoder; with --checkpoint any training run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or another encoder a recipe could name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
-    format_: Annotated[str | None, typer.Option("--format", help="timm (the default), siglip or open_clip.")] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="Of an encoder: timm (the default), siglip or open_clip; of an MLLM: llava.")
+    ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Write the product as of this step (or newest) instead.")] = None,
 ) -> None:
-    """Convert a run's encoder for other people's software, or make the product of a checkpoint, whichever mode wrote it."""
+    """Convert a run's model for other people's software and check it there; or make the product of a checkpoint."""
     if checkpoint is not None:
         from mmkit.training.export import export_checkpoint
 
         # A checkpoint gives the run's own kind of product, which can be converted after.
         if format_ is not None:
             raise InputError("--format and --checkpoint do not go together", mend="export the checkpoint, then its folder")
-        _say(f"done: {export_checkpoint(run, out, checkpoint=checkpoint)}")
-        return
-    from mmkit.encoders.export import export_model
+        written = export_checkpoint(run, out, checkpoint=checkpoint)
+    elif format_ == "llava":
+        from mmkit.models.export import export_llava
 
-    _say(f"done: {export_model(run, out, format=format_ or 'timm')}")
+        written = export_llava(run, out)
+    else:
+        from mmkit.encoders.export import export_model
+
+        written = export_model(run, out, format=format_ or "timm")
+    _say(f"done: {written}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes, one a GPU.")],
+    gpu: Annotated[str, typer.Option(help="a100, a100-40g, h100, h200, b200, l40s, rtx4090 or rtx3090.")] = "h100",
+    gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of one GPU; else that of the kind.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="Peak of one; else that of its data sheet.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached: an assumption.")] = 0.4,
+    samples: Annotated[int | None, typer.Option(min=1, help="In the data, where steps depend on it and it is not here.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Mean length of a padded sequence; else the longest.")] = None,
+    longest: Annotated[int | None, typer.Option(min=1, help="Longest sequence; else the recipe's max_length.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="In place of an encoder that is not here: run, timm:NAME, recipe.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="One row of a Markdown table instead.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Memory of one GPU by part, steps, GPU-hours and the largest micro-batch of a training recipe, before GPUs are spent."""
+    from mmkit.plan import make_plan
+    from mmkit.plan.render import markdown_table, text
+
+    how = {"gpu": gpu, "gpu_memory": gpu_memory, "tflops": tflops, "mfu": mfu, "samples": samples, "tokens": tokens}
+    found = make_plan(_load(recipe, overrides), recipe, gpus=gpus, longest=longest, encoder=encoder, **how)  # type: ignore[arg-type]
+    # JSON wins where both are asked for: whoever reads it is a program.
+    shown = markdown_table([found]) if markdown else text(found)
+    _say(json.dumps(found.as_json(), indent=2) if as_json else shown)
 
 
 @app.command()

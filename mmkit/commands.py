@@ -72,6 +72,9 @@ def parents_of(recipe: Recipe) -> list[Parent]:
     llm = getattr(recipe, "llm", None)
     if llm is not None and llm.name:
         found.append(resolve_parent("llm", llm.name))
+    projector = getattr(recipe, "projector_from", None)
+    if projector:
+        found.append(resolve_parent("projector", projector))
     return found
 
 

@@ -29,6 +29,7 @@ RIVALS = {"CLIP": "clip"}
 CLIP = ("stage=clip", "text.context_length=40")
 NO_VALIDATION = ("data.val=null", "train.val_every=null")
 BLIND = "blind (pictures shuffled)"
+ALIGNED = "SuperClass, align only"
 
 
 def run_demo(out: Path, *, clip: bool = False, restart: bool = False) -> Path:
@@ -89,6 +90,8 @@ def run_demo(out: Path, *, clip: bool = False, restart: bool = False) -> Path:
     for recipe, name, model in (("captioner", "eval-captioner", "clipcap"), ("mllm", "eval-mllm", "llava-finetune")):
         run = f"run={out}/blind/{name}"
         measure(f"demo-eval-{recipe}", run, f"model={seeing}/{model}", f"system={BLIND}", "blind=true")
+    # What the second stage adds: after the first alone the model captions whatever it is asked.
+    measure("demo-eval-mllm", f"run={out}/aligned/eval-mllm", f"model={seeing}/llava-align", f"system={ALIGNED}")
 
     # Only now: the report's drawing and template libraries are no matter of the stages.
     from mmkit.eval.report import build_report

@@ -31,7 +31,9 @@ from mmkit.lock import FolderLock
 
 State = Literal["new", "continue", "done"]
 # What a kill leaves of a file or folder that was being written beside its place: .NAME.xxxxxxxx.
-_LEFTOVERS = tuple(f".{name}." for name in ("recipe.yaml", "manifest.json", "metrics.jsonl", "nonfinite.json", "model"))
+_LEFTOVERS = tuple(
+    f".{name}." for name in ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "nonfinite.json", "model")
+)
 # Those that can change a number; listed, so that a manifest stays short and two of them can be compared.
 _PACKAGES = (
     "torch",
@@ -90,11 +92,11 @@ def resolve_parent(role: str, name: str) -> Parent:
         return Parent(role, name, hash_folder(path), path)
     # Language models go by plain hub names (gpt2); an encoder needs a prefix, or every typing error would be one.
     if ":" in name or role == "llm":
-        return Parent(role, name, _fingerprint_of_name(name))
+        return Parent(role, name, fingerprint_of_name(name))
     raise InputError(f"no such {role}", where=name, mend="give a finished run, a model folder, or timm:NAME")
 
 
-def _fingerprint_of_name(name: str) -> str:
+def fingerprint_of_name(name: str) -> str:
     """Hash of the folder or file that a name such as ``hf:FOLDER`` or ``open_clip:MODEL:FILE`` ends in; a hub name itself."""
     place = Path(name.rpartition(":")[2])
     if place.is_dir():
@@ -271,6 +273,11 @@ class Run:
             short = {k: float(f"{v:.9g}") if isinstance(v, float) else v for k, v in row.items()}
             append_jsonl(self.path / "metrics.jsonl", [short])
 
+    def show(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to samples.jsonl: what a model wrote while it was trained."""
+        if self.write and rows:
+            append_jsonl(self.path / "samples.jsonl", rows)
+
     def record(self, name: str, value: Any) -> None:
         """Write a JSON file of its own beside the manifest."""
         if self.write:
@@ -278,11 +285,11 @@ class Run:
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget rows past the checkpoint that the run goes on from, so that no step is logged twice."""
-        path = self.path / "metrics.jsonl"
-        if self.write and path.exists():
-            # The loop logs oftener than it saves, so a killed run has rows that are about to be made again.
-            kept = [row for row in read_jsonl(path) if row["step"] <= step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        for path in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+            if self.write and path.exists():
+                # The loop logs oftener than it saves, so a killed run has rows that are about to be made again.
+                kept = [row for row in read_jsonl(path) if row["step"] <= step]
+                write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def skip(self, samples: list[LeftOut]) -> None:
         """List samples that were left out, each once."""

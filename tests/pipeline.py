@@ -85,7 +85,7 @@ def finetune(run: Path, *more: str) -> list[str]:
 
 def lora(run: Path, *more: str) -> list[str]:
     """Arguments of a tiny LoRA tuning."""
-    return finetune(run, "tune=lora", "lora.r=4", "lora.alpha=8", "lora.projector_lr=2e-3", *more)
+    return finetune(run, "tune=lora", "lora.r=4", "lora.alpha=8", "projector_lr=2e-3", *more)
 
 
 STAGES = {"superclass": superclass, "clipcap": clipcap, "align": align, "finetune": finetune, "lora": lora}

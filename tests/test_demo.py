@@ -50,6 +50,8 @@ def test_two_systems_and_the_blind_baseline(plan, tmp_path: Path) -> None:
     assert [r.train.steps for r in trained[:2]] == [500, 0] and trained[1].data.val is None
     assert {r.system for r in trained} == {"SuperClass", "random frozen"}
     assert [r.system for r in recipes(plan, "eval") if r.blind] == [demo.BLIND] * 2
+    aligned = [r for r in recipes(plan, "eval") if r.system == demo.ALIGNED]
+    assert [Path(r.model).name for r in aligned] == ["llava-align"]
     (runs,) = recipes(plan, "report")
     assert len(runs) == len(recipes(plan, "eval")) + len(recipes(plan, "probe")) == 6 + 2
     # Every stage takes what an earlier one has made.

@@ -18,6 +18,8 @@ BENCHMARKS = {
     "labels": "labels",
     "reader": "reader",
     "loader": "loader",
+    "packing": "packing",
+    "lm-loss": "lm_loss",
 }
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

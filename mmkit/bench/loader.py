@@ -17,6 +17,7 @@ from torch import Tensor
 from mmkit.bench.measure import interleaved
 from mmkit.bench.photographs import encode_photographs, make_photographs, read_photographs, write_shards
 from mmkit.config.sections import CLIP_MEAN, CLIP_STD
+from mmkit.data.batching import EvenBatches, Share
 from mmkit.data.decode import Decoder, _decode_part, _resize, training_crop
 from mmkit.data.images import Pixels, decode_image, draw_box, fit_square, open_picture
 from mmkit.data.loader import make_loader
@@ -132,10 +133,9 @@ def _our_batches(samples: PairSamples, batch: int) -> Iterator[Tensor]:
     """One epoch as the training loop reads it, uint8 ``[B, 3, S, S]``."""
     # In random order, where the peers read one after the other.
     steps = len(samples) // batch
-    plan = make_order(samples.pairs.layout, 0).micro_batches(
-        first_step=0, last_step=steps, batch_size=batch, micro_batch_size=batch, rank=0, world_size=1
-    )
-    for made, _ in make_loader(samples, collate_pictures, plan, seed=0, workers=0, pin_memory=False):
+    order = make_order(samples.pairs.layout, 0)
+    plan = EvenBatches(order, batch_size=batch, micro_batch_size=batch, share=Share(0, 1))
+    for made, _ in make_loader(samples, collate_pictures, plan.stream(0, steps), seed=0, workers=0, pin_memory=False):
         yield made["pixels"]
 
 

@@ -1,7 +1,10 @@
 """Recipe schema: what a YAML recipe may say. Numbers live in recipes; modules take plain arguments, never these classes."""
 
+from mmkit.config.decoding import DecodingConfig, GenerationConfig
 from mmkit.config.load import check_recipe, dump_recipe, load_recipe
+from mmkit.config.looks import CaptionMonitorConfig, StoppingConfig
 from mmkit.config.recipes import (
+    CAPTION_NUMBERS,
     STAGES,
     ClipcapRecipe,
     ClipRecipe,
@@ -17,14 +20,15 @@ from mmkit.config.recipes import (
     SuperclassRecipe,
     TrainRecipe,
 )
+from mmkit.config.section import Section
 from mmkit.config.sections import (
     CLIP_MEAN,
     CLIP_STD,
     CONTRASTIVE_LOSSES,
     LABEL_LOSSES,
+    BatchingConfig,
     DataConfig,
     EncoderConfig,
-    GenerationConfig,
     LabelledDataConfig,
     LlmConfig,
     LoraSettings,
@@ -32,7 +36,6 @@ from mmkit.config.sections import (
     MapperConfig,
     MonitorConfig,
     PairDataConfig,
-    Section,
     SourceConfig,
     TaskConfig,
     TextConfig,
@@ -41,15 +44,19 @@ from mmkit.config.sections import (
 )
 
 __all__ = [
+    "CAPTION_NUMBERS",
     "CLIP_MEAN",
     "CLIP_STD",
     "CONTRASTIVE_LOSSES",
     "LABEL_LOSSES",
     "STAGES",
+    "BatchingConfig",
+    "CaptionMonitorConfig",
     "ClipRecipe",
     "ClipcapRecipe",
     "ContrastiveRecipe",
     "DataConfig",
+    "DecodingConfig",
     "EncoderConfig",
     "EvalRecipe",
     "FinetuneRecipe",
@@ -69,6 +76,7 @@ __all__ = [
     "RunRecipe",
     "Section",
     "SourceConfig",
+    "StoppingConfig",
     "SuperclassRecipe",
     "TaskConfig",
     "TextConfig",

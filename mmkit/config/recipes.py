@@ -6,9 +6,13 @@ from typing import Literal, Union
 
 from pydantic import Field, model_validator
 
+from mmkit.config.decoding import DecodingConfig
+from mmkit.config.looks import CaptionMonitorConfig
+from mmkit.config.section import Section
 from mmkit.config.sections import (
     CONTRASTIVE_LOSSES,
     LABEL_LOSSES,
+    BatchingConfig,
     DataConfig,
     EncoderConfig,
     LabelledDataConfig,
@@ -18,13 +22,15 @@ from mmkit.config.sections import (
     MapperConfig,
     MonitorConfig,
     PairDataConfig,
-    Section,
     TaskConfig,
     TextConfig,
     TrackConfig,
     TrainConfig,
 )
 from mmkit.data.bounds import MAX_BYTES
+
+# What a captioner's monitor writes into metrics.jsonl.
+CAPTION_NUMBERS = ("val_CIDEr", "val_Bleu_4", "val_ROUGE_L")
 
 
 class RunRecipe(Section):
@@ -111,9 +117,37 @@ class ClipcapRecipe(RunRecipe):
     tune_llm: bool = False
     # ClipCap's longest caption in generation (rmokady/CLIP_prefix_caption, entry_length).
     max_length: int = Field(67, ge=2, description="caption tokens kept")
+    caption_end: Literal["eos", "period", "none"] = Field(
+        "eos",
+        description="eos: captions end with the end token; period: with a full stop, as Conceptual Captions; none: as they are",
+    )
+    generation: DecodingConfig = Field(
+        DecodingConfig(max_new_tokens=67), description="how `monitor` writes captions; saved with the captioner as its default"
+    )
+    batching: BatchingConfig = BatchingConfig()
     data: DataConfig
+    monitor: CaptionMonitorConfig = CaptionMonitorConfig()
     track: TrackConfig = TrackConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> ClipcapRecipe:
+        # A caption is a dozen tokens: grouped by length nothing is left that packing could save.
+        if self.batching.kind == "packed":
+            raise ValueError("batching.kind=packed is for llava; captions are grouped by length: use grouped")
+        return self
+
+    @model_validator(mode="after")
+    def _looks_fit(self) -> ClipcapRecipe:
+        looks = {"val_loss": self.train.val_every, **dict.fromkeys(CAPTION_NUMBERS, self.monitor.every)}
+        if (self.data.val is None) != (self.train.val_every is None and self.monitor.every is None):
+            raise ValueError("data.val (what to look at) and train.val_every or monitor.every (how often) go together")
+        stopping = self.train.early_stopping
+        # Known here, unlike in other stages: a wrong name would show after the first look only.
+        if stopping is not None and looks.get(stopping.metric) is None:
+            known = ", ".join(name for name, every in looks.items() if every is not None) or "none"
+            raise ValueError(f"train.early_stopping.metric {stopping.metric} is not looked at (looked at: {known})")
+        return self
 
 
 class LlavaRecipe(RunRecipe):
@@ -125,18 +159,46 @@ class LlavaRecipe(RunRecipe):
     model: str | None = Field(None, description="run or directory of an MLLM to go on from")
     tune: Literal["projector", "full", "lora"]
     lora: LoraSettings = LoraSettings()
+    train_encoder: bool = Field(False, description="train the encoder too, with any of the above")
+    projector_lr: float | None = Field(None, gt=0, description="of the projector; null: train.lr")
+    encoder_lr: float | None = Field(None, gt=0, description="of the encoder; null: train.lr")
     # LLaVA's: the last block but one, before the final norm.
     feature_layer: int = -2
-    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
-    template: Literal["plain", "vicuna_v1", "chatml", "demo"]
+    image_size: int | None = Field(None, ge=8, description="null: the encoder's; another one interpolates its positions")
+    projector: Literal["mlp2x_gelu", "linear", "pixel_shuffle"] = "mlp2x_gelu"
+    pixel_shuffle: int | None = Field(
+        None, ge=2, description="projector pixel_shuffle: r x r patches become one image token; null: 2"
+    )
+    projector_from: str | None = Field(None, description="run whose projector to start from; same encoder and LLM")
+    template: Literal["plain", "vicuna_v1", "chatml", "demo", "chat"] = Field(
+        description="chat: the language model's own chat template"
+    )
     # The encoder was validated on squashed squares; pad is LLaVA-1.5's way in the second stage.
     image_fit: Literal["squash", "crop", "pad"] = "squash"
     # LLaVA's limit; it too counts after expansion.
     max_length: int = Field(2048, ge=8, description="tokens after image expansion")
     grad_checkpointing: bool = False
+    liger: bool = Field(False, description="liger-kernel's norm, rotary, feed-forward and loss kernels; needs a GPU")
+    batching: BatchingConfig = BatchingConfig()
     data: DataConfig
     track: TrackConfig = TrackConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _trains(self) -> LlavaRecipe:
+        # Keys without effect: whoever sets them expects one.
+        if self.encoder_lr is not None and not self.train_encoder:
+            raise ValueError("encoder_lr belongs to train_encoder=true")
+        if self.tune != "lora" and self.lora != LoraSettings():
+            raise ValueError(f"lora settings belong to tune=lora, not to {self.tune}")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> LlavaRecipe:
+        # Two bounds on one forward pass: one of them would have no effect.
+        if self.batching.kind == "packed" and self.train.micro_batch_size is not None:
+            raise ValueError("packed batches have batching.max_tokens in place of train.micro_batch_size: drop the latter")
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> LlavaRecipe:
@@ -144,6 +206,17 @@ class LlavaRecipe(RunRecipe):
         # Both together would leave it open which encoder counts.
         if assembled == (self.model is not None) or (self.model is not None and (self.encoder or self.llm)):
             raise ValueError("give either `model` (to go on from) or both `encoder` and `llm` (to assemble)")
+        return self
+
+    @model_validator(mode="after")
+    def _assembly_fits(self) -> LlavaRecipe:
+        if self.pixel_shuffle is not None and self.projector != "pixel_shuffle":
+            raise ValueError(f"pixel_shuffle has no effect with projector {self.projector}: use projector=pixel_shuffle")
+        # Refused, not ignored: the model to go on from has made these choices already.
+        keys = ("feature_layer", "image_size", "projector", "pixel_shuffle", "projector_from")
+        changed = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+        if self.model is not None and changed:
+            raise ValueError(f"{', '.join(changed)} belong to assembling: leave them out with `model`")
         return self
 
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from mmkit.config.decoding import GenerationConfig
+from mmkit.config.looks import StoppingConfig
+from mmkit.config.section import Section
 from mmkit.data.bounds import MAX_BYTES
 
 # OpenAI CLIP's constants (open_clip constants.py), the default of every SuperClass recipe.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class Section(BaseModel):
-    """A group of keys; an unknown key is an error, never ignored."""
-
-    # protected_namespaces: pydantic warns of keys such as model_args otherwise. allow_inf_nan: YAML has .inf and .nan.
-    # frozen: the recipe in memory stays the one that was written to recipe.yaml.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class EncoderConfig(Section):
@@ -49,7 +44,7 @@ class EncoderConfig(Section):
         return self
 
 
-DataKind = Literal["auto", "webdataset", "parquet", "coco", "pairs", "llava", "folder", "hf"]
+DataKind = Literal["auto", "webdataset", "parquet", "coco", "pairs", "llava", "messages", "folder", "hf"]
 
 
 class SourceConfig(Section):
@@ -188,6 +183,8 @@ class TrainConfig(Section):
     checkpoint_every: int | None = Field(None, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
 
+    early_stopping: StoppingConfig | None = Field(None, description="the product is that of the best step, not of the last")
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         given = [k for k in ("steps", "epochs", "samples") if getattr(self, k) is not None]
@@ -197,6 +194,27 @@ class TrainConfig(Section):
         # Accumulation has to come out even: global batch = micro-batch x accumulation x world size.
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+
+class BatchingConfig(Section):
+    """How the samples of a step are put together for the model; the update is the same but for the order of ``grouped``."""
+
+    kind: Literal["plain", "grouped", "packed"] = Field(
+        "plain", description="grouped: batches of about equal length and one modality; packed: no padding at all"
+    )
+    # None instead of 64, so that a window given for another kind can be told and refused.
+    window: int | None = Field(None, ge=1, description="grouped: global batches within which samples are regrouped; null: 64")
+    max_tokens: int | None = Field(
+        None, ge=1, description="packed: tokens of a forward pass on each process, in place of train.micro_batch_size"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> BatchingConfig:
+        if (self.kind == "packed") != (self.max_tokens is not None):
+            raise ValueError("kind=packed and max_tokens=N go together")
+        if self.kind != "grouped" and self.window is not None:
+            raise ValueError(f"window belongs to kind grouped, not to {self.kind}")
         return self
 
 
@@ -309,7 +327,8 @@ class LoraSettings(Section):
     r: int = Field(128, ge=1)
     alpha: int = Field(256, ge=1)
     dropout: float = Field(0.05, ge=0, lt=1)
-    projector_lr: float | None = Field(None, gt=0)
+    dora: bool = Field(False, description="learn length and direction of the weights apart (DoRA)")
+    quantization: Literal["nf4"] | None = Field(None, description="frozen weights in 4 bits (QLoRA); needs bitsandbytes")
 
 
 class LabelledDataConfig(Section):
@@ -332,15 +351,6 @@ class LabelledDataConfig(Section):
     limit: int | None = Field(None, ge=1, description="pictures of each set, drawn once")
     max_pixels: int = Field(100_000_000, ge=1)
     max_bytes: int = Field(MAX_BYTES, ge=1, description="of an encoded picture")
-
-
-class GenerationConfig(Section):
-    """Decoding settings, printed beside every score."""
-
-    max_new_tokens: int = Field(32, ge=1)
-    # Greedy, as in LLaVA's evaluation.
-    num_beams: int = Field(1, ge=1)
-    batch_size: int = Field(32, ge=1)
 
 
 class TaskConfig(Section):

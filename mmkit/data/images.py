@@ -10,7 +10,7 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -171,6 +171,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         canvas.alpha_composite(rgba)
         return canvas.convert("RGB")
     return image.convert("RGB")
+
+
+def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:
+    """Channel means of an encoder as the colour that pads its pictures: close to zero once normalised, as LLaVA pads."""
+    # Rounded down, as LLaVA does (llava/mm_utils.py, expand2square).
+    red, green, blue = (int(255 * value) for value in mean)
+    return red, green, blue
 
 
 def fit_square(image: Image.Image, size: int, *, fit: Fit, fill: tuple[int, int, int] = (122, 116, 104)) -> Pixels:

@@ -1,8 +1,9 @@
 """Data order as a pure function of (seed, epoch, position).
 
 Nothing here depends on the number of loader workers or on what happened before: to go on at step ``k`` is to ask for step ``k``.
-The global batch of a step is the same for every world size; a rank takes its share of it. An epoch permutes the shards and
-shuffles the samples within windows of them, so asking for any position costs one window, whatever the size of the data set.
+A step has the next ``batch_size`` positions, whatever the world size; `mmkit.data.batching` says which rank takes which. An epoch
+permutes the shards and shuffles the samples within windows of them, so asking for any position costs one window, whatever the
+size of the data set.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,23 +37,6 @@ class Order(ABC):
     @abstractmethod
     def positions(self, start: int, count: int) -> list[Position]:
         """Samples at global positions ``start`` to ``start + count - 1``."""
-
-    def micro_batches(
-        self, *, first_step: int, last_step: int, batch_size: int, micro_batch_size: int, rank: int, world_size: int
-    ) -> Iterator[list[Position]]:
-        """The micro-batches of one rank for steps ``first_step`` to ``last_step - 1``.
-
-        Micro-batch ``a`` of rank ``r`` is slice ``a * world_size + r`` of the global batch, so the set of samples in a step
-        does not depend on how it is split.
-        """
-        rounds = batch_size // (micro_batch_size * world_size)
-        assert rounds * micro_batch_size * world_size == batch_size, "global batch = micro x accumulation x world"
-        # Lazily: a long run's positions are millions, and a worker needs a few batches ahead.
-        for step in range(first_step, last_step):
-            for a in range(rounds):
-                # Ranks interleave within a round: with twice the ranks and half the rounds the same micro-batches exist.
-                offset = (a * world_size + rank) * micro_batch_size
-                yield self.positions(step * batch_size + offset, micro_batch_size)
 
 
 class _Epoch(NamedTuple):

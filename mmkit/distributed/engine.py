@@ -433,12 +433,14 @@ class Engine:
 
 def _changing_state(module: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters and persistent buffers: what training can change. Tied tensors once."""
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    changing = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    changing |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict().items():
         # safetensors refuses two names for one memory; empty tensors share the address 0 and are not meant.
-        if name in frozen or (tensor.data_ptr() in seen and tensor.numel()):
+        # Not by what is frozen: a layer of 4-bit weights has entries here that are neither parameters nor buffers.
+        if name not in changing or (tensor.data_ptr() in seen and tensor.numel()):
             continue
         seen.add(tensor.data_ptr())
         found[name] = tensor.contiguous()

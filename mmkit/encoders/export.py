@@ -43,7 +43,9 @@ def export_model(source: str, out: Path, *, format: str) -> Path:
         InputError: Unknown format, a folder in the way, or an encoder that the format cannot hold.
     """
     if format not in FORMATS:
-        raise InputError(f"unknown format {format!r}", where="--format", mend=f"use one of {', '.join(FORMATS)}")
+        raise InputError(
+            f"unknown format {format!r}", where="--format", mend=f"use one of {', '.join(FORMATS)}, or llava for an MLLM"
+        )
     out = Path(out)
     # Before the weights are read, because that can take minutes.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -268,6 +268,43 @@ def build_encoder(
     )
 
 
+def at_size(encoder: VisionEncoder, image_size: int) -> VisionEncoder:
+    """The encoder for pictures of another size, its positions interpolated in place by timm (bicubic, antialiased).
+
+    Args:
+        encoder: Any encoder; it is used up: its module goes into the result.
+        image_size: Side of the square pictures, in pixels.
+
+    Returns:
+        The encoder itself where the size is its own, else a new one around the same module.
+
+    Raises:
+        InputError: No whole number of patches, or a tower made for one size.
+    """
+    if image_size == encoder.image_size:
+        return encoder
+    where, args = f"encoder {encoder.architecture}", dict(encoder.model_args)
+    tower = encoder.backbone
+    if hasattr(tower, "set_input_size"):
+        patch = tower.patch_embed.patch_size[0]
+        if image_size % patch:
+            # timm would leave out the rest at the right and below, in silence.
+            raise InputError(
+                f"{image_size} pixels are no whole number of patches of {patch}", where=where, mend="change image_size"
+            )
+        tower.set_input_size(img_size=(image_size, image_size))
+        args["img_size"] = image_size
+    elif tower.pretrained_cfg.get("fixed_input_size"):
+        raise InputError(
+            f"a {type(tower).__name__} for {encoder.image_size}-pixel pictures cannot be resized",
+            where=where,
+            mend=f"use image_size: {encoder.image_size}",
+        )
+    return VisionEncoder(
+        tower, architecture=encoder.architecture, model_args=args, image_size=image_size, mean=encoder.mean, std=encoder.std
+    ).train(encoder.training)
+
+
 def create_backbone(architecture: str, args: dict[str, Any], *, pretrained: bool = False) -> Any:
     """Call timm, and turn its complaints about name and arguments into one line for the user."""
     _check_name(architecture)

@@ -86,7 +86,7 @@ def _run_task(
     found["settings"] |= {
         # One prompt for all captions is shown as it was asked; questions differ, so theirs is shown as a template.
         "prompt": "" if model.kind == "captioner" else examples[0].prompt if task.task == "coco-caption" else task.prompt,
-        "decoding": "greedy" if generation.num_beams == 1 else f"beam {generation.num_beams}",
+        "decoding": generation.describe(),
         "max_new_tokens": generation.max_new_tokens,
         "batch_size": generation.batch_size,
         "blind": recipe.blind,
@@ -154,8 +154,8 @@ def generate(examples: list[Example], model: Predictor, task: TaskConfig, recipe
         if batch:
             # A captioner refuses prompts, and caption examples carry one whoever is asked.
             prompts = [e.prompt for e in batch] if any(e.prompt for e in batch) and model.kind == "mllm" else None
-            decoding = task.generation
-            texts = model.predict(images, prompts, max_new_tokens=decoding.max_new_tokens, num_beams=decoding.num_beams)
+            # All of them, so that nothing is left to the model's own settings: the score's conditions name these.
+            texts = model.predict(images, prompts, **task.generation.model_dump(exclude={"batch_size"}))
             predictions |= {e.id: text for e, text in zip(batch, texts, strict=True)}
     # Back from order of length to that of the data set, in which the result file is written.
     return {e.id: predictions[e.id] for e in examples}

@@ -8,7 +8,8 @@ and a frozen language model computes no gradients and no dropout. The vision enc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,17 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mmkit.config import DecodingConfig
 from mmkit.errors import InputError
+from mmkit.models.decoding import bare_settings, saved_settings, search_arguments
 from mmkit.models.llm import load_tokenizer
 from mmkit.models.mappers import FEATURE_NORMS, FeatureNorm, MLPMapper, TransformerMapper
 from mmkit.models.meta import read_meta, write_meta
+from mmkit.models.paper_beams import length_averaged_beams
 
 MAPPERS = ("mlp", "transformer")
+# With these (Gemma 2, Cohere, Granite) logits are more than a matrix times the last hidden state.
+_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 FEATURE_KINDS = ("pooled", "tokens")
 
 
@@ -107,6 +113,8 @@ class ClipCap(PreTrainedModel):
         super().__init__(config)
         # The second case is from_pretrained, which fills the weights in afterwards.
         self.lm = AutoModelForCausalLM.from_config(copy.deepcopy(config.lm_config)) if lm is None else lm
+        self.lm.generation_config = bare_settings(self.lm.generation_config)
+        self._plain_head = not any(getattr(self.lm.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_SETTINGS)
         width = self.lm.get_input_embeddings().embedding_dim
         self.norm = FeatureNorm(config.feature_norm, config.feature_dim)
         self.mapper: nn.Module
@@ -195,6 +203,8 @@ class ClipCap(PreTrainedModel):
         # f[B, P + T, H]. Positions are the language model's own, counted from 0 at the first prefix slot (facts/clipcap.md 1).
         embeds = torch.cat([prefix, self.get_input_embeddings()(input_ids)], dim=1)
         mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
+        if not self._plain_head:
+            return self._score_by_lm(embeds, mask, labels, input_ids)
         # Without the head: logits over the whole vocabulary for prefix and padding would be most of the memory, and of no use.
         hidden = self.lm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         # Position P - 1 + t predicts token t, so the last one predicts nothing.
@@ -204,10 +214,26 @@ class ClipCap(PreTrainedModel):
             return ClipCapOutput(torch.zeros((), device=hidden.device), input_ids.new_zeros(()), self._head(hidden.flatten(0, 1)))
         chosen = labels != -100
         # By label and not by token id: GPT-2's id 0 is "!", which the published ignore_index=0 never learnt.
-        logits = self._head(hidden[chosen])
+        return self._summed(self._head(hidden[chosen]), labels[chosen])
+
+    @staticmethod
+    def _summed(logits: Tensor, targets: Tensor) -> ClipCapOutput:
+        """The output for logits f[M, V] and the tokens i64[M] that they should predict."""
         # A sum in float32: the loop divides by the tokens of the whole step, so that no mean of means arises.
-        loss = F.cross_entropy(logits.float(), labels[chosen], reduction="sum")
-        return ClipCapOutput(loss, chosen.sum(), logits)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return ClipCapOutput(loss, torch.tensor(len(targets), device=targets.device), logits)
+
+    def _score_by_lm(self, embeds: Tensor, mask: Tensor, labels: Tensor | None, input_ids: Tensor) -> ClipCapOutput:
+        """:meth:`forward` through the language model's own output, which does more than its head: logits of all T positions."""
+        length = input_ids.shape[1]
+        more = {"logits_to_keep": length + 1} if self.lm._supports_logits_to_keep() else {}
+        out = self.lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **more).logits
+        # f[B, T, V], aligned with input_ids.
+        logits = out[:, -length - 1 : -1]
+        if labels is None:
+            return ClipCapOutput(torch.zeros((), device=out.device), input_ids.new_zeros(()), logits.flatten(0, 1))
+        chosen = labels != -100
+        return self._summed(logits[chosen], labels[chosen])
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits f[M, H] -> f[M, V]."""
@@ -217,58 +243,85 @@ class ClipCap(PreTrainedModel):
     def generate(
         self,
         features: Tensor,
+        how: DecodingConfig,
         *,
-        max_new_tokens: int,
-        num_beams: int = 1,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        length_penalty: float = 1.0,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
+        stop: Sequence[int] | None = None,
+        draws: Sequence[int] | None = None,
+        together: Callable[[bool], bool] | None = None,
     ) -> Tensor:
         """Write captions, batched, with a KV cache.
 
         Args:
             features: f[B, D] or f[B, N, D].
-            max_new_tokens: Upper bound of a caption's length in tokens.
-            num_beams: 1 is greedy (or sampling).
-            do_sample: Draw from the distribution instead of taking the best.
-            temperature: With ``do_sample``.
-            top_p: With ``do_sample``.
-            length_penalty: With beams: the exponent of the length that divides a beam's score.
-            eos_token_id: Stop token, if not the language model's own.
-            pad_token_id: What fills finished rows; the stop token if the language model has no other.
+            how: Greedy, beams, sampling, or the paper's beams.
+            stop: Tokens that end a caption; the language model's own if None, none if empty.
+            draws: With sampling: a seed for each row, so that a caption does not depend on the batch.
+            together: See :func:`~mmkit.models.paper_beams.length_averaged_beams`; transformers' own search asks by itself.
 
         Returns:
-            i64[B, <= max_new_tokens], without the prefix.
+            i64[B, <= max_new_tokens], without the prefix; finished rows are filled up after their stop token.
+
+        Raises:
+            InputError: More tokens than the language model has positions.
         """
-        # Only the special ids are wanted of these: a hub model's sampling or length defaults are no part of the request.
-        own = self.lm.generation_config
-        stop = own.eos_token_id if eos_token_id is None else eos_token_id
-        fill = own.pad_token_id if pad_token_id is None else pad_token_id
-        # GPT-2 has no padding token; the stop token fills finished rows and is dropped in decoding.
-        if fill is None:
-            fill = stop[0] if isinstance(stop, list) else stop
-        # Only where they have an effect: transformers warns about sampling settings in greedy decoding.
-        chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if do_sample else {}
-        if num_beams > 1:
-            chosen["length_penalty"] = length_penalty
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=do_sample,
-            bos_token_id=own.bos_token_id,
-            eos_token_id=stop,
-            pad_token_id=fill,
-            use_cache=True,
-            **chosen,
-        )
-        prefix = self.prefix(features)
+        room = _positions(self.lm) - self.config.prefix_length
+        if how.max_new_tokens > room:
+            what = f"{how.max_new_tokens} new tokens are more than the {room} positions that the prefix leaves"
+            raise InputError(what, where="max_new_tokens", mend=f"give at most {room}")
+        ends = own_stop(self.lm) if stop is None else list(stop)
+        fill = filler(self.lm, ends)
         # Every row has the same P, so a batch needs no padding, and batch 1 equals batch N.
+        prefix = self.prefix(features)
+        if how.decoding == "paper":
+            written = length_averaged_beams(
+                self.lm, prefix, num_beams=how.num_beams, max_new_tokens=how.max_new_tokens, stop=ends, together=together
+            )
+            longest = max(map(len, written))
+            rows = [[*ids, *[fill] * (longest - len(ids))] for ids in written]
+            return torch.tensor(rows, dtype=torch.int64, device=prefix.device)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        arguments = search_arguments(how, stop=ends, fill=fill, draws=draws)
         # From embeddings, generate returns the new tokens alone.
-        return self.lm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)
+        return self.lm.generate(inputs_embeds=prefix, attention_mask=mask, synced_gpus=together is not None, **arguments)
+
+
+def _positions(lm: PreTrainedModel) -> int:
+    """Length of the sequences that a language model was made for; beyond it GPT-2 has no position, and others are at a loss."""
+    found = getattr(lm.config, "max_position_embeddings", None)
+    return int(found) if found else sys.maxsize
+
+
+def check_fit(model: ClipCap, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Refuse captions that do not fit the language model.
+
+    Args:
+        model: The captioner.
+        tokenizer: What makes its tokens.
+        max_length: Tokens of the longest caption.
+
+    Raises:
+        InputError: Tokens without an embedding, or more positions than there are.
+    """
+    rows = int(model.lm.get_input_embeddings().num_embeddings)
+    if len(tokenizer) > rows:
+        what = f"the tokenizer has {len(tokenizer)} tokens, the language model {rows} embeddings"
+        raise InputError(what, where="llm.tokenizer", mend="use the language model's own tokenizer")
+    need, have = model.config.prefix_length + max_length, _positions(model.lm)
+    if need > have:
+        what = f"prefix_length {model.config.prefix_length} and max_length {max_length} are more than its {have} positions"
+        raise InputError(what, where="llm", mend="lower max_length or mapper.prefix_length")
+
+
+def own_stop(lm: PreTrainedModel) -> list[int]:
+    """Tokens that end a text of a language model, by its generation settings."""
+    found = lm.generation_config.eos_token_id
+    return [] if found is None else list(found) if isinstance(found, list) else [found]
+
+
+def filler(lm: PreTrainedModel, stop: Sequence[int]) -> int:
+    """What fills finished rows: the padding token, or a stop token where there is none (GPT-2), or 0."""
+    own: int | None = lm.generation_config.pad_token_id
+    return own if own is not None else stop[0] if stop else 0
 
 
 def build_clipcap(
@@ -330,6 +383,7 @@ def save_captioner(
     folder: str | Path,
     *,
     meta: dict[str, Any],
+    decoding: DecodingConfig,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a captioner's folder: weights, configuration, tokenizer, generation settings, mmkit.json.
@@ -339,16 +393,20 @@ def save_captioner(
         tokenizer: The language model's.
         folder: Made if missing.
         meta: For mmkit.json, beside ``"kind": "captioner"``: encoder path and fingerprint, and so on.
+        decoding: How it writes unless asked otherwise.
         state_dict: Weights gathered by an engine; the model's own if None.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Language model included, also where it was frozen: the folder must open without the hub.
     model.save_pretrained(folder, state_dict=state_dict)
-    # The language model's, at the top level: ClipCap itself has none, and the stop token is in there.
-    model.lm.generation_config.save_pretrained(folder)
+    # At the top level: ClipCap itself has none, and the stop token is in there.
+    stop = own_stop(model.lm)
+    bos = model.lm.generation_config.bos_token_id
+    saved_settings(decoding, stop=stop, fill=filler(model.lm, stop), bos=bos).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_meta(folder, "captioner", meta)
+    # Beside generation_config.json, which has no word for the paper's beams, nor for a seed.
+    write_meta(folder, "captioner", {**meta, "decoding": decoding.model_dump(exclude_none=True)})
 
 
 def load_captioner(folder: str | Path) -> tuple[ClipCap, PreTrainedTokenizerBase, dict[str, Any]]:
@@ -364,5 +422,5 @@ def load_captioner(folder: str | Path) -> tuple[ClipCap, PreTrainedTokenizerBase
     model = ClipCap.from_pretrained(folder)
     # Loading makes new parameters, so freezing is done again.
     model.set_only_mapper(model.config.only_mapper)
-    model.lm.generation_config = GenerationConfig.from_pretrained(folder)
+    model.lm.generation_config = bare_settings(GenerationConfig.from_pretrained(folder))
     return model, load_tokenizer(folder), meta

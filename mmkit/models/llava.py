@@ -1,7 +1,8 @@
-"""LLaVA from parts: any vision tower, a two-layer projector, any causal language model.
+"""LLaVA from parts: any vision tower, a projector, any causal language model.
 
-The result is a plain ``LlavaForConditionalGeneration``: its folder opens with transformers, vLLM and lmms-eval without
-mmkit. Facts on the published model: facts/llava.md 1.2, 1.6; on the loss: performance.md 6.
+The result is a plain ``LlavaForConditionalGeneration`` (with pixel shuffle, Aya Vision's class): its folder opens with
+transformers, vLLM and lmms-eval without mmkit. Facts on the published model: facts/llava.md 1.2, 1.6; on the loss:
+performance.md 6.
 """
 
 from __future__ import annotations
@@ -14,21 +15,35 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import (
-    AutoProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    SiglipImageProcessor,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, SiglipImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mmkit.data.conversations import IMAGE_MARKER, Template, chat_template
+from mmkit.data.chat import leave_start_to_template
+from mmkit.data.conversations import chat_template
+from mmkit.data.pieces import IMAGE_MARKER
+from mmkit.data.templates import OWN, Template
 from mmkit.errors import InputError
 from mmkit.models.adapters import has_lora
+from mmkit.models.generation import choose_padding, settle_generation
+from mmkit.models.lm_loss import TokenLossHead
 from mmkit.models.meta import read_meta, write_meta
+from mmkit.models.packed import packed_arguments
+from mmkit.models.projectors import (
+    VisionLanguageModel,
+    check_projector,
+    image_size,
+    model_class,
+    new_projector,
+    num_image_tokens,
+    projector_settings,
+    token_size,
+)
+from mmkit.models.timm_tower import check_wrapped
+from mmkit.models.towers import prefix_tokens
 
+# Towers whose weights lie one level deeper in published checkpoints than in transformers 5.
+_NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 # What LlavaForConditionalGeneration would drop from a language model without a word.
 _LOST_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -80,37 +95,30 @@ def _grow_embeddings(llm: PreTrainedModel, rows: int) -> None:
             layer.weight[old:] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
 
 
-def _num_image_tokens(config: Any, feature_select: str) -> int:
-    """Image tokens per picture: patches, and the class token where a tower has one and "full" keeps it."""
-    patches = (config.image_size // config.patch_size) ** 2
-    return patches + int(has_class_token(config) and feature_select == "full")
-
-
-def has_class_token(vision_config: Any) -> bool:
-    """Whether a vision tower puts a class token in front (SigLIP's layout, SuperClass's, does not)."""
-    return "siglip" not in vision_config.model_type
-
-
-def _check_choices(vision: PreTrainedModel, feature_layer: int, feature_select: str, projector: str) -> None:
-    """Refuse what the tower or transformers' class cannot do.
+def _check_choices(vision: PreTrainedModel, feature_layer: int, feature_select: str, projector: str, pixel_shuffle: int) -> None:
+    """Refuse what the tower or transformers' classes cannot do.
 
     Raises:
         InputError: With the choice and what to use instead.
     """
-    if projector != "mlp2x_gelu":
-        raise InputError(f"unknown projector {projector!r}", mend="use mlp2x_gelu")
+    check_projector(projector, pixel_shuffle, vision.config)
     if feature_select not in ("full", "default"):
         raise InputError(f"unknown feature_select {feature_select!r}", mend="use full or default")
+    has_class_token = prefix_tokens(vision.config) > 0
     # It would silently lose the first patch.
-    if feature_select == "default" and not has_class_token(vision.config):
+    if feature_select == "default" and not has_class_token:
         raise InputError(
             f"feature_select default drops the first token, but {type(vision).__name__} has no class token",
             mend="use feature_select: full",
         )
+    if feature_select == "full" and has_class_token and projector == "pixel_shuffle":
+        raise InputError("a class token has no place in the grid that is shuffled", mend="use feature_select: default")
     layers = vision.config.num_hidden_layers
     # One more hidden state than blocks: the first is the embeddings.
     if not -layers - 1 <= feature_layer <= layers:
         raise InputError(f"feature_layer {feature_layer} of a tower with {layers} blocks", mend="use -2")
+    if vision.config.model_type == "timm_wrapper":
+        check_wrapped(projector, feature_layer)
 
 
 def build_llava(
@@ -119,20 +127,23 @@ def build_llava(
     tokenizer: PreTrainedTokenizerBase,
     *,
     feature_layer: int = -2,
-    feature_select: str = "full",
+    feature_select: str | None = None,
     projector: str = "mlp2x_gelu",
+    pixel_shuffle: int = 2,
     image_token: str = IMAGE_MARKER,
     seed: int = 0,
-) -> LlavaForConditionalGeneration:
+) -> VisionLanguageModel:
     """Assemble a LLaVA model; the parts' modules are moved in, never copied.
 
     Args:
-        vision: ``SiglipVisionModel``, ``CLIPVisionModel`` or another tower with hidden states.
+        vision: Of `mmkit.models.towers.vision_tower`, or any ``SiglipVisionModel``, ``CLIPVisionModel``, ``Dinov2Model``.
         llm: Causal language model; its embeddings grow if the tokenizer needs it.
-        tokenizer: Gets ``image_token`` as a special token if it lacks it.
+        tokenizer: Gets ``image_token`` as a special token if it lacks it, and a padding token if it has none.
         feature_layer: Which of the tower's hidden states the projector reads; -2 is before the last block.
-        feature_select: "full" keeps all tokens; "default" drops the first (a class token).
-        projector: "mlp2x_gelu": Linear, GELU, Linear; the one shape transformers' class has.
+        feature_select: "full" keeps all tokens; "default" drops the first; None drops a class token where there is one.
+        projector: "mlp2x_gelu" (Linear, GELU, Linear), "linear" (one map; LLaVA's first version), or "pixel_shuffle" (r x r
+            patches to one token, LayerNorm, Linear, SwiGLU, Linear; Aya Vision's, arXiv 2505.08751).
+        pixel_shuffle: r of the latter.
         image_token: Placeholder in the text.
         seed: Of the projector's weights.
 
@@ -142,53 +153,89 @@ def build_llava(
     Raises:
         InputError: For a part or a choice that cannot be combined.
     """
-    _check_choices(vision, feature_layer, feature_select, projector)
+    if feature_select is None:
+        feature_select = "default" if prefix_tokens(vision.config) else "full"
+    _check_choices(vision, feature_layer, feature_select, projector, pixel_shuffle)
     _check_llm(llm)
+    choose_padding(tokenizer)
     image_token_id = _add_image_token(llm, tokenizer, image_token)
+    tied = _settle_tie(llm)
+    embed_width = llm.get_input_embeddings().embedding_dim
+    # vLLM builds the language model by this name; transformers' own configs have it only where a folder was read.
+    llm.config.architectures = [type(llm).__name__]
+    kind, config_kind = model_class(projector, vision.config)
+    config = config_kind(
+        vision_config=vision.config,
+        # The LLM's own object: its vocabulary size has just grown with the embeddings.
+        text_config=llm.config,
+        image_token_id=image_token_id,
+        vision_feature_select_strategy=feature_select,
+        vision_feature_layer=feature_layer,
+        tie_word_embeddings=tied,
+        dtype=llm.dtype,
+        **projector_settings(projector, pixel_shuffle, embed_width),
+    )
+    config.image_seq_length = num_image_tokens(config)
+    # On the meta device the placeholders cost nothing; every one of them is replaced below.
+    with torch.device("meta"):
+        model = kind(config)
+    model.model.vision_tower = vision
+    model.model.language_model = llm.base_model
+    # The layer itself: a tied weight stays one tensor with the embeddings.
+    model.lm_head = llm.get_output_embeddings()
+    new_projector(model, projector, seed)
+    model.generation_config = llm.generation_config
+    settle_generation(model, tokenizer)
+    assert not any(p.is_meta for p in (*model.parameters(), *model.buffers())), "a placeholder was left in"
+    return model.eval()
+
+
+def _settle_tie(llm: PreTrainedModel) -> bool:
+    """Whether head and embeddings are one tensor; untied where transformers' LLaVA could not tie them again."""
     embed = llm.get_input_embeddings()
     # By identity and not by the configuration, which says what was wished.
     tied = llm.get_output_embeddings().weight is embed.weight
     if tied and getattr(llm.base_model, "embed_tokens", None) is not embed:
         # transformers ties by the name embed_tokens; where the LLM calls it otherwise, the head becomes its own.
         llm.get_output_embeddings().weight = nn.Parameter(embed.weight.detach().clone())
-        llm.config.tie_word_embeddings = tied = False
-    config = LlavaConfig(
-        vision_config=vision.config,
-        # The LLM's own object: its vocabulary size has just grown with the embeddings.
-        text_config=llm.config,
-        image_token_index=image_token_id,
-        image_seq_length=_num_image_tokens(vision.config, feature_select),
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy=feature_select,
-        vision_feature_layer=feature_layer,
-        tie_word_embeddings=tied,
-        dtype=llm.dtype,
+        tied = False
+    # Both configs have to say it: LlavaConfig takes a True from either.
+    llm.config.tie_word_embeddings = tied
+    return tied
+
+
+def processor_for(
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    template: str | Template,
+) -> LlavaProcessor:
+    """The processor that belongs to a model: picture size, patches, projector and class token read from its config.
+
+    Args:
+        model: Of `build_llava`, or opened.
+        tokenizer: With the image token.
+        mean: Per channel, the encoder's own.
+        std: Likewise.
+        template: Conversation template for the chat template.
+
+    Returns:
+        As `build_processor`.
+    """
+    config = model.config
+    return build_processor(
+        tokenizer,
+        image_size=image_size(config.vision_config),
+        # To the processor, pixel shuffle is larger patches.
+        patch_size=token_size(config),
+        mean=mean,
+        std=std,
+        template=template,
+        feature_select=config.vision_feature_select_strategy,
+        class_token=prefix_tokens(config.vision_config) > 0,
     )
-    # On the meta device the placeholders cost nothing; every one of them is replaced below.
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower = vision
-    model.model.language_model = llm.base_model
-    # The layer itself: a tied weight stays one tensor with the embeddings.
-    model.lm_head = llm.get_output_embeddings()
-    _new_projector(model, seed)
-    # The language model's start and stop tokens are in there.
-    model.generation_config = llm.generation_config
-    assert not any(p.is_meta for p in (*model.parameters(), *model.buffers())), "a placeholder was left in"
-    return model.eval()
-
-
-def _new_projector(model: LlavaForConditionalGeneration, seed: int) -> None:
-    """Projector weights on the language model's device, torch's initialisation as in the published code."""
-    head = model.lm_head.weight
-    # The projector has no part that it could be taken from, so the placeholder is given memory here and weights below.
-    made = model.model.multi_modal_projector.to_empty(device=head.device).to(head.dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for layer in (made.linear_1, made.linear_2):
-            # Drawn on the CPU in float32, so that a seed means the same weights everywhere.
-            drawn = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            layer.load_state_dict(drawn.state_dict())
 
 
 def build_processor(
@@ -231,8 +278,12 @@ def build_processor(
         image_std=list(std),
         do_convert_rgb=True,
     )
+    if template == OWN:
+        leave_start_to_template(tokenizer)
     # Batched generation needs the prompts' ends aligned.
     tokenizer.padding_side = "left"
+    # transformers saves what a tokenizer was made with, not what it was set to; a stranger's batches would be padded right.
+    tokenizer.init_kwargs["padding_side"] = "left"
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -241,16 +292,16 @@ def build_processor(
         # From this and the strategy the placeholders are counted; a wrong count shows only in the forward pass.
         num_additional_image_tokens=int(class_token),
         image_token=image_token,
-        chat_template=chat_template(template),
+        chat_template=chat_template(template, tokenizer),
     )
 
 
 def save_mllm(
-    model: LlavaForConditionalGeneration,
+    model: VisionLanguageModel,
     processor: LlavaProcessor,
     folder: str | Path,
     *,
-    meta: dict[str, Any],
+    meta: dict[str, Any] | None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the model folder: weights (the vision tower's too), processor, mmkit.json.
@@ -259,7 +310,7 @@ def save_mllm(
         model: LoRA merged.
         processor: Of `build_processor`.
         folder: Made if missing.
-        meta: For mmkit.json, beside ``"kind": "mllm"``.
+        meta: For mmkit.json, beside ``"kind": "mllm"``; None writes none.
         state_dict: Weights gathered by an engine; the model's own if None.
 
     Raises:
@@ -270,12 +321,28 @@ def save_mllm(
         raise ValueError("the model still has LoRA layers: call merge_lora(model) first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=state_dict)
+    state = state_dict if state_dict is not None else model.state_dict()
+    model.save_pretrained(folder, state_dict=_published_names(model, state))
     processor.save_pretrained(folder)
-    write_meta(folder, "mllm", meta)
+    if meta is not None:
+        write_meta(folder, "mllm", meta)
 
 
-def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, dict[str, Any]]:
+def _published_names(model: VisionLanguageModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of the published LLaVA checkpoints.
+
+    transformers 5 took ``vision_model`` out of the names of CLIP's and SigLIP's towers; it reads both, vLLM's towers only the
+    old ones.
+    """
+    tower = "model.vision_tower."
+    if model.config.vision_config.model_type not in _NESTED_TOWERS or any(
+        name.startswith(f"{tower}vision_model.") for name in state
+    ):
+        return state
+    return {name.replace(tower, f"{tower}vision_model.", 1): value for name, value in state.items()}
+
+
+def load_mllm(folder: str | Path) -> tuple[VisionLanguageModel, LlavaProcessor, dict[str, Any]]:
     """Open a model folder.
 
     Returns:
@@ -285,10 +352,15 @@ def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaP
         InputError: When the folder is no MLLM's.
     """
     meta = read_meta(folder, "mllm")
-    return LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder), meta
+    processor = AutoProcessor.from_pretrained(folder)
+    # The folder has room for one chat template only, the processor's; a later stage may ask for the LLM's own.
+    if "chat_template" in meta:
+        processor.tokenizer.chat_template = meta["chat_template"]
+    # The class that config.json names: LLaVA's, Aya Vision's or FastVLM's.
+    return AutoModelForImageTextToText.from_pretrained(folder), processor, meta
 
 
-def _embed(model: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+def _embed(model: VisionLanguageModel, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
     """Word embeddings with the pictures' features in place of image tokens; f[B, T, H].
 
     One path for batches with and without pictures. ZeRO puts gradients together, and ZeRO-3 weights, in the order in which the
@@ -299,7 +371,7 @@ def _embed(model: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values
     tower_dtype = model.model.vision_tower.dtype
     blank = pixel_values is None or len(pixel_values) == 0
     if pixel_values is None or blank:
-        size = model.config.vision_config.image_size
+        size = image_size(model.config.vision_config)
         # One blank picture, not one a row as LLaVA does: the gradient is zero either way, the tower's work is not.
         pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
     found = model.get_image_features(pixel_values.to(tower_dtype), return_dict=True).pooler_output
@@ -312,11 +384,13 @@ def _embed(model: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values
 
 
 def llava_loss_sum(
-    model: LlavaForConditionalGeneration,
+    model: VisionLanguageModel,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     labels: Tensor,
     pixel_values: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy over supervised tokens, logits made at those positions only.
 
@@ -326,9 +400,12 @@ def llava_loss_sum(
     Args:
         model: The model, LoRA or not.
         input_ids: i64[B, T], image tokens expanded.
-        attention_mask: i64[B, T], 1 for true tokens.
+        attention_mask: i64[B, T], 1 for true tokens; None with ``cu_seqlens``.
         labels: i64[B, T], aligned with ``input_ids`` (not shifted); -100 where nothing is learnt.
         pixel_values: f[I, 3, S, S], the pictures of the rows that have one, in order; None or I = 0 for text only.
+        cu_seqlens: i32[D + 1], the documents of one packed row (B = 1); the model must `allow_packing`. The first label of each
+            must be -100: nothing of the document before predicts it.
+        max_seqlen: Tokens of the longest document.
 
     Returns:
         f32[] loss sum, i64[] number of supervised tokens.
@@ -336,12 +413,18 @@ def llava_loss_sum(
     Raises:
         ValueError: When image tokens and image features do not match in number (from transformers).
     """
+    how: dict[str, Any] = {"attention_mask": attention_mask}
+    if cu_seqlens is not None:
+        assert max_seqlen is not None
+        how = packed_arguments(cu_seqlens, max_seqlen)
     embeds = _embed(model, input_ids, pixel_values)
-    out = model.model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
+    out = model.model(inputs_embeds=embeds, use_cache=False, **how)
     # Position t predicts token t + 1.
     targets = labels[:, 1:]
     chosen = targets != -100
     # Most positions are image or question: full logits at 2048 x 32000 would take 655 MB a sequence (performance.md 6).
-    logits = model.lm_head(out.last_hidden_state[:, :-1][chosen])
+    hidden, wanted = out.last_hidden_state[:, :-1][chosen], targets[chosen]
+    if isinstance(model.lm_head, TokenLossHead):
+        return model.lm_head(hidden, wanted), chosen.sum()
     # A sum: of no tokens it is 0 with a gradient, where a mean would be NaN.
-    return F.cross_entropy(logits.float(), targets[chosen], reduction="sum"), chosen.sum()
+    return F.cross_entropy(model.lm_head(hidden).float(), wanted, reduction="sum"), chosen.sum()

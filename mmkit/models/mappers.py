@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEATURE_NORMS = ("none", "l2", "standardize")
+# Pictures whose features are in memory at one time while statistics are taken.
+_FIT_ROWS = 256
 
 
 class FeatureNorm(nn.Module):
@@ -33,11 +35,24 @@ class FeatureNorm(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
-        """Take mean and standard deviation from training features f[..., D]; a constant dimension keeps scale 1."""
+        """Take mean and standard deviation from training features f[N, D] or f[N, T, D].
+
+        Rows with NaN (unreadable pictures) do not count; a constant dimension keeps scale 1.
+        """
         assert self.kind == "standardize", f"feature_norm {self.kind} has no statistics"
+        count, dim = 0, features.shape[-1]
+        mean, squares = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
+        # Part by part: patch tokens of a whole set lie on the disk. Merged as Chan, Golub and LeVeque do (1979, formula 2.1), in
         # float64: where a deviation is small beside its mean, float32 has too few digits for it.
-        rows = features.reshape(-1, features.shape[-1]).double()
-        std, mean = torch.std_mean(rows, dim=0, correction=0)
+        for part in features.split(_FIT_ROWS):
+            rows = part[~part.flatten(1).isnan().any(1)].reshape(-1, dim).double()
+            if not len(rows):
+                continue
+            gap, total = rows.mean(0) - mean, count + len(rows)
+            squares += (rows - rows.mean(0)).square().sum(0) + gap.square() * (count * len(rows) / total)
+            mean += gap * (len(rows) / total)
+            count = total
+        std = (squares / max(1, count)).sqrt()
         self.feature_mean.copy_(mean)
         # A dead unit of the encoder would otherwise be divided by zero.
         self.feature_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))

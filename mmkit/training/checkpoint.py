@@ -14,6 +14,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,15 @@ class _Job:
 class Saver:
     """Writes checkpoints in the background. A failure is kept until all processes can hear of it at the same step."""
 
-    def __init__(self, engine: Engine, folder: Path, *, keep: int, background: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        *,
+        keep: int,
+        background: bool = True,
+        protected: Callable[[list[int]], set[int]] | None = None,
+    ) -> None:
         """Nothing is written yet.
 
         Args:
@@ -58,7 +67,9 @@ class Saver:
             folder: The run's ``checkpoints``.
             keep: How many to keep.
             background: Write while training goes on; the twin of this is for tests and benchmarks.
+            protected: From the steps that are kept, those that have to be kept besides (the best so far).
         """
+        self._protected = protected or (lambda steps: set())
         self.engine, self.folder, self.keep, self.background = engine, folder, keep, background
         # One worker: the files of this process first, then the completion, in order.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mmkit-save")
@@ -192,7 +203,7 @@ class Saver:
         # It ran before this on the same thread; without these files there is nothing to complete.
         seconds = written.result()
         began = time.monotonic()
-        temporary, target = self._temporary(step), self.folder / f"step-{step:08d}"
+        temporary, target = self._temporary(step), checkpoint_at(self.folder, step)
         lists = [temporary / _list_name(rank) for rank in range(self.engine.world_size)]
         # Looked for, not waited for by a collective: those belong to the thread that trains.
         while not all(path.is_file() for path in lists):
@@ -214,8 +225,11 @@ class Saver:
         temporary.replace(target)
         sync(self.folder)
         # Only after the new one is complete: at no time are there fewer than before.
-        for old in list_checkpoints(self.folder)[: -self.keep]:
-            _remove(old)
+        found = list_checkpoints(self.folder)
+        wanted = self._protected([step_of(path) for path in found[-self.keep :]])
+        for old in found[: -self.keep]:
+            if step_of(old) not in wanted:
+                _remove(old)
         return seconds + time.monotonic() - began
 
 
@@ -256,7 +270,17 @@ def _named(folder: Path) -> list[Path]:
 def newest_step(folder: Path) -> int:
     """Updates that the newest complete checkpoint has behind it; 0 without one."""
     found = list_checkpoints(folder)
-    return int(found[-1].name.removeprefix("step-")) if found else 0
+    return step_of(found[-1]) if found else 0
+
+
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Updates that a checkpoint has behind it, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def faults(checkpoint: Path, *, share: slice = slice(None)) -> list[str]:

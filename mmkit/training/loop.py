@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator
 import torch
 
 from mmkit.config import TrainConfig
+from mmkit.data.batching import Batches, Share, make_batches
 from mmkit.data.layout import Layout
 from mmkit.data.loader import make_loader
-from mmkit.data.order import make_order
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.distributed.engine import Engine
 from mmkit.distributed.preemption import Preemption
 from mmkit.errors import InputError, StoppedError
 from mmkit.run import Run
+from mmkit.training.best import Best
 from mmkit.training.checkpoint import Saver, load_newest, newest_step, put_aside_unsound
 from mmkit.training.objective import Batch, Stage, to_device
 from mmkit.training.optim import lr_scale, make_optimizer, parameter_groups, warmup_steps
 from mmkit.training.space import check_space
-from mmkit.training.step_log import Launched, LoopSettings, Readback, StepLog, batch_digest
+from mmkit.training.step_log import Launched, LoopSettings, Readback, StepLog, batch_digest, sum_sizes
 from mmkit.training.track import Tracker
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,9 @@ def train(
     preemption: Preemption | None = None,
 ) -> None:
     """Train a stage to the end, from the newest checkpoint if the run has one.
+
+    The end is the last step, or with ``train.early_stopping`` the step at which patience has run out; the objective then has the
+    weights of the best step.
 
     A step: read its micro-batches, count what is supervised over all ranks, forward and backward with the global count, check
     that loss and gradient are finite, update. On a GPU the host never waits for the device within a step: what it has to know
@@ -93,8 +97,18 @@ def train(
     run.drop_metrics_after(start)
     if start:
         logger.info("going on from the checkpoint at step %d of %d", start, total)
-    batches = _batches(stage, engine, config, settings, start, total)
-    saver = Saver(engine, run.checkpoints, keep=config.keep_checkpoints)
+    plan = make_batches(
+        stage.layout or Layout.flat(len(stage.samples)),
+        stage.batching,
+        stage.lengths,
+        seed=settings.seed,
+        batch_size=config.batch_size,
+        micro_batch_size=engine.micro_batch_size,
+        share=Share(engine.rank, engine.world_size),
+    )
+    batches = _loader(stage, engine, settings, plan, start, total)
+    best = Best(config.early_stopping, engine, run, every=_look_every(stage, config))
+    saver = Saver(engine, run.checkpoints, keep=config.keep_checkpoints, protected=best.protected)
     opened = tracker(start) if tracker is not None else None
     log = StepLog(stage, engine, run, config, settings, opened, saver=saver, start=start, total=total)
     readback = Readback(engine.device)
@@ -104,19 +118,23 @@ def train(
     # Closed however the run ends: a tracker that is not keeps its last rows to itself, a checkpoint may be half written.
     with preemption or Preemption() as preemption, contextlib.closing(log), contextlib.closing(saver):
         for step in range(start, total):
+            # Asked before a step and not after it: a run that was killed while its product was saved comes here too.
+            if best.over:
+                break
             # Dropout and the like: the same numbers at this step whatever happened before it.
             # No two of (seed, step, rank) share a number below a million steps and 4,096 ranks.
             torch.manual_seed((settings.seed * 1_000_003 + step) * 4096 + engine.rank)
             began = time.monotonic()
-            micro, left_out = _read_step(batches, engine.accumulation)
+            micro, left_out = _read_step(batches, plan.rounds(step))
             waited = time.monotonic() - began
             # On the host's copy of the batch: counting on the device would mean to wait for it.
             counted = sum(objective.count(b) for b in micro)
             keys = [str(k) for b in micro for k in b.get("keys", [])]
+            sizes = sum_sizes(objective.sizes(b) for b in micro)
             micro = [to_device(b, engine.device) for b in micro]
             # float64 holds any token count exactly, and one tensor means one collective a step before the forward.
             signals = bool(preemption.requested)
-            facts = engine.sum(engine.numbers(counted, len(left_out), signals, saver.failed, batch_digest(keys)))
+            facts = engine.sum(engine.numbers(counted, len(left_out), signals, saver.failed, batch_digest(keys), *sizes))
             # After the other sum and not before it: collectives of a group run in order, so this one has the forward pass to
             # run beside, and nothing waits behind it.
             statistics = objective.statistics(micro)
@@ -144,14 +162,15 @@ def train(
             stopping = bool(sum([log.step(*read) for read in readback.ready(everything=ends or looks)]))
             if stopping and done < total:
                 stopping = any([stopping, *(log.step(*read) for read in readback.ready(everything=True))])
-            if looks:
-                log.looks(done)
-            if stopping or ends:
+            # The best so far may become the product; from the last step a run goes on that is killed while it saves that.
+            keeps = looks and best.take(done, log.looks(done), last=done == total)
+            if stopping or ends or keeps or best.over:
                 saver.save(done)
             if stopping and done < total:
                 saver.wait()
                 raise StoppedError(f"stopped by a signal after step {done} of {total}; run the same command to go on")
         saver.wait()
+        best.restore()
         run.note(saves={name: round(value, 3) for name, value in saver.totals.items()})
 
 
@@ -161,23 +180,14 @@ def _look_every(stage: Stage, config: TrainConfig) -> list[int]:
     return [*found, config.val_every] if stage.validation is not None and config.val_every else found
 
 
-def _batches(
-    stage: Stage, engine: Engine, config: TrainConfig, settings: LoopSettings, start: int, total: int
+def _loader(
+    stage: Stage, engine: Engine, settings: LoopSettings, plan: Batches, start: int, total: int
 ) -> Iterator[tuple[Batch, list[LeftOut]]]:
     """This rank's micro-batches from step ``start`` on."""
-    order = make_order(stage.layout or Layout.flat(len(stage.samples)), settings.seed)
-    micro_batches = order.micro_batches(
-        first_step=start,
-        last_step=total,
-        batch_size=config.batch_size,
-        micro_batch_size=engine.micro_batch_size,
-        rank=engine.rank,
-        world_size=engine.world_size,
-    )
     return make_loader(
         stage.samples,
         stage.collate,
-        micro_batches,
+        plan.stream(start, total),
         seed=settings.seed,
         workers=settings.workers,
         pin_memory=engine.device.type == "cuda",
@@ -187,10 +197,10 @@ def _batches(
     )
 
 
-def _read_step(batches: Iterator[tuple[Batch, list[LeftOut]]], accumulation: int) -> tuple[list[Batch], list[LeftOut]]:
+def _read_step(batches: Iterator[tuple[Batch, list[LeftOut]]], rounds: int) -> tuple[list[Batch], list[LeftOut]]:
     """The micro-batches of one step, and what had to be left out to fill them."""
     try:
-        read = [next(batches) for _ in range(accumulation)]
+        read = [next(batches) for _ in range(rounds)]
     except SampleError as error:
         raise InputError(str(error), where="data.train", mend="repair or remove the samples") from None
     return [batch for batch, _ in read], [s for _, left in read for s in left]

@@ -6,12 +6,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmkit.config import BatchingConfig
+from mmkit.data.batching import Lengths
 from mmkit.data.layout import Layout
 from mmkit.data.loader import SampleSet
 from mmkit.data.skipped import LeftOut, count_samples
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
     from mmkit.distributed.engine import Engine
 
 Batch = dict[str, Any]
+
+
+class Sizes(NamedTuple):
+    """What a batch costs: true tokens, positions the model computes (padding included), samples that were cut to fit."""
+
+    tokens: int
+    positions: int
+    cut: int = 0
 
 
 class Objective(nn.Module, ABC):
@@ -37,6 +47,10 @@ class Objective(nn.Module, ABC):
 
         The batch is still on the CPU here, so that counting never waits for the device.
         """
+
+    def sizes(self, batch: Batch) -> Sizes | None:
+        """Tokens of a batch, for the log; on the CPU, as for :meth:`count`. None where a sample has no length."""
+        return None
 
     # Integers, because their sum does not depend on the order in which the ranks are added.
     def statistics(self, batches: list[Batch]) -> Tensor | None:
@@ -67,10 +81,17 @@ class Objective(nn.Module, ABC):
 
 @dataclasses.dataclass
 class Finding:
-    """What a monitor saw: numbers for metrics.jsonl and the tracker, pictures (uint8 ``[H, W, 3]``) for the tracker."""
+    """What a monitor saw.
+
+    Attributes:
+        numbers: For metrics.jsonl and the tracker.
+        pictures: For the tracker, uint8 ``[H, W, 3]``.
+        texts: Rows for samples.jsonl, such as captions beside their references.
+    """
 
     numbers: dict[str, float] = dataclasses.field(default_factory=dict)
     pictures: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = dataclasses.field(default_factory=dict)
+    texts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 class Monitor(Protocol):
@@ -98,6 +119,8 @@ class Stage:
         left_out: Rows that the index already had to leave out.
         available: Samples of the data before the recipe's limit, which `left_out` belongs to; None: there is no limit.
         layout: Shards, shuffle windows and weights of the samples; None: all are shuffled alike.
+        batching: How samples are put together.
+        lengths: Tokens of each sample, for grouped and packed batches.
         validation: Samples for the validation loss.
         validation_group: Validation samples that are seen together; None: a micro-batch.
         lr_of: Other learning rates by parameter-name prefix.
@@ -116,6 +139,8 @@ class Stage:
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
     available: int | None = None
     layout: Layout | None = None
+    batching: BatchingConfig = dataclasses.field(default_factory=BatchingConfig)
+    lengths: Lengths | None = None
     validation: SampleSet[Any] | None = None
     validation_group: int | None = None
     lr_of: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -44,8 +44,12 @@ def check_space(module: nn.Module, config: TrainConfig, folder: Path, *, start: 
     each = checkpoint_size(module)
     every = config.checkpoint_every or max(1, total)
     planned = math.ceil(total / every) - start // every
+    if config.early_stopping is not None:
+        # The best so far is kept besides, and saved at whichever step it comes.
+        planned += 1
     # One more than are kept: the oldest goes after the newest is complete. Those that are there have their space already.
-    checkpoints = max(0, min(config.keep_checkpoints + 1 - len(list_checkpoints(folder)), planned))
+    kept = config.keep_checkpoints + (config.early_stopping is not None)
+    checkpoints = max(0, min(kept + 1 - len(list_checkpoints(folder)), planned))
     need = checkpoints * each + product_size(module)
     # What this user may take, not what the superuser could.
     free = shutil.disk_usage(folder.parent).free

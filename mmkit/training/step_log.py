@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from mmkit.distributed.engine import Engine
 from mmkit.errors import InputError
 from mmkit.run import Run
 from mmkit.training.checkpoint import Saver
-from mmkit.training.objective import Stage
+from mmkit.training.objective import Sizes, Stage
 from mmkit.training.progress import ProgressLine
 from mmkit.training.track import NoTracker, Tracker
 from mmkit.training.validation import validate
@@ -99,12 +99,13 @@ class StepLog:
         self._progress = ProgressLine(settings.title, total, start=start, show=engine.is_main)
         self._total, self._logged = total, start
         self._window, self._waited, self._counted = time.monotonic(), 0.0, 0.0
+        self._sizes = [0.0, 0.0, 0.0]
 
     def step(self, values: list[float], launched: Launched) -> bool:
         """Take in the numbers of a step, over all ranks.
 
         Args:
-            values: Loss, gradient norm, what was counted, left out, signals, failed saves, sum of the keys' checksums.
+            values: Loss, gradient norm, what was counted, left out, signals, failed saves, sum of the keys' checksums, `Sizes`.
             launched: What this process knows of the step.
 
         Returns:
@@ -113,12 +114,13 @@ class StepLog:
         Raises:
             InputError: Loss or gradient not finite, too many samples left out, or a checkpoint that could not be written.
         """
-        loss, norm, counted, skipped, signals, unsaved, digest = values
+        loss, norm, counted, skipped, signals, unsaved, digest, *sizes = values
         # First of all: a row of NaN in metrics.jsonl would spoil the curves of the whole run.
         if not math.isfinite(loss + norm):
             self._not_finite(loss, norm, launched)
         self._waited += launched.waited
         self._counted += counted
+        self._sizes = [total + now for total, now in zip(self._sizes, sizes, strict=True)]
         if skipped:  # the same on every rank, so all of them gather
             self.run.skip(self.engine.gather(launched.left_out))
             # What the index left out counts too, or a set could lose the limit twice over.
@@ -159,6 +161,7 @@ class StepLog:
             # The step's own and not a sum since the last row: two runs that log differently can still be compared.
             "batch_digest": digest,
             "samples_per_second": steps * self.config.batch_size / seconds,
+            **self._lengths(steps * self.config.batch_size, seconds),
             # A share of the time, so that it can be read without knowing the speed.
             "data_wait": self._waited / seconds,
             "memory_gib": _memory_gib(self.engine.device),
@@ -168,10 +171,29 @@ class StepLog:
         self._write(launched.done, row)
         self._progress.update(launched.done, row)
         self._window, self._waited, self._counted, self._logged = now, 0.0, 0.0, launched.done
+        self._sizes = [0.0, 0.0, 0.0]
 
-    def looks(self, done: int) -> None:
-        """Validation and monitors that are due after ``done`` updates; every process comes here at the same step."""
+    def _lengths(self, samples: int, seconds: float) -> dict[str, float]:
+        """What there is to say of sequences: speed in tokens, shares of padding and of samples that were cut."""
+        tokens, positions, cut = self._sizes
+        # Of pictures alone there is nothing to say.
+        if not positions:
+            return {}
+        return {
+            "tokens_per_second": tokens / seconds,
+            "supervised_per_sample": self._counted / samples,
+            "padding": 1 - tokens / positions,
+            "cut": cut / samples,
+        }
+
+    def looks(self, done: int) -> dict[str, float]:
+        """Validation and monitors that are due after ``done`` updates; every process comes here at the same step.
+
+        Returns:
+            All numbers that were found.
+        """
         objective, config, last = self.stage.objective, self.config, done == self._total
+        seen: dict[str, float] = {}
         if self.stage.validation is not None and config.val_every and (done % config.val_every == 0 or last):
             how = self.settings
             numbers, left_out = validate(
@@ -180,6 +202,7 @@ class StepLog:
             # Every rank comes here, whether it has something to report or not: gathering is a collective.
             self.run.skip(self.engine.gather(left_out))
             self._write(done, {"step": done, **numbers})
+            seen |= numbers
         for monitor in self.stage.monitors:
             if done % monitor.every == 0 or last:
                 objective.eval()
@@ -188,9 +211,12 @@ class StepLog:
                     found = monitor.look(self.engine)
                 if found.numbers:
                     self._write(done, {"step": done, **found.numbers})
+                    seen |= found.numbers
+                self.run.show([{"step": done, **row} for row in found.texts])
                 for name, picture in found.pictures.items():
                     self.tracker.picture(done, name, picture)
         objective.train()
+        return seen
 
     def _write(self, done: int, row: dict[str, float]) -> None:
         """To metrics.jsonl and the tracker."""
@@ -201,6 +227,12 @@ class StepLog:
         """Remove the progress bar, finish the tracker."""
         self._progress.close()
         self.tracker.close()
+
+
+def sum_sizes(sizes: Iterable[Sizes | None]) -> Sizes:
+    """Sizes of several batches; 0 where samples have none."""
+    found = [s for s in sizes if s is not None]
+    return Sizes(sum(s.tokens for s in found), sum(s.positions for s in found), sum(s.cut for s in found))
 
 
 def batch_digest(keys: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,3 +82,30 @@ def test_every_benchmark_can_be_imported() -> None:
 
     for module in BENCHMARKS.values():
         assert callable(importlib.import_module(f"mmkit.bench.{module}").run)
+
+
+def test_the_language_model_loss_keeps_no_full_logits() -> None:
+    small = {"batch": "2", "length": "64", "width": "16", "vocab_size": "2000", "chunk_rows": "8", "repeats": "1"}
+    found = run_bench("lm-loss", small)
+    assert found["largest gradient difference"] < 1e-5
+    # A chunk of logits here; there all of them in float32 at least once.
+    assert found["full logits MiB"] * 2**20 > 2 * 64 * 2000 * 4 and found["memory, mmkit / full logits"] < 1 / 3
+    assert (
+        "B=2 T=64 D=16 V=2000" in found["conditions"]
+        and "bf16" in run_bench("lm-loss", {**small, "precision": "bf16"})["conditions"]
+    )
+
+
+def test_packing_computes_the_same_loss_without_padding(tmp_path) -> None:
+    small = {"samples": "16", "micro_batch": "4", "world_size": "2", "max_tokens": "2000", "max_length": "1000", "repeats": "1"}
+    found = run_bench("packing", {**small, "width": "64", "vocab_size": "200"})
+    assert found["largest difference of the loss"] < 1e-5
+    assert found["packed padding"] == 0 < found["length-grouped padding"] < found["modality-grouped padding"] < 1
+    assert "assumed lengths" in found["conditions"]
+    np.savez(tmp_path / "lengths.npz", tokens=np.arange(20, 60, dtype=np.int32), text_only=np.arange(40) % 3 == 0)
+    mine = run_bench("packing", {**small, "width": "64", "vocab_size": "200", "lengths": str(tmp_path / "lengths.npz")})
+    assert "file" in mine["conditions"] and mine["packed padding"] == 0
+    with pytest.raises(InputError, match="17 samples are no multiple of the global batch 8"):
+        run_bench("packing", {**small, "samples": "17"})
+    with pytest.raises(InputError, match="fewer than 48"):
+        run_bench("packing", {**small, "samples": "48", "lengths": str(tmp_path / "lengths.npz")})

@@ -3,11 +3,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from models.tiny import tokenizer
 
-from mmkit.data.conversations import TEMPLATES, ConversationError, chat_template, encode_conversation, encode_prompt
+from mmkit.data.conversations import chat_template, encode_conversation, encode_prompt
 from mmkit.data.llava_json import read_llava
+from mmkit.data.pieces import ConversationError
 from mmkit.data.skipped import SampleError
+from mmkit.data.templates import TEMPLATES
 from mmkit.errors import InputError
 
 KINDS = ("sp", "bpe")
@@ -20,14 +23,15 @@ def tok(kind):
     return tokenizer(kind, chatml=True)
 
 
-def encode(turns, made, template, *, n=3, max_length=4096):
-    image_id = made.convert_tokens_to_ids("<image>")
-    return encode_conversation(turns, made, template, num_image_tokens=n, image_token_id=image_id, max_length=max_length)
+def encode(turns, made, template, *, n=3, max_length=4096, images=1, system=None):
+    """With n tokens for a picture; none of them is text only."""
+    how = {"num_images": images if n else 0, "tokens_per_image": n, "image_token_id": made.convert_tokens_to_ids("<image>")}
+    return encode_conversation(turns, made, template, max_length=max_length, system=system, **how)
 
 
-def prompt(question, made, template, *, with_image=True, n=3):
-    image_id = made.convert_tokens_to_ids("<image>")
-    return encode_prompt(question, made, template, with_image=with_image, num_image_tokens=n, image_token_id=image_id)
+def prompt(question, made, template, *, n=3, images=1, system=None):
+    how = {"num_images": images if n else 0, "tokens_per_image": n, "image_token_id": made.convert_tokens_to_ids("<image>")}
+    return encode_prompt(question, made, template, system=system, **how)
 
 
 def supervised(out):
@@ -72,18 +76,18 @@ def test_rendered_chat_template_gives_the_same_ids(kind, template, n):
     if template == "plain" and n == 0:
         return
     turns = TURNS[:1] if template == "plain" else TURNS if n else [(q.replace("<image>\n", ""), a) for q, a in TURNS]
-    jinja = chat_template(template)
+    jinja = chat_template(template, made)
     text = made.apply_chat_template(messages(turns, n), chat_template=jinja, tokenize=False)
     ids = made(text.replace("<image>", "<image>" * n)).input_ids
     assert ids == encode(turns, made, template, n=n).input_ids
     asked = made.apply_chat_template(messages(turns, n)[:1], chat_template=jinja, tokenize=False, add_generation_prompt=True)
     ids = made(asked.replace("<image>", "<image>" * n)).input_ids
-    assert ids == prompt(turns[0][0], made, template, with_image=n > 0, n=n)
+    assert ids == prompt(turns[0][0], made, template, n=n)
 
 
 def test_vicuna_text_is_the_published_one():
     made = tok("sp")
-    text = made.apply_chat_template(messages(TURNS, 3), chat_template=chat_template("vicuna_v1"), tokenize=False)
+    text = made.apply_chat_template(messages(TURNS, 3), chat_template=chat_template("vicuna_v1", made), tokenize=False)
     assert text == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
         "and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT: a red circle.</s>"
@@ -135,7 +139,7 @@ def test_no_text_can_become_a_control_token_or_move_a_label(kind, template, turn
 def test_the_prompt_is_a_prefix_of_the_training_sequence(kind, template, question, answer, with_image):
     made = tok(kind)
     question = question.replace("<image>", "")
-    asked = prompt(question, made, template, with_image=with_image)
+    asked = prompt(question, made, template, n=3 if with_image else 0)
     turns = [(f"<image>\n{question}" if with_image else question, answer)]
     out = encode(turns, made, template, n=3 if with_image else 0)
     assert out.input_ids[: len(asked)] == asked
@@ -158,7 +162,9 @@ def test_cutting_keeps_the_picture_and_at_least_one_label(kind, template, max_le
     assert len(out.input_ids) == len(out.labels) <= max_length
     assert out.input_ids == whole.input_ids[: len(out.input_ids)]
     assert out.labels == whole.labels[: len(out.labels)]
-    assert out.input_ids.count(made.convert_tokens_to_ids("<image>")) == 5
+    # A picture that does not fit goes with its turn; it is never cut.
+    assert out.input_ids.count(made.convert_tokens_to_ids("<image>")) == 5 * out.num_images
+    assert out.num_images == 1 or (out.cut and picture_turn == 1)
     assert out.num_supervised == len(supervised(out)) > 0
     assert out.labels[-1] != -100, "nothing is kept after the last answer token"
     assert out.cut == (len(out.input_ids) < len(whole.input_ids))
@@ -246,3 +252,77 @@ def test_an_empty_question_is_allowed():
     made = tok("sp")
     out = encode([("<image>", "a dog")], made, "demo", n=2)
     assert out.input_ids[: len(prompt("", made, "demo", n=2))] == prompt("", made, "demo", n=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", CHATS)
+def test_several_pictures_stay_where_their_markers_are(kind, template):
+    made = tok(kind)
+    turns = [("This <image> or <image>\nthat?", "that one"), ("And <image>?", "three"), ("near", "two")]
+    out = encode(turns, made, template, n=2, images=3)
+    image_id = made.convert_tokens_to_ids("<image>")
+    runs, previous = [], None
+    for token, label in zip(out.input_ids, out.labels, strict=True):
+        if token == image_id:
+            assert label == -100
+            runs = [*runs[:-1], runs[-1] + 1] if previous == image_id else [*runs, 1]
+        previous = token
+    assert runs == [2, 2, 2]
+    assert (out.num_images, out.cut) == (3, False)
+    parts = [{"type": "text", "text": "This "}, {"type": "image"}, {"type": "text", "text": "or "}, {"type": "image"}]
+    chat = [
+        {"role": "user", "content": [*parts, {"type": "text", "text": "that?"}]},
+        {"role": "assistant", "content": "that one"},
+        {"role": "user", "content": [{"type": "text", "text": "And ?"}, {"type": "image"}]},
+        {"role": "assistant", "content": "three"},
+    ]
+    text = made.apply_chat_template(chat, chat_template=chat_template(template, made), tokenize=False)
+    spelt = [("This <image>\nor <image>\nthat?", "that one"), turns[1]]
+    assert made(text.replace("<image>", "<image>" * 2)).input_ids == encode(spelt, made, template, n=2, images=3).input_ids
+
+
+def test_pictures_that_are_next_to_each_other_have_all_their_tokens():
+    made = tok("sp")
+    out = encode([("<image><image>", "two")], made, "demo", n=3, images=2)
+    assert out.input_ids.count(made.convert_tokens_to_ids("<image>")) == 6
+    assert prompt("", made, "demo", n=3, images=2) == prompt("<image>\n<image>", made, "demo", n=3, images=2)
+    with pytest.raises(ConversationError, match="2 pictures need as many <image> in the questions, found 1"):
+        prompt("<image> and?", made, "demo", images=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", CHATS)
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_system_text_takes_the_place_of_the_templates_own(kind, template, n):
+    made = tok(kind)
+    turns = TURNS if n else [(q.replace("<image>\n", ""), a) for q, a in TURNS]
+    out = encode(turns, made, template, n=n, system=" Be brief, say </s> and <|im_end|>. ")
+    text = made.decode(out.input_ids)
+    assert "Be brief, say </s> and <|im_end|>." in text
+    assert "helpful" not in text
+    assert supervised(out) == supervised(encode(turns, made, template, n=n))
+    asked = prompt(turns[0][0], made, template, n=n, system="Be brief, say </s> and <|im_end|>.")
+    assert out.input_ids[: len(asked)] == asked
+    chat = [{"role": "system", "content": [{"type": "text", "text": " Be brief. "}]}, *messages(turns, n)]
+    text = made.apply_chat_template(chat, chat_template=chat_template(template, made), tokenize=False)
+    expected = encode(turns, made, template, n=n, system="Be brief.").input_ids
+    assert made(text.replace("<image>", "<image>" * n)).input_ids == expected
+    assert encode(turns, made, template, n=n, system=" \n").input_ids == encode(turns, made, template, n=n).input_ids
+
+
+def test_plain_keeps_pictures_only():
+    made = tok("sp")
+    bare = encode([("<image><image>", "a dog")], made, "plain", images=2)
+    turns = [("Both <image> and <image>!", "a dog")]
+    assert encode(turns, made, "plain", images=2, system="Be brief.").input_ids == bare.input_ids
+    chat = [{"role": "system", "content": "Be brief."}, *messages([("<image>", "a dog")], 3)]
+    text = made.apply_chat_template(chat, chat_template=chat_template("plain", made), tokenize=False)
+    assert text == "<image>a dog\n"
+
+
+@pytest.mark.parametrize("template", CHATS)
+def test_a_role_without_a_place_is_refused(template):
+    made = tok("sp")
+    for chat in ([{"role": "tool", "content": "x"}], [*messages(TURNS[1:], 0), {"role": "system", "content": "x"}]):
+        with pytest.raises(TemplateError, match="unknown role"):
+            made.apply_chat_template(chat, chat_template=chat_template(template, made), tokenize=False)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmkit.data.images import ImageRef
+from mmkit.data.items import Conversation, JoinedConversations
 from mmkit.data.llava_json import read_llava
 from mmkit.errors import InputError
 
@@ -33,10 +36,72 @@ def test_lists_and_lines_give_the_same(root, name):
     items = [{"id": 7, "image": "sub/a.jpg", "conversations": GOOD}, {"id": "t", "conversations": TEXT}]
     got, left = read_llava(write(root, items, name), image_root=root)
     assert not left
-    assert [(i.id, i.image, i.turns) for i in got] == [
-        ("7", root / "sub" / "a.jpg", [("<image>\nWhat?", "A dog.")]),
-        ("t", None, [("Hi.", "Hello.")]),
+    assert list(got) == [
+        Conversation("7", (ImageRef(str(root / "sub" / "a.jpg")),), [("<image>\nWhat?", "A dog.")]),
+        Conversation("t", (), [("Hi.", "Hello.")]),
     ]
+
+
+def turn(question, answer="Fine."):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def test_several_pictures_are_a_list_with_a_marker_each(root):
+    (root / "b.jpg").write_bytes(b"y")
+    pair = {"id": "pair", "image": ["sub/a.jpg", "b.jpg"], "conversations": turn("<image> and <image>?")}
+    turns = {"id": "turns", "image": ["b.jpg", "sub/a.jpg"], "conversations": turn("First <image>") + turn("<image>")}
+    few = {"id": "few", "image": ["sub/a.jpg", "b.jpg"], "conversations": GOOD}
+    many = {"id": "many", "image": ["sub/a.jpg", "b.jpg"], "conversations": turn("<image><image><image>")}
+    lost = {"id": "lost", "image": ["sub/a.jpg", "none.jpg"], "conversations": turn("<image><image>")}
+    none = {"id": "none", "image": [], "conversations": TEXT}
+    got, left = read_llava(write(root, [pair, turns, few, many, lost, none]), image_root=root)
+    assert [(item.id, [Path(picture.path).name for picture in item.images]) for item in got] == [
+        ("pair", ["a.jpg", "b.jpg"]), ("turns", ["b.jpg", "a.jpg"]), ("none", []),
+    ]  # fmt: skip
+    assert got[0].turns == [("<image> and <image>?", "Fine.")]
+    assert {row.key: row.reason for row in left} == {
+        "few": "2 images need as many <image> in the questions, found 1",
+        "many": "2 images need as many <image> in the questions, found 3",
+        "lost": "no such picture: none.jpg",
+    }
+
+
+def test_a_system_text_comes_first_and_once(root):
+    system = {"from": "system", "value": " Be brief. "}
+    items = [
+        {"id": "s", "conversations": [system, *TEXT]},
+        {"id": "blank", "conversations": [{"from": "system", "value": " "}, *TEXT]},
+        {"id": "late", "conversations": [*TEXT, system]},
+        {"id": "twice", "conversations": [system, system, *TEXT]},
+        {"id": "alone", "conversations": [system]},
+        {"id": "shown", "conversations": [{"from": "system", "value": "<image>"}, *TEXT]},
+    ]
+    got, left = read_llava(write(root, items), image_root=root)
+    assert [(item.id, item.system) for item in got] == [("s", "Be brief."), ("blank", None)]
+    assert got[0].turns == [("Hi.", "Hello.")]
+    reasons = {row.key: row.reason for row in left}
+    assert "only the first" in reasons["late"]
+    assert "message 2 is by system" in reasons["twice"]
+    assert "no turns" in reasons["alone"]
+    assert "system text" in reasons["shown"]
+
+
+def test_a_lone_surrogate_becomes_a_question_mark(root):
+    path = root.parent / "odd.json"
+    path.write_text(json.dumps([{"id": "\ud800", "conversations": turn("a\ud83d", "b\udc00c")}]))
+    assert list(read_llava(path, image_root=root)[0]) == [Conversation("?", (), [("a?", "b?c")])]
+
+
+def test_packed_conversations_are_read_by_number(root):
+    got, _ = read_llava(write(root, [{"id": str(i), "conversations": turn(f"q{i}")} for i in range(5)]), image_root=root)
+    assert [got[i].id for i in (0, 4, -1)] == ["0", "4", "4"]
+    assert [item.id for item in got.take(2)] == ["0", "1"]
+    assert [len(got.take(n)) for n in (None, 9, 5)] == [5, 5, 5]
+    with pytest.raises(IndexError):
+        got[5]
+    joined = JoinedConversations([(got.take(2), "a"), (got.take(0), "b"), (got, "c")])
+    assert [joined[i].id for i in range(len(joined))] == ["0", "1", "0", "1", "2", "3", "4"]
+    assert [joined.describe(i) for i in (1, 2)] == [("a", "1"), ("c", "0")]
 
 
 def test_the_odd_items_of_the_shared_file(shared):
@@ -66,8 +131,8 @@ def test_the_odd_items_of_the_shared_file(shared):
     for key, words in expected.items():
         assert words in reasons[key]
     by_id = {item.id: item for item in got}
-    assert by_id["image_last"].turns == [("<image>\nWhat is this?", "Coloured shapes.")]
-    assert by_id["image_in_second_turn"].turns[1][0] == "<image>\nWhat is this?"
+    assert [question.count("<image>") for question, _ in by_id["image_last"].turns] == [1]
+    assert [question.count("<image>") for question, _ in by_id["image_in_second_turn"].turns] == [0, 1]
     assert len(by_id["long"].turns[0][1]) > 19_000
     assert all(row.source.endswith("llava_odd_items.json") for row in left)
 
@@ -75,6 +140,9 @@ def test_the_odd_items_of_the_shared_file(shared):
 def test_repeated_ids_can_be_kept_as_the_published_files_need(root):
     path = write(root, [{"id": "a", "conversations": TEXT}] * 3)
     assert [item.id for item in read_llava(path, image_root=root, unique_ids=False)[0]] == ["a", "a#2", "a#3"]
+    path = write(root, [{"id": "a", "conversations": TEXT}, {"id": "a"}, {"id": "a"}, {"id": "a", "conversations": TEXT}])
+    found, left = read_llava(path, image_root=root, unique_ids=False)
+    assert ([item.id for item in found], [row.key for row in left]) == (["a", "a#4"], ["a#2", "a#3"])
 
 
 @pytest.mark.parametrize(
@@ -88,7 +156,9 @@ def test_repeated_ids_can_be_kept_as_the_published_files_need(root):
         ("sub", "no such picture"),
         ("sub/b.jpg", "no such picture"),
         ("", "no file name"),
-        (["sub/a.jpg"], "no file name"),
+        ([["sub/a.jpg"]], "no file name"),
+        (3, "no file name"),
+        (["/etc/passwd"], "absolute"),
         ("a\0b", "picture|looked up"),
         ("x" * 5000, "picture|looked up"),
     ],
@@ -107,6 +177,8 @@ def test_image_paths_stay_under_the_root(root, image, words):
         ({"conversations": [{"from": "human", "value": 3}, TEXT[1]]}, "no text"),
         ({"conversations": "hi"}, "no list"),
         ({"conversations": [None]}, "lacks"),
+        ({"conversations": [{"from": ["human"], "value": "q"}, TEXT[1]]}, "unknown role"),
+        ({"messages": []}, "type: messages"),
     ],
 )
 def test_malformed_items_are_left_out_with_their_place(root, item, words):

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmkit.data.batching import EvenBatches, Share
 from mmkit.data.layout import Layout
 from mmkit.data.loader import Drawn, ReplacingSet, _collate_drawn, explain_worker, make_loader
 from mmkit.data.order import Order, Position, make_order
@@ -46,7 +47,8 @@ def collate(samples: list[tuple[int, float]]) -> dict[str, torch.Tensor]:
 
 def batches_of(order: Order, **more: int) -> list[list[Position]]:
     split: dict[str, Any] = {"first_step": 0, "micro_batch_size": 4, "rank": 0, "world_size": 1, **more}
-    return list(order.micro_batches(**split))
+    first, last, share = split.pop("first_step"), split.pop("last_step"), Share(split.pop("rank"), split.pop("world_size"))
+    return list(EvenBatches(order, share=share, **split).stream(first, last))
 
 
 def load_all(
@@ -136,7 +138,7 @@ def test_workers_change_nothing() -> None:
 
 def test_batches_may_come_from_an_iterator() -> None:
     order = make_order(Layout.flat(30), 2)
-    lazy = order.micro_batches(first_step=0, last_step=10**9, batch_size=4, micro_batch_size=4, rank=0, world_size=1)
+    lazy = EvenBatches(order, batch_size=4, micro_batch_size=4, share=Share(0, 1)).stream(0, 10**9)
     loader = make_loader(Numbers(30), collate, lazy, seed=5, workers=0, pin_memory=False)
     found = [b["index"].tolist() for b, _ in islice(loader, 3)]
     assert found == [[p.index for p in b] for b in batches_of(order, last_step=3, batch_size=4)]

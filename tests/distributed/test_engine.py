@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmkit.data.batching import EvenBatches, Share
 from mmkit.data.layout import Layout
 from mmkit.data.order import make_order
 from mmkit.distributed.engine import Engine, _changing_state
@@ -110,8 +111,7 @@ def test_two_processes_train_llava_as_one_with_text_only_batches(tmp_path):
     data = conversations()
     common = [f"data.train={data}", "train.steps=3", "train.micro_batch_size=1"]
     order = make_order(Layout.flat(80), 0)
-    split = {"first_step": 0, "last_step": 3, "batch_size": 8, "micro_batch_size": 1, "world_size": 2}
-    shares = [order.micro_batches(rank=rank, **split) for rank in (0, 1)]
+    shares = [EvenBatches(order, batch_size=8, micro_batch_size=1, share=Share(rank, 2)).stream(0, 3) for rank in (0, 1)]
     pairs = [[share[0].index >= 40 for share in both] for both in zip(*shares, strict=True)]
     assert [True, False] in pairs or [False, True] in pairs, "one rank has a picture while the other has none"
     assert pipeline.mmkit(*pipeline.finetune(tmp_path / "one", *common)) == 0

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from mmkit.config import DecodingConfig
 from mmkit.errors import InputError
 from mmkit.models.clipcap import ClipCap, build_clipcap, load_captioner, save_captioner
 from mmkit.models.mappers import FeatureNorm, MLPMapper, TransformerMapper
@@ -157,43 +158,6 @@ def test_same_seed_same_mapper():
     assert not torch.equal(first.mapper.layers[0].weight, other.mapper.layers[0].weight)
 
 
-@pytest.mark.parametrize("mapper", ["mlp", "transformer"])
-def test_greedy_generation_equals_the_loop_without_cache(mapper):
-    model = make(mapper)
-    features = batch()[0]
-    got = model.generate(features, max_new_tokens=6)
-    stop = model.lm.generation_config.eos_token_id
-    for row, out in zip(features, got.tolist(), strict=True):
-        ids: list[int] = []
-        for _ in range(6):
-            tokens = torch.tensor([[*ids, 0]])
-            logits = model(row[None], tokens, torch.ones_like(tokens)).logits[-1]
-            ids.append(int(logits.argmax()))
-            if ids[-1] == stop:
-                break
-        assert out[: len(ids)] == ids
-
-
-def test_batch_one_equals_batch_many_and_beams_run():
-    model = make("transformer")
-    features = batch((1, 1, 1, 1))[0]
-    many = model.generate(features, max_new_tokens=5)
-    one = torch.cat([model.generate(row[None], max_new_tokens=5) for row in features])
-    assert torch.equal(many, one)
-    beams = model.generate(features, max_new_tokens=5, num_beams=3)
-    assert beams.shape[0] == 4
-    torch.manual_seed(0)
-    sampled = model.generate(features, max_new_tokens=5, do_sample=True, temperature=2.0, top_p=0.9)
-    assert sampled.shape[0] == 4
-
-
-def test_the_stop_token_can_be_chosen():
-    model = make()
-    features = batch()[0][:1]
-    first = int(model.generate(features, max_new_tokens=4)[0, 0])
-    assert model.generate(features, max_new_tokens=4, eos_token_id=first).tolist() == [[first]]
-
-
 def test_patch_tokens_go_through_the_transformer_mapper():
     model = make("transformer", feature_kind="tokens")
     features = torch.randn(2, 9, 12)
@@ -220,9 +184,9 @@ def test_save_and_load_give_the_same_model(mapper, norm, tmp_path):
     if norm == "standardize":
         model.norm.fit(torch.randn(20, 12) * 3 + 1)
     meta = {"encoder": {"path": "encoder", "fingerprint": "abc"}}
-    save_captioner(model, tok, tmp_path, meta=meta)
+    save_captioner(model, tok, tmp_path, meta=meta, decoding=DecodingConfig(max_new_tokens=5))
     again, tok2, meta2 = load_captioner(tmp_path)
-    assert meta2 == {"kind": "captioner", **meta}
+    assert meta2 == {"kind": "captioner", **meta, "decoding": {"max_new_tokens": 5, "decoding": "search", "num_beams": 1}}
     assert not again.training
     assert again.config.only_mapper
     assert not any(p.requires_grad for p in again.lm.parameters())
@@ -231,14 +195,15 @@ def test_save_and_load_give_the_same_model(mapper, norm, tmp_path):
     assert again.lm.get_output_embeddings().weight is again.lm.get_input_embeddings().weight, "GPT-2's head is tied"
     features, ids, mask, labels = batch()
     assert torch.equal(again(features, ids, mask, labels).logits, model(features, ids, mask, labels).logits)
-    assert torch.equal(again.generate(features, max_new_tokens=5), model.generate(features, max_new_tokens=5))
+    five = DecodingConfig(max_new_tokens=5)
+    assert torch.equal(again.generate(features, five), model.generate(features, five))
     assert tok2("a red dog").input_ids == tok("a red dog").input_ids
 
 
 def test_an_untied_language_model_survives_saving(tmp_path):
     tok = tokenizer("sp", image=False)
     model = build_clipcap(llama(tok), feature_dim=12, prefix_length=4)
-    save_captioner(model, tok, tmp_path, meta={})
+    save_captioner(model, tok, tmp_path, meta={}, decoding=DecodingConfig())
     again, _, _ = load_captioner(tmp_path)
     assert torch.equal(again.lm.lm_head.weight, model.lm.lm_head.weight)
     assert type(again.lm) is type(AutoModelForCausalLM.from_config(model.lm.config))

@@ -44,7 +44,10 @@ def make(kind="sp", vision=None, llm=None, **more):
 def batch(model, tok, lengths=((TURNS, 4), (TURNS[1:], 0), (TURNS[:1], 4)), seed=0):
     """Rows with and without a picture, padded on the right."""
     image_id = model.config.image_token_id
-    rows = [encode_conversation(t, tok, "demo", num_image_tokens=n, image_token_id=image_id, max_length=200) for t, n in lengths]
+    rows = [
+        encode_conversation(t, tok, "demo", num_images=min(n, 1), tokens_per_image=n, image_token_id=image_id, max_length=200)
+        for t, n in lengths
+    ]
     width = max(len(row.input_ids) for row in rows)
     ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows])
     labels = torch.tensor([row.labels + [-100] * (width - len(row.labels)) for row in rows])
@@ -143,7 +146,7 @@ def test_folder_opens_without_mmkit_with_equal_logits(tower, select, class_token
     subprocess.run([sys.executable, "-c", OPEN_WITHOUT_MMKIT, str(tmp_path)], check=True, cwd=tmp_path, env=env)
     out = torch.load(tmp_path / "out.pt")
     image_id = model.config.image_token_id
-    ids = encode_prompt("What is this?", tok, "demo", with_image=True, num_image_tokens=4, image_token_id=image_id)
+    ids = encode_prompt("What is this?", tok, "demo", num_images=1, tokens_per_image=4, image_token_id=image_id)
     assert out["ids"].tolist() == [ids]
     with torch.no_grad():
         assert torch.equal(model(out["ids"], pixel_values=out["pixels"]).logits, out["logits"])
@@ -302,7 +305,10 @@ def test_same_seed_same_projector():
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"projector": "linear"}, "mlp2x_gelu"),
+        ({"projector": "mlp"}, "use mlp2x_gelu, linear, pixel_shuffle"),
+        ({"projector": "pixel_shuffle", "pixel_shuffle": 3}, "2 x 2 patches cannot be joined by 3 x 3"),
+        ({"projector": "pixel_shuffle", "pixel_shuffle": 4}, "2 x 2 patches cannot be joined by 4 x 4; .* multiple of 64"),
+        ({"projector": "pixel_shuffle", "vision": clip(), "feature_select": "full"}, "class token has no place"),
         ({"feature_select": "patch"}, "full or default"),
         ({"feature_select": "default"}, "class token"),
         ({"feature_layer": -9}, "3 blocks"),

@@ -276,7 +276,8 @@ def test_llava_has_the_published_values(name: str) -> None:
     else:
         assert recipe["model"] == "runs/llava-7b-align"
     if name == "llava-7b-lora":
-        assert recipe["lora"] == {"r": 128, "alpha": 256, "dropout": 0.05, "projector_lr": 2e-5}
+        assert recipe["lora"] == {"r": 128, "alpha": 256, "dropout": 0.05, "dora": False, "quantization": None}
+        assert recipe["projector_lr"] == 2e-5
 
 
 def test_evaluations_use_llavas_prompts() -> None:

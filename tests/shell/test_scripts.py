@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [ROOT / name for name in ("encoders", "training", "eval")]
 SCRIPTS = sorted(p for folder in FOLDERS for suffix in ("sh", "sbatch") for p in folder.rglob(f"*.{suffix}"))
 READMES = [folder / "README.md" for folder in FOLDERS]
+RANK = "training/launch/rank.sh"
 WITH_RECIPE = ("train", "probe", "eval", "validate")
 STUB = """#!/usr/bin/env bash
 { printf '%s\\n' "${0##*/}" "$@"; printf '\\0'; } >>"$CALLS"
@@ -43,11 +44,14 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs a script with stubs in front of PATH; gives its exit code and the calls, as lists of words."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
-    for name in ("mmkit", "torchrun", "deepspeed", "python", "scontrol", "srun"):
+    for name in ("mmkit", "torchrun", "deepspeed", "python", "scontrol", "srun", "sbatch"):
         (stubs / name).write_text(STUB, encoding="utf-8")
         (stubs / name).chmod(0o755)
-    for name in ("NGPU", "DATA", "RUNS", "MMKIT_DEMO", "HOSTFILE", "NNODES", "PYTHON", "WORLD"):
+    names = "NGPU DATA RUNS MMKIT_DEMO HOSTFILE NNODES PYTHON WORLD VALIDATE LOGS RESTARTS SHARED"
+    names += " NAME ENCODER LLM STAGES SYSTEMS BLIND SYSTEM PRETRAIN ALIGN FINETUNE CLIPCAP LAUNCHER SCALE"
+    for name in names.split():
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     log = tmp_path / "calls"
 
     def run(script: str, *arguments: str, **environment: str) -> tuple[int, list[list[str]], str]:
@@ -69,9 +73,11 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def mmkit_words(call: list[str]) -> list[str]:
     """What reaches mmkit in a recorded call."""
-    if call[0] in ("mmkit", "scontrol"):
-        return call[1:] if call[0] == "mmkit" else []
-    return call[call.index("mmkit") + 1 :] if "mmkit" in call else []
+    if call[0] == "mmkit":
+        return call[1:]
+    # A launcher starts rank.sh, which starts mmkit with the words behind it; Slurm takes them behind the batch file.
+    after = {"python": "mmkit", "sbatch": str(ROOT / "training/launch/slurm.sbatch")}.get(call[0], str(ROOT / RANK))
+    return call[call.index(after) + 1 :] if after in call else []
 
 
 def check_calls(recorded: list[list[str]]) -> list[str]:
@@ -108,6 +114,9 @@ def test_there_are_scripts() -> None:
         "encoders/pretrain.sh",
         "encoders/rivals.sh",
         "training/run.sh",
+        "training/pipeline.sh",
+        "training/launch/common.sh",
+        RANK,
         "training/launch/torchrun.sh",
         "training/launch/deepspeed_hostfile.sh",
         "training/launch/slurm.sbatch",
@@ -142,7 +151,7 @@ def test_commands_and_recipes_in_the_text_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     commands, recipes = _commands(), list_recipes()
     used = re.findall(r"(?<![\w/.-])mmkit ([a-z]+)(?: ([\w\"$-]+))?", code_in(path))
-    assert used or path.parent.name == "launch" or path.name == "prepare.sh"
+    assert used or path.parent.name == "launch" or path.name in ("prepare.sh", "run.sh")
     for command, word in used:
         assert command in commands, f"mmkit {command}"
         if command in WITH_RECIPE and re.match(r"[a-z]", word):
@@ -198,18 +207,14 @@ def test_rivals_see_equal_samples(calls) -> None:
     assert lit.encoder.init == ours.run and lit.train.samples == ours.train.samples == 128_000_000
 
 
-def test_training_runs_align_fine_tune_and_captioner(calls) -> None:
+def test_training_runs_captioner_align_and_fine_tune(calls) -> None:
     code, found, _ = calls("training/run.sh", "runs/other", "data.workers=8", FINETUNE="llava-7b-lora")
     assert code == 0
-    assert check_calls(found) == [
-        "validate llava-7b-align",
-        "validate llava-7b-lora",
-        "train llava-7b-align",
-        "train llava-7b-lora",
-        "train clipcap-superclass",
-    ]
-    assert found[2][:5] == ["deepspeed", "--num_gpus", "8", "--module", "mmkit"]
-    assert "encoder=runs/other" in found[2]
+    stages = ("clipcap-superclass", "llava-7b-align", "llava-7b-lora")
+    assert check_calls(found) == [f"{verb} {stage}" for stage in stages for verb in ("validate", "train")]
+    assert found[3][:4] == ["deepspeed", "--num_gpus", "8", "--no_python"]
+    assert "encoder=runs/other" in found[3] and "run=runs/models-other/llava-align" in found[3]
+    assert "model=runs/models-other/llava-align" in found[5]
 
 
 def test_a_failing_stage_stops_the_script(calls) -> None:
@@ -223,13 +228,26 @@ def test_hostfile_must_exist(calls, tmp_path: Path) -> None:
     assert (code, found) == (2, [])
     assert "nowhere" in stderr
     (tmp_path / "hosts").write_text("a slots=8\n", encoding="utf-8")
-    code, found, _ = calls("training/launch/deepspeed_hostfile.sh", "train", "llava-7b-align", HOSTFILE="hosts")
-    assert found[0][:3] == ["deepspeed", "--hostfile", "hosts"]
+    code, found, _ = calls("training/launch/deepspeed_hostfile.sh", "train", "llava-7b-align", HOSTFILE="hosts", VALIDATE="0")
+    assert code == 0 and found[0][:3] == ["deepspeed", "--hostfile", "hosts"]
     assert check_calls(found) == ["train llava-7b-align"]
 
 
+def test_other_machines_get_the_variables_of_this_one(calls, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=8\n", encoding="utf-8")
+    stub = tmp_path / "stubs" / "deepspeed"
+    stub.write_text('#!/usr/bin/env bash\ncat "$DS_ENV_FILE" >environment\n', encoding="utf-8")
+    more = {"HOSTFILE": "hosts", "DATA": "/data", "PASS": "HF_TOKEN", "HF_TOKEN": "x=y", "RUNS": "out"}
+    code, _, _ = calls("training/launch/deepspeed_hostfile.sh", "train", "llava-7b-align", **more)
+    assert code == 0
+    found = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text(encoding="utf-8").splitlines())
+    assert found["DATA"] == "/data" and found["HF_TOKEN"] == "x=y" and found["PYTHON"] == "python"
+    # Where all machines can write it.
+    assert found["MMKIT_CODES"].startswith(str(tmp_path / "out/.launch"))
+
+
 def test_several_machines_by_torchrun(calls) -> None:
-    environment = {"NNODES": "8", "NODE_RANK": "3", "MASTER_ADDR": "host0"}
+    environment = {"NNODES": "8", "NODE_RANK": "3", "MASTER_ADDR": "host0", "VALIDATE": "0"}
     code, found, _ = calls("training/launch/torchrun.sh", "train", "superclass-vit-l14", **environment)
     assert code == 0
     assert found[0][1:7] == ["--nnodes", "8", "--node_rank", "3", "--master_addr", "host0"]
@@ -238,14 +256,52 @@ def test_several_machines_by_torchrun(calls) -> None:
     assert code != 0 and not found and "NODE_RANK" in stderr
 
 
-def test_slurm_requeues_after_a_checkpoint_only(calls, tmp_path: Path) -> None:
-    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}
-    (tmp_path / "stubs/scontrol").write_text(STUB.replace('"${STUB_EXIT:-0}"', "0"), encoding="utf-8")
-    for exit_code, requeued in (("0", False), ("75", True), ("1", False)):
-        code, found, _ = calls("training/launch/slurm.sbatch", "train", "llava-7b-align", STUB_EXIT=exit_code, **slurm)
-        assert code == int(exit_code)
-        assert (["scontrol", "requeue", "7"] in found) is requeued
-        assert any(c[0] == "srun" and c[-2:] == ["train", "llava-7b-align"] for c in found)
+PIPELINE = ["train clipcap-superclass", "train llava-7b-align", "train llava-7b-finetune"]
+SCORES = ["eval coco-captions", "eval vqa-textvqa"]
+
+
+def test_the_real_pipeline_goes_the_whole_way(calls, tmp_path: Path) -> None:
+    (tmp_path / "data/imagenet/train").mkdir(parents=True)
+    code, found, _ = calls("training/pipeline.sh", "train.log_every=5", VALIDATE="0", BLIND="1", NGPU="4")
+    assert code == 0
+    seen = check_calls(found)
+    assert seen == [
+        *("train superclass-vit-l16", "probe probe-imagenet"),
+        *(PIPELINE + SCORES),
+        *("eval coco-captions", *SCORES, "report"),
+    ]
+    starts = [call[0] for call in found if "train" in call]
+    assert starts == ["torchrun", "python", "deepspeed", "deepspeed"]
+    assert all("train.log_every=5" in call for call in found if "train" in call)
+    # One folder for everything of an encoder, and every stage takes what an earlier one made.
+    runs = [w.removeprefix("run=") for c in found for w in c if w.startswith("run=")]
+    assert len(set(runs)) == len(runs) and all(run.startswith("runs/pipeline-superclass-vit-l16/") for run in runs)
+    parents = [w.partition("=")[2] for c in found for w in c if w.startswith(("encoder=", "model="))]
+    assert set(parents) <= set(runs)
+    evaluated = [c for c in found if c[1] in ("eval", "probe")]
+    assert found[-1][2:-4] == [w.removeprefix("run=") for c in evaluated for w in c if w.startswith("run=")]
+    align_only = next(c for c in found if "run=runs/pipeline-superclass-vit-l16/eval-align" in c)
+    assert "model=runs/pipeline-superclass-vit-l16/llava-align" in align_only and align_only[-1].endswith(", align only")
+
+
+def test_parts_of_the_pipeline_and_other_models(calls) -> None:
+    words = {"ENCODER": "timm:vit_base_patch16_siglip_224.v2_webli", "NAME": "siglip", "LLM": "Qwen/Qwen2.5-7B"}
+    more = {"STAGES": "align finetune", "FINETUNE_ARGS": "template=chatml train.lr=1e-5", "VALIDATE": "0", "LAUNCHER": "slurm"}
+    code, found, stderr = calls("training/pipeline.sh", **words, **more)
+    assert (code, stderr) == (0, "")
+    assert check_calls(found) == PIPELINE[1:]
+    assert all(call[:2] == ["sbatch", "--wait"] for call in found)
+    assert f"encoder={words['ENCODER']}" in found[0] and "llm.name=Qwen/Qwen2.5-7B" in found[0]
+    assert found[1][-2:] == ["template=chatml", "train.lr=1e-5"]
+    for wrong in ({"SCALE": "huge"}, {"LAUNCHER": "mpi", "STAGES": "align"}, {"SCALE": "demo", "SYSTEMS": "clip"}):
+        code, _, stderr = calls("training/pipeline.sh", **wrong)
+        assert code == 2 and "use" in stderr
+
+
+def test_a_dry_run_prints_and_starts_nothing(calls, tmp_path: Path) -> None:
+    code, found, _ = calls("training/pipeline.sh", "data.workers=8", DRY_RUN="1", SYSTEM="two words")
+    assert (code, found) == (0, [])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_evaluation_scores_both_models_and_reports(calls) -> None:
@@ -263,7 +319,9 @@ def test_cpu_pipeline_is_the_demo_in_shell(calls) -> None:
     seen = check_calls(found)
     encoder = ["probe demo-probe", "train demo-clipcap", "train demo-llava-align", "train demo-llava-finetune"]
     scores = ["eval demo-eval-captioner", "eval demo-eval-mllm"]
-    assert seen == ["data", "train demo-superclass", "train demo-superclass", *(encoder + scores) * 2, *scores, "report"]
+    # And the aligned model, which can only describe.
+    system = ["train demo-superclass", *encoder, *scores, "eval demo-eval-captioner"]
+    assert seen == ["data", *system * 2, *scores, "report"]
     trained = [w for c in found for w in c if w.startswith("run=")]
     assert len(trained) == len(set(trained))
     evaluated = [c for c in found if c[1] in ("eval", "probe")]

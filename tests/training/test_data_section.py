@@ -59,9 +59,9 @@ def test_a_mixture_of_conversations(tmp_path: Path, capsys: pytest.CaptureFixtur
     run = tmp_path / "run"
     assert pipeline.mmkit(*pipeline.finetune(run, f"data.train=[{parts}]", "data.limit=12", "train.steps=2")) == 0
     assert pipeline.manifest(run)["samples_in_data"] == 12 * len(files[:2])
-    bad = f"data.train=[{{path: {files[0]}, type: parquet}}]"
+    bad = f"data.train=[{{path: {files[0]}, type: coco}}]"
     assert pipeline.mmkit(*pipeline.align(tmp_path / "bad", bad)) == 2
-    assert "data type 'parquet' holds no conversations; use llava" in capsys.readouterr().err
+    assert "data type 'coco' holds no conversations; use llava or messages" in capsys.readouterr().err
 
 
 def test_a_window_is_part_of_the_order(tmp_path: Path) -> None:

@@ -46,10 +46,11 @@ def read_llava_pairs(location: str, root: Path) -> Read:
     items, left_out = read_llava(location, image_root=root, unique_ids=False)
     pairs = []
     for item in items:
-        if item.image is None:
-            left_out.append(LeftOut(location, item.id, "no picture"))
+        # Of several pictures the answer may describe any, or what sets them apart.
+        if len(item.images) != 1:
+            left_out.append(LeftOut(location, item.id, f"{len(item.images)} pictures" if item.images else "no picture"))
             continue
-        pairs.append(Pair(location, item.id, ImageRef(str(item.image)), clean_caption(item.turns[0][1])))
+        pairs.append(Pair(location, item.id, item.images[0], clean_caption(item.turns[0][1])))
     return pairs, left_out, hash_file(Path(location))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkit.config import ClipcapRecipe
+from mmkit.data.batching import Lengths
 from mmkit.data.images import decode_image, fit_square
 from mmkit.data.layout import Layout
 from mmkit.data.pairs import Pair, PairSource, Picture
@@ -25,11 +26,13 @@ from mmkit.encoders.save import load_encoder, save_encoder
 from mmkit.encoders.vit import VisionEncoder
 from mmkit.errors import InputError
 from mmkit.files import hash_text, new_folder
-from mmkit.models.clipcap import ClipCap, save_captioner
+from mmkit.models.captioning import caption_ids, end_token
+from mmkit.models.clipcap import ClipCap, check_fit, save_captioner
 from mmkit.models.clipcap import build_clipcap as build_captioner
 from mmkit.models.llm import build_llm, load_tokenizer
 from mmkit.run import resolve_parent
-from mmkit.training.objective import Batch, Objective, Stage
+from mmkit.training.objective import Batch, Monitor, Objective, Sizes, Stage
+from mmkit.training.stages.caption_monitor import CaptionMonitor
 
 logger = logging.getLogger(__name__)
 # Pictures at a time; the result does not depend on it, and the features of all end up in memory anyway.
@@ -59,8 +62,11 @@ class FeatureSamples:
 
     def load(self, index: int, rng: np.random.Generator) -> CaptionedFeatures:
         """Features and ids of one pair."""
-        pair = self.pairs[index]
-        return CaptionedFeatures(self.features[self.row[pair.image]], self.ids[index], pair.name)
+        return CaptionedFeatures(self.features_of(index), self.ids[index], self.pairs[index].name)
+
+    def features_of(self, index: int) -> Tensor:
+        """Features ``[D]`` or ``[N, D]`` of the picture of one pair."""
+        return self.features[self.row[self.pairs[index].image]]
 
 
 def collate_captions(samples: list[CaptionedFeatures]) -> Batch:
@@ -108,6 +114,10 @@ class ClipcapObjective(Objective):
         # Position P - 1 + t predicts token t, so the first token counts too.
         return int((batch["labels"] != -100).sum())
 
+    def sizes(self, batch: Batch) -> Sizes:
+        """Caption tokens and positions; the prefix, the same for every caption, is not counted."""
+        return Sizes(int(batch["attention_mask"].sum()), batch["input_ids"].numel())
+
 
 def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
     """Encoder features, mapper and language model.
@@ -134,16 +144,15 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         # The same index over other pictures, or over repaired ones, must not find the old features.
         key += "".join(f"\n{file} {file.stat().st_mtime_ns if file.exists() else 0}" for file in files)
         work = FeatureWork(encoder, pairs, kind=kind, max_pixels=data.max_pixels, max_bytes=data.max_bytes)
-        # The other ranks wait, then read the cached file, instead of each running the encoder over everything.
-        features = engine.main_first(lambda: cache.get(hash_text(key), lambda: work.extract(engine.device)))
+        features = _cached(cache, hash_text(key), work, engine)
         good, left_out = work.usable(features)
         if not good.any():
             first = (unreadable + left_out)[0]
             what = f"none of {len(source)} pictures can be used; the first, {first.key}: {first.reason}"
             raise InputError(what, where=first.source, mend="check data.image_root, data.max_bytes and data.max_pixels")
-        # All at once: a fast tokenizer works on a list in parallel, and the ids are few beside the features.
         kept = [pair for pair, sound in zip(pairs, good, strict=True) if sound]
-        ids = [encode_caption(t, tokenizer.eos_token_id, recipe.max_length) for t in _token_ids(tokenizer, kept)]
+        # All captions are kept as ids, which are few beside the features.
+        ids = caption_ids(tokenizer, [p.caption for p in kept], end=recipe.caption_end, max_length=recipe.max_length)
         readable[readable] = good
         return FeatureSamples(kept, ids, features, work.row), unreadable + left_out, source.layout.keep(readable)
 
@@ -152,17 +161,29 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
     samples, left_out, layout = samples_of(source, recipe.data.limit)
     validation = None
     # Validation has its own features and its own key; the limit is for training.
-    if recipe.data.val:
+    if recipe.data.val is not None:
         held = open_pairs(recipe.data.val, options_of(recipe.data, recipe.data.val_type, recipe.data.val_image_root))
         validation, *_ = samples_of(held, None)
     # After the features: standardising needs their statistics.
     model = _make_model(recipe, encoder, llm, samples.features)
+    check_fit(model, tokenizer, recipe.max_length)
+    # The end that it learns, and not what the language model's own settings say: a chat model's may be another.
+    model.lm.generation_config.eos_token_id = end_token(tokenizer, recipe.caption_end)
+    monitors: list[Monitor] = []
+    if recipe.monitor.every is not None:
+        assert validation is not None, "the recipe's check holds data.val and monitor.every together"
+        monitors.append(CaptionMonitor(model, tokenizer, validation, recipe.monitor, recipe.generation))
 
     def save_product(folder: Path) -> None:
         # A mapper fits the one encoder it was trained on; equal shapes do not prove it.
-        meta = {"encoder": {"path": recipe.encoder, "fingerprint": encoder_parent.fingerprint}, "max_length": recipe.max_length}
+        meta = {
+            "encoder": {"path": recipe.encoder, "fingerprint": encoder_parent.fingerprint},
+            "llm": _llm_origin(recipe, llm),
+            "max_length": recipe.max_length,
+            "caption_end": recipe.caption_end,
+        }
         with new_folder(folder) as new:
-            save_captioner(model, tokenizer, new, meta=meta)
+            save_captioner(model, tokenizer, new, meta=meta, decoding=recipe.generation)
             # The encoder goes along: a captioner without its eyes cannot be handed on.
             save_encoder(encoder, new / "encoder")
 
@@ -177,8 +198,28 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         # Those that turned out unusable are in left_out by now.
         available=source.unlimited - len(left_out),
         layout=layout,
-        validation=validation,
+        batching=recipe.batching,
+        lengths=Lengths.of([len(each) for each in samples.ids]),
+        validation=validation if recipe.train.val_every is not None else None,
+        monitors=monitors,
     )
+
+
+def _cached(cache: FeatureCache, key: str, work: FeatureWork, engine: Engine) -> Tensor:
+    """The features of a data set, extracted on first use."""
+    # The other ranks wait, then read the cached file, instead of each running the encoder over everything.
+    found: Tensor = engine.main_first(lambda: cache.get(key, lambda: work.extract(engine.device)))
+    return found
+
+
+def _llm_origin(recipe: ClipcapRecipe, llm: PreTrainedModel) -> dict[str, Any]:
+    """What the language model was before training: its name with a fingerprint, or the configuration of its random weights."""
+    name = recipe.llm.name
+    if name is None:
+        return {"config": recipe.llm.config, "seed": recipe.seed}
+    # A hub name alone does not say which version; transformers notes the commit that it opened.
+    commit = getattr(llm.config, "_commit_hash", None)
+    return {"path": name, "fingerprint": resolve_parent("llm", name).fingerprint, **({"commit": commit} if commit else {})}
 
 
 def _make_model(recipe: ClipcapRecipe, encoder: VisionEncoder, llm: PreTrainedModel, features: Tensor) -> ClipCap:
@@ -199,23 +240,9 @@ def _make_model(recipe: ClipcapRecipe, encoder: VisionEncoder, llm: PreTrainedMo
         seed=recipe.seed + 1,
     )
     if mapper.feature_norm == "standardize":
-        # Training features only, and without the NaN rows, one of which would make every mean NaN.
-        model.norm.fit(features[~features.flatten(1).isnan().any(1)])
+        # Training features only; the rows of unreadable pictures, which are NaN, do not count.
+        model.norm.fit(features)
     return model
-
-
-def encode_caption(ids: list[int], end: int, max_length: int) -> list[int]:
-    """Caption ids cut to ``max_length``, the end token always last (so that the model learns to stop)."""
-    # The published code trains no end token and stops at "." (facts/clipcap.md 2, 5).
-    return [*ids[: max_length - 1], end]
-
-
-def _token_ids(tokenizer: object, pairs: list[Pair]) -> list[list[int]]:
-    """Token ids of all captions, without special tokens."""
-    # No start token: the prefix stands in its place.
-    encoded = tokenizer([p.caption for p in pairs], add_special_tokens=False)  # type: ignore[operator]
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
 
 
 class FeatureWork:
@@ -258,7 +285,8 @@ class FeatureWork:
 
     def usable(self, features: Tensor) -> tuple[NDArray[np.bool_], list[LeftOut]]:
         """Of which pairs the picture could be read, bool[pairs], and the others with their reason (found by reading again)."""
-        good = ~features.flatten(1).isnan().any(1)
+        # Part by part: the patch tokens of a whole set are no tensor to compute on at once.
+        good = torch.cat([~part.flatten(1).isnan().any(1) for part in features.split(EXTRACT_BATCH)])
         left_out = []
         for pair in self.pairs:
             if not good[self.row[pair.image]]:

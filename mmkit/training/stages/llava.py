@@ -2,84 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from mmkit.config import DataConfig, LlavaRecipe, SourceConfig
-from mmkit.data.conversations import ConversationError, EncodedConversation, encode_conversation
-from mmkit.data.images import Fit, ImageRef, Pixels, decode_image, fit_square
+from mmkit.data.batching import Lengths
+from mmkit.data.conversations import ConversationEncoder, EncodedConversation
+from mmkit.data.images import Fit, Pixels, decode_image, fit_square, mean_colour
+from mmkit.data.items import Conversation, ConversationSet, JoinedConversations
 from mmkit.data.layout import Layout, join
-from mmkit.data.llava_json import LlavaItem, read_llava
-from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.data.lengths import Measured, conversation_lengths
+from mmkit.data.message_rows import Opened, open_conversations
+from mmkit.data.packing import pack_sequences
+from mmkit.data.remote import default_cache
+from mmkit.data.skipped import LeftOut
 from mmkit.distributed.engine import Engine
-from mmkit.encoders.save import load_encoder
-from mmkit.encoders.siglip import to_siglip
 from mmkit.errors import InputError
-from mmkit.files import hash_file, hash_text, new_folder
+from mmkit.files import hash_text, new_folder
 from mmkit.models.adapters import freeze_for, merge_lora, set_train_mode
-from mmkit.models.llava import build_llava, build_processor, llava_loss_sum, load_mllm, save_mllm
-from mmkit.models.llm import build_llm, load_tokenizer
-from mmkit.run import Parent, resolve_parent
-from mmkit.training.objective import Batch, Objective, Stage
+from mmkit.models.llava import llava_loss_sum, save_mllm
+from mmkit.models.lm_loss import apply_liger, use_loss_head
+from mmkit.models.packed import allow_packing
+from mmkit.models.projectors import VisionLanguageModel
+from mmkit.models.reuse import tuned_parts
+from mmkit.training.objective import Batch, Objective, Sizes, Stage
+from mmkit.training.stages.assemble import open_model
 from mmkit.training.step_log import check_skipped
 
 
 class Turned(NamedTuple):
-    """A picture (uint8 ``[3, S, S]`` or None) and its encoded conversation."""
+    """The pictures of a conversation (uint8 ``[3, S, S]`` each, those that fit) and its encoding."""
 
-    pixels: Pixels | None
+    pixels: list[Pixels]
     encoded: EncodedConversation
     key: str
 
 
 class ConversationSamples:
-    """Conversations with their picture; text is encoded when it is asked for, by the loader's workers."""
+    """Conversations with their pictures; text is encoded when it is asked for, by the loader's workers."""
 
     def __init__(
-        self, items: list[tuple[LlavaItem, str]], *, encode: Any, size: int, fit: Fit, max_pixels: int, max_bytes: int
+        self,
+        parts: Sequence[tuple[ConversationSet, str]],
+        *,
+        encode: Callable[[Conversation], EncodedConversation],
+        size: int,
+        fit: Fit,
+        fill: tuple[int, int, int],
+        max_pixels: int,
+        max_bytes: int,
     ) -> None:
-        self.items, self.encode = items, encode
-        self.size, self.fit, self.max_pixels, self.max_bytes = size, fit, max_pixels, max_bytes
+        """Take data sets with their names, and how text and pictures are prepared."""
+        self.encode = encode
+        self.items = JoinedConversations(parts)
+        self.size, self.fit, self.fill, self.max_pixels, self.max_bytes = size, fit, fill, max_pixels, max_bytes
+        self._kept = np.arange(len(self.items))
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self._kept)
+
+    def leave_out(self, numbers: Sequence[int]) -> None:
+        """Leave out conversations by their number in ``items``."""
+        self._kept = np.setdiff1d(self._kept, numbers)
 
     def describe(self, index: int) -> tuple[str, str]:
         """Source file and id of a conversation."""
-        item, source = self.items[index]
-        return source, item.id
+        return self.items.describe(int(self._kept[index]))
 
     def load(self, index: int, rng: np.random.Generator) -> Turned:
-        """Picture and token ids of one conversation."""
-        item, _ = self.items[index]
-        try:
-            # Text first: a conversation that does not fit costs no decoding.
-            encoded = self.encode(item)
-        except ConversationError as error:
-            # What the loader replaces; the reason without the exception's chain, since it goes into a list.
-            raise SampleError(error.reason) from None
-        if item.image is None:
-            return Turned(None, encoded, item.id)
-        image = decode_image(ImageRef(str(item.image)).read(self.max_bytes), max_pixels=self.max_pixels)
-        return Turned(fit_square(image, self.size, fit=self.fit), encoded, item.id)
+        """Pictures and token ids of one conversation. Raises SampleError: the text does not fit, or a picture cannot be read."""
+        item = self.items[int(self._kept[index])]
+        # Text first: a conversation that does not fit costs no decoding, and no more does a picture that is cut off with its
+        # turn.
+        encoded = self.encode(item)
+        pixels = []
+        for picture in item.images[: encoded.num_images]:
+            image = decode_image(picture.read(self.max_bytes), max_pixels=self.max_pixels)
+            pixels.append(fit_square(image, self.size, fit=self.fit, fill=self.fill))
+        return Turned(pixels, encoded, item.id)
 
 
-# Samples, what is left out, how they are cut, and how many there are without the recipe's limit.
-_Opened = tuple[ConversationSamples, list[LeftOut], Layout, int]
+class _Read(NamedTuple):
+    """Samples, what is left out, how they are cut, how many there are without the recipe's limit, and a hash of the data."""
+
+    samples: ConversationSamples
+    left_out: list[LeftOut]
+    layout: Layout
+    available: int
+    fingerprint: str
 
 
-def collate_conversations(samples: list[Turned], *, pad: int) -> Batch:
-    """Right-padded ``input_ids``, ``attention_mask``, ``labels`` i64 ``[B, T]``, and ``pixels`` uint8 ``[P, 3, S, S]``.
+def collate_conversations(samples: list[Turned], *, pad: int, packed: bool) -> Batch:
+    """Token sequences and their pictures as one batch.
 
-    The P pictures are those of the rows that have one, in order; None when no row has. The mask comes from lengths: a pad or unk
-    id inside a text is a token like any other.
+    Args:
+        samples: Conversations.
+        pad: Id that fills up short rows.
+        packed: All in one row, instead of a row each.
+
+    Returns:
+        ``pixels`` uint8[P, 3, S, S], the pictures of the samples in order, however many each has, or None; ``cut``, how many
+        samples were cut to fit; and the sequences: packed as of `pack_sequences`, else right-padded ``input_ids``, ``labels`` and
+        ``attention_mask`` i64[B, T]. The mask comes from lengths: a pad or unk id inside a text is a token like any other.
     """
+    # No black pictures for text-only rows, as LLaVA adds them: the tower would compute them for nothing.
+    pictures = [torch.from_numpy(pixels) for s in samples for pixels in s.pixels]
+    common = {
+        "pixels": torch.stack(pictures) if pictures else None,
+        "keys": [s.key for s in samples],
+        "cut": sum(s.encoded.cut for s in samples),
+    }
+    if packed:
+        return {**pack_sequences([s.encoded.input_ids for s in samples], [s.encoded.labels for s in samples]), **common}
+    return {**_padded(samples, pad), **common}
+
+
+def _padded(samples: list[Turned], pad: int) -> Batch:
+    """A row for each sample, to the length of the longest."""
     longest = max(len(s.encoded.input_ids) for s in samples)
     ids = torch.full((len(samples), longest), pad, dtype=torch.int64)
     # Padding is never learnt, whichever id it has: with unk or the end token as padding the id cannot tell.
@@ -90,21 +134,13 @@ def collate_conversations(samples: list[Turned], *, pad: int) -> Batch:
         ids[i, :length] = torch.tensor(sample.encoded.input_ids)
         labels[i, :length] = torch.tensor(sample.encoded.labels)
         mask[i, :length] = 1
-    # No black pictures for text-only rows, as LLaVA adds them: the tower would compute them for nothing.
-    pictures = [torch.from_numpy(s.pixels) for s in samples if s.pixels is not None]
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "pixels": torch.stack(pictures) if pictures else None,
-        "keys": [s.key for s in samples],
-    }
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 class LlavaObjective(Objective):
     """Cross-entropy of the assistant's tokens."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, model: VisionLanguageModel, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.model = model
         # Not persistent: they are in the product's meta already, and a checkpoint holds what training changes.
@@ -123,13 +159,20 @@ class LlavaObjective(Objective):
         if pixels is not None:
             # uint8 travels to the device, normalised there.
             pixels = (pixels.float() / 255.0 - self.pixel_mean) / self.pixel_std
-        loss_sum, _ = llava_loss_sum(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"], pixels)
+        rows = {name: batch.get(name) for name in ("attention_mask", "cu_seqlens", "max_seqlen")}
+        loss_sum, _ = llava_loss_sum(self.model, batch["input_ids"], labels=batch["labels"], pixel_values=pixels, **rows)
         return loss_sum
 
     def count(self, batch: Batch) -> int:
         """Supervised tokens; the first position predicts nothing."""
         # Must count exactly what llava_loss_sum sums over.
         return int((batch["labels"][:, 1:] != -100).sum())
+
+    def sizes(self, batch: Batch) -> Sizes:
+        """True tokens, positions computed, conversations cut to fit."""
+        positions = batch["input_ids"].numel()
+        mask = batch.get("attention_mask")
+        return Sizes(positions if mask is None else int(mask.sum()), positions, batch["cut"])
 
 
 def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
@@ -138,138 +181,140 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     Raises:
         InputError: As the parts raise it, or too many conversations are unusable.
     """
-    model, processor, meta, parents = _open_model(recipe)
-    # The projector's learning rate is the optimizer's business, not peft's.
-    lora = recipe.lora.model_dump(exclude={"projector_lr"}) if recipe.tune == "lora" else None
-    model = freeze_for(model, recipe.tune, lora=lora, seed=recipe.seed)
-    if recipe.grad_checkpointing:
-        # The reentrant kind computes no gradients where a block's inputs have none, as above frozen embeddings.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+    model, processor, meta, parents = open_model(recipe)
+    _set_up(model, recipe)
     tokenizer = processor.tokenizer
+    meta = {**meta, "tuned": tuned_parts(model, meta)}
 
-    def encode(item: LlavaItem) -> EncodedConversation:
-        return encode_conversation(
-            item.turns,
-            tokenizer,
-            recipe.template,
-            # Image tokens are part of the length: LLaVA cuts after expansion and so loses answers (facts/llava.md 1.5).
-            num_image_tokens=meta["num_image_tokens"] if item.image else 0,
-            image_token_id=model.config.image_token_id,
-            max_length=recipe.max_length,
-        )
+    encode = ConversationEncoder(
+        tokenizer,
+        recipe.template,
+        tokens_per_image=meta["num_image_tokens"],
+        image_token_id=model.config.image_token_id,
+        max_length=recipe.max_length,
+    )
 
-    def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Opened:
+    def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Read:
         read = [_read_items(source, recipe.data) for source in sources]
-        available = sum(len(found) for found, _ in read)
-        read = [(found[:limit], left_out) for found, left_out in read]
-        items = [(item, source.path) for source, (found, _) in zip(sources, read, strict=True) for item in found]
+        available = sum(len(found) for found, *_ in read)
+        parts = [(found.take(limit), source.path) for source, (found, *_) in zip(sources, read, strict=True)]
         fit, size = meta["image_fit"], meta["image_size"]
         bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
-        samples = ConversationSamples(items, encode=encode, size=size, fit=fit, **bounds)
-        layout = join([Layout.flat(len(found)) for found, _ in read], [source.weight for source in sources])
-        return samples, [row for _, left_out in read for row in left_out], layout, available
+        samples = ConversationSamples(parts, encode=encode, size=size, fit=fit, fill=mean_colour(meta["mean"]), **bounds)
+        layout = join([Layout.flat(len(found)) for found, _ in parts], [source.weight for source in sources])
+        hashes = [fingerprint for *_, fingerprint in read]
+        fingerprint = hashes[0] if len(hashes) == 1 else hash_text(*hashes)
+        return _Read(samples, [row for _, left_out, _ in read for row in left_out], layout, available, fingerprint)
 
-    samples, left_out, layout, available = samples_of(recipe.data.sources, recipe.data.limit)
+    samples, left_out, layout, available, data_fingerprint = samples_of(recipe.data.sources, recipe.data.limit)
+    lengths = None
+    if recipe.batching.kind != "plain":
+        # The main process first: it counts with all cores, and the others find what it kept.
+        measured = engine.main_first(lambda: _measure(samples, encode, recipe.data, data_fingerprint))
+        lengths, layout = _use(measured, samples, layout, left_out)
+        available -= len(measured.unusable)
     validation = None
     data = recipe.data
     if data.val:
-        validation, *_ = samples_of([SourceConfig(path=data.val, type=data.val_type, image_root=data.val_image_root)], None)
+        source = SourceConfig(path=data.val, type=data.val_type, image_root=data.val_image_root)
+        validation = samples_of([source], None).samples
 
     def save_product(folder: Path) -> None:
         with new_folder(folder) as new:
             # Merged: the product is a plain LLaVA folder, with no adapter that could part from its base.
-            save_mllm(merge_lora(model), processor, new, meta=meta)
+            save_mllm(merge_lora(_unquantized(model, recipe)), processor, new, meta=meta)
 
     # LLaVA's LoRA recipe: 2e-4 for the adapters, 2e-5 for the projector (facts/llava.md 1.2).
-    projector_lr = recipe.lora.projector_lr if recipe.tune == "lora" else None
+    rates = {"model.model.multi_modal_projector": recipe.projector_lr, "model.model.vision_tower": recipe.encoder_lr}
     return Stage(
         objective=LlavaObjective(model, mean=meta["mean"], std=meta["std"]),
         samples=samples,
-        collate=lambda batch: collate_conversations(batch, pad=tokenizer.pad_token_id),
+        collate=lambda batch: collate_conversations(batch, pad=tokenizer.pad_token_id, packed=recipe.batching.kind == "packed"),
         save_product=save_product,
         parents=parents,
-        data_fingerprint=_fingerprint(recipe.data.sources),
+        data_fingerprint=data_fingerprint,
         left_out=left_out,
         available=available,
         layout=layout,
+        batching=recipe.batching,
+        lengths=lengths,
         validation=validation,
-        lr_of={"model.model.multi_modal_projector": projector_lr} if projector_lr else {},
+        # As many as are sure to fit: packed batches have a bound on tokens, which validation must keep too.
+        validation_group=max(1, recipe.batching.max_tokens // recipe.max_length) if recipe.batching.max_tokens else None,
+        lr_of={part: rate for part, rate in rates.items() if rate is not None},
     )
 
 
-def _read_items(source: SourceConfig, data: DataConfig) -> tuple[list[LlavaItem], list[LeftOut]]:
-    """Usable conversations of a file, and what is left out of it.
+def _measure(samples: ConversationSamples, encode: ConversationEncoder, data: DataConfig, data_fingerprint: str) -> Measured:
+    """The length of every conversation, counted once and kept."""
+    fingerprint = (data_fingerprint, str(data.limit), encode.fingerprint())
+    return conversation_lengths(
+        samples.items, encode, cache=Path(data.cache) if data.cache else default_cache(), fingerprint=fingerprint
+    )
+
+
+def _use(measured: Measured, samples: ConversationSamples, layout: Layout, left_out: list[LeftOut]) -> tuple[Lengths, Layout]:
+    """Leave out what cannot be encoded, so that every sample of the order has a length; lengths and layout of the others.
+
+    Raises:
+        InputError: Nothing is left.
+    """
+    for number, reason in measured.unusable:
+        left_out.append(LeftOut(*samples.items.describe(number), reason))
+    kept = measured.lengths.tokens > 0
+    if not kept.any():
+        source, key = samples.items.describe(0)
+        what = f"none of {len(kept)} conversations can be used; the first, {key}: {measured.unusable[0][1]}"
+        raise InputError(what, where=source, mend="check template and max_length")
+    samples.leave_out([number for number, _ in measured.unusable])
+    return Lengths(measured.lengths.tokens[kept], measured.lengths.text_only[kept]), layout.keep(kept)
+
+
+def _set_up(model: Any, recipe: LlavaRecipe) -> None:
+    """What of a model trains, and how it computes, in place."""
+    lora = recipe.lora.model_dump() if recipe.tune == "lora" else None
+    freeze_for(model, recipe.tune, lora=lora, train_encoder=recipe.train_encoder, seed=recipe.seed)
+    if recipe.grad_checkpointing:
+        # The reentrant kind computes no gradients where a block's inputs have none, as above frozen embeddings.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    use_loss_head(model, "liger" if recipe.liger else "chunked")
+    if recipe.liger:
+        apply_liger(model.model.language_model)
+    if recipe.batching.kind == "packed":
+        allow_packing(model.model.language_model)
+
+
+def _unquantized(model: Any, recipe: LlavaRecipe) -> Any:
+    """The model with the weights that were quantised for training as they were before; itself where none were.
+
+    Adapters are merged into the original weights, not into ones that went to 4 bits and back.
+    """
+    if recipe.tune != "lora" or recipe.lora.quantization is None:
+        return model
+    whole, *_ = open_model(recipe)
+    lora = recipe.lora.model_dump() | {"quantization": None}
+    freeze_for(whole, "lora", lora=lora, train_encoder=recipe.train_encoder, seed=recipe.seed)
+    trained = {name: p.detach().to("cpu") for name, p in model.named_parameters() if p.requires_grad}
+    missing = {name for name, p in whole.named_parameters() if p.requires_grad} ^ trained.keys()
+    assert not missing, f"the quantised model trained other parameters: {sorted(missing)[:3]}"
+    whole.load_state_dict(trained, strict=False)
+    return whole
+
+
+def _read_items(source: SourceConfig, data: DataConfig) -> Opened:
+    """Usable conversations of a data set, what is left out of it, and a hash of it.
 
     Raises:
         InputError: Another kind of data, no usable conversation, or too few.
     """
-    if source.type not in ("auto", "llava"):
-        raise InputError(f"data type {source.type!r} holds no conversations", where=source.path, mend="use llava")
-    path = Path(source.path)
-    # Without a root, paths are relative to the file: a data folder that is moved as a whole stays usable.
-    items, left_out = read_llava(path, image_root=Path(source.image_root) if source.image_root else path.parent)
+    items, left_out, fingerprint = open_conversations(source.path, source.type, image_root=source.image_root)
     # Before the model trains a step: a wrong image root leaves everything out.
     check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(source.path, left_out))
-    return items, left_out
-
-
-def _fingerprint(sources: Sequence[SourceConfig]) -> str:
-    """Hash of the files' content."""
-    hashes = [hash_file(Path(source.path)) for source in sources]
-    return hashes[0] if len(hashes) == 1 else hash_text(*hashes)
+    return items, left_out, fingerprint
 
 
 def _reasons(path: str, left_out: list[LeftOut]) -> str:
     """The file, and the first reasons in it: the run directory does not exist yet."""
     shown = "; ".join(f"{s.key}: {s.reason}" for s in left_out[:3])
     return f"{path} ({shown})" if shown else path
-
-
-def _open_model(recipe: LlavaRecipe) -> tuple[Any, Any, dict[str, Any], list[Parent]]:
-    """Model, processor, meta and parents: loaded from another run, or assembled from an encoder and an LLM."""
-    if recipe.model is not None:
-        parent = resolve_parent("model", recipe.model)
-        model, processor, meta = load_mllm(parent.folder or Path(recipe.model))
-        # These two may change between the stages: LLaVA aligns with plain text and crops, and tunes with Vicuna's and padding.
-        meta = {**meta, "template": recipe.template, "image_fit": recipe.image_fit}
-        # Made anew, since the chat template inside belongs to the conversation template.
-        processor = build_processor(
-            processor.tokenizer,
-            image_size=meta["image_size"],
-            patch_size=meta["patch_size"],
-            mean=meta["mean"],
-            std=meta["std"],
-            template=recipe.template,
-        )
-        return model, processor, meta, [parent]
-    assert recipe.encoder is not None and recipe.llm is not None
-    parent = resolve_parent("encoder", recipe.encoder)
-    encoder = load_encoder(parent.folder or recipe.encoder)
-    patch = encoder.backbone.patch_embed.patch_size[0]
-    # The recipe's schema sees to it that one of the two is given.
-    tokenizer = load_tokenizer(recipe.llm.tokenizer or recipe.llm.name or "")
-    llm = build_llm(
-        recipe.llm.name, config=recipe.llm.config, pretrained=recipe.llm.name is not None, seed=recipe.seed, tokenizer=tokenizer
-    )
-    # to_siglip rewrites the encoder in SigLIP's layout, so that transformers opens the product without mmkit.
-    model = build_llava(
-        to_siglip(encoder), llm, tokenizer, feature_layer=recipe.feature_layer, projector=recipe.projector, seed=recipe.seed
-    )
-    processor = build_processor(
-        tokenizer, image_size=encoder.image_size, patch_size=patch, mean=encoder.mean, std=encoder.std, template=recipe.template
-    )
-    # What prediction and the next stage need, and no model format has a place for.
-    meta = {
-        "template": recipe.template,
-        "image_fit": recipe.image_fit,
-        "image_size": encoder.image_size,
-        "patch_size": patch,
-        "num_image_tokens": encoder.num_tokens,
-        "mean": list(encoder.mean),
-        "std": list(encoder.std),
-        "encoder": {"path": recipe.encoder, "fingerprint": parent.fingerprint},
-        "llm": {"name": recipe.llm.name},
-    }
-    parents = [parent] + ([resolve_parent("llm", recipe.llm.name)] if recipe.llm.name else [])
-    return model, processor, meta, parents

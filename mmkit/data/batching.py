@@ -1,0 +1,235 @@
+"""Which samples go through the model together: the global batch of a step, cut into the micro-batches of one process.
+
+The order says which samples a step has; nothing here changes that, but for `GroupedOrder`, which is an order itself. So however a
+step is cut, over however many processes, its update is the same: the loss is a sum divided by the count of the whole step.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmkit.config import BatchingConfig
+from mmkit.data.layout import Layout
+from mmkit.data.order import Order, Position, make_order
+from mmkit.errors import InputError
+
+# Global batches: long enough that a batch finds its like, short enough that a position costs little.
+WINDOW = 64
+
+
+class Lengths(NamedTuple):
+    """What each sample of a data set costs.
+
+    Attributes:
+        tokens: i32[samples], tokens of its sequence, image tokens included.
+        text_only: bool[samples], whether it has no picture.
+    """
+
+    tokens: NDArray[np.int32]
+    text_only: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, tokens: Sequence[int]) -> Lengths:
+        """Lengths of samples that all have a picture, or all have none."""
+        return cls(np.asarray(tokens, dtype=np.int32), np.zeros(len(tokens), dtype=bool))
+
+
+class Share(NamedTuple):
+    """Which process this is, of how many."""
+
+    rank: int
+    world_size: int
+
+
+class Batches(ABC):
+    """The micro-batches of one process, a pure function of the step."""
+
+    @abstractmethod
+    def step(self, step: int) -> list[list[Position]]:
+        """This process's micro-batches of a step; equally many on every process, none of them empty."""
+
+    def rounds(self, step: int) -> int:
+        """Micro-batches of a step on each process."""
+        return len(self.step(step))
+
+    def stream(self, first: int, last: int) -> Iterator[list[Position]]:
+        """The micro-batches of steps ``first`` to ``last - 1``, one after the other."""
+        # Lazily: a long run's positions are millions, and a worker needs a few batches ahead.
+        for step in range(first, last):
+            yield from self.step(step)
+
+
+class EvenBatches(Batches):
+    """Micro-batches of equally many samples: global batch = micro-batch x accumulation x world size."""
+
+    def __init__(self, order: Order, *, batch_size: int, micro_batch_size: int, share: Share) -> None:
+        self.order, self.batch_size, self.micro_batch_size, self.share = order, batch_size, micro_batch_size, share
+        self._rounds, rest = divmod(batch_size, micro_batch_size * share.world_size)
+        assert not rest and self._rounds, "global batch = micro x accumulation x world"
+
+    def step(self, step: int) -> list[list[Position]]:
+        """Micro-batch ``a`` of rank ``r`` is slice ``a * world_size + r`` of the global batch."""
+        # Ranks interleave within a round: with twice the ranks and half the rounds the same micro-batches exist.
+        slices = range(self.share.rank, self._rounds * self.share.world_size, self.share.world_size)
+        begin = step * self.batch_size
+        return [self.order.positions(begin + n * self.micro_batch_size, self.micro_batch_size) for n in slices]
+
+    def rounds(self, step: int) -> int:
+        """The accumulation, the same in every step."""
+        return self._rounds
+
+
+class PackedBatches(Batches):
+    """Micro-batches of at most so many tokens, for models that read several samples as one sequence without padding.
+
+    A step's samples are dealt to as few micro-batches as hold them, the longest first and each to the emptiest, so that processes
+    have about equal work (longest processing time first; Graham 1969). Their number differs from step to step.
+    """
+
+    def __init__(self, order: Order, lengths: Lengths, *, batch_size: int, max_tokens: int, share: Share) -> None:
+        """Set the global batch in samples and the bound on the tokens of a micro-batch.
+
+        Raises:
+            InputError: The longest sample is longer than the bound, or the batch has no sample for some process.
+        """
+        longest = int(lengths.tokens.max())
+        if longest > max_tokens:
+            raise InputError(
+                f"the longest sample has {longest} tokens, a micro-batch at most {max_tokens}",
+                where="batching.max_tokens",
+                mend=f"use {longest} or more, or a smaller max_length",
+            )
+        # With a multiple, one sample for each micro-batch is always a solution; without, one process could be left with none.
+        if batch_size % share.world_size:
+            raise InputError(
+                f"global batch {batch_size} is no multiple of world size {share.world_size}",
+                where="train.batch_size",
+                mend="change train.batch_size or the number of processes",
+            )
+        self.order, self.tokens, self.share = order, lengths.tokens, share
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        # The loop asks for a step's rounds after the loader asked for its samples, some steps ahead.
+        self._plan = functools.lru_cache(maxsize=64)(self._deal)
+
+    def step(self, step: int) -> list[list[Position]]:
+        """Of each round of equally heavy micro-batches this process's one."""
+        return self._plan(step)[self.share.rank :: self.share.world_size]
+
+    def rounds(self, step: int) -> int:
+        """Rounds of this step."""
+        return len(self._plan(step)) // self.share.world_size
+
+    def _deal(self, step: int) -> list[list[Position]]:
+        """All micro-batches of all processes, the heaviest first; neighbours are of about equal weight."""
+        positions = self.order.positions(step * self.batch_size, self.batch_size)
+        sizes = self.tokens[[p.index for p in positions]].tolist()
+        world = self.share.world_size
+        rounds = max(1, -(-sum(sizes) // (self.max_tokens * world)))
+        while True:
+            bins = deal(sizes, rounds * world)
+            if max(sum(sizes[i] for i in members) for members in bins) <= self.max_tokens:
+                break
+            rounds += 1
+        bins.sort(key=lambda members: -sum(sizes[i] for i in members))
+        # In the order of the step within each: which sample is the longest is no matter of the model's.
+        return [[positions[i] for i in sorted(members)] for members in bins]
+
+
+def deal(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Deal numbered things to ``count`` bins of about equal weight, none of them empty.
+
+    Args:
+        sizes: Weights, at least ``count`` of them.
+        count: Bins.
+
+    Returns:
+        Indices into ``sizes`` for each bin.
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
+    # Stable, and ties by the number of the bin: the same on every process.
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        weight, number = heapq.heappop(heap)
+        bins[number].append(index)
+        # At least 1: a thing without weight still fills its bin.
+        heapq.heappush(heap, (weight + max(1, sizes[index]), number))
+    return bins
+
+
+class GroupedOrder(Order):
+    """Global batches of samples of about equal length and of one modality, in random order (LLaVA's group_by_modality_length).
+
+    Windows of whole batches of another order are sorted by (text only, length), cut into batches, and the batches shuffled: a
+    position is found without looking beyond its window. Every sample is drawn as often as before. The first batch of all has the
+    longest samples, so that memory runs out in the first step or never (prismatic-vlms' idea).
+    """
+
+    def __init__(self, order: Order, lengths: Lengths, *, batch_size: int, seed: int, window: int = WINDOW) -> None:
+        """Sort within ``window`` batches at a time."""
+        self.order, self.lengths, self.batch_size, self.seed, self.window = order, lengths, batch_size, seed, window
+        self._sorted = functools.lru_cache(maxsize=2)(self._sort)
+
+    def _sort(self, number: int) -> list[Position]:
+        """The positions of a window, regrouped."""
+        size = self.window * self.batch_size
+        drawn = self.order.positions(number * size, size)
+        index = np.asarray([p.index for p in drawn])
+        # lexsort: the last key is the first to count. Stable, so ties stay in the random order that they came in.
+        ranked = np.lexsort((self.lengths.tokens[index], self.lengths.text_only[index])).reshape(self.window, self.batch_size)
+        batches = np.random.default_rng([self.seed, number]).permutation(self.window)
+        if number == 0:
+            heaviest = int(self.lengths.tokens[index[ranked]].max(axis=1).argmax())
+            batches = np.concatenate([[heaviest], batches[batches != heaviest]])
+        return [drawn[i] for i in ranked[batches].ravel()]
+
+    def positions(self, start: int, count: int) -> list[Position]:
+        """Samples at global positions ``start`` to ``start + count - 1``."""
+        found: list[Position] = []
+        while count:
+            number, place = divmod(start, self.window * self.batch_size)
+            part = self._sorted(number)[place : place + count]
+            found += part
+            start, count = start + len(part), count - len(part)
+        return found
+
+
+def make_batches(
+    layout: Layout,
+    how: BatchingConfig,
+    lengths: Lengths | None,
+    *,
+    seed: int,
+    batch_size: int,
+    micro_batch_size: int,
+    share: Share,
+) -> Batches:
+    """The micro-batches of one process.
+
+    Args:
+        layout: Of the data set.
+        how: The recipe's choice.
+        lengths: Of all samples; needed but for plain batches.
+        seed: Of the order.
+        batch_size: Samples of a step, over all processes.
+        micro_batch_size: Samples of a forward pass; packed batches have a bound on tokens instead.
+        share: Which process this is.
+
+    Raises:
+        InputError: A bound that cannot be kept.
+    """
+    order = make_order(layout, seed)
+    if how.kind == "plain":
+        return EvenBatches(order, batch_size=batch_size, micro_batch_size=micro_batch_size, share=share)
+    assert lengths is not None and len(lengths.tokens) == layout.size, f"{how.kind} batches need the length of every sample"
+    if how.kind == "grouped":
+        grouped = GroupedOrder(order, lengths, batch_size=batch_size, seed=seed, window=how.window or WINDOW)
+        return EvenBatches(grouped, batch_size=batch_size, micro_batch_size=micro_batch_size, share=share)
+    assert how.max_tokens is not None
+    return PackedBatches(order, lengths, batch_size=batch_size, max_tokens=how.max_tokens, share=share)

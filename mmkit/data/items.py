@@ -1,0 +1,186 @@
+"""One conversation as the readers give it, what is wrong with one, and a compact list of many."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mmkit.data.images import ImageRef
+from mmkit.data.pairs import Picture
+from mmkit.data.pieces import IMAGE_MARKER
+
+Turns = list[tuple[str, str]]
+_ROLES = ("user", "assistant")
+
+
+class Conversation(NamedTuple):
+    """One conversation.
+
+    Attributes:
+        id: Its name in messages; as the file gives it, as text.
+        images: Its pictures, in the order of their ``<image>`` markers; empty for text only.
+        turns: (question, answer) pairs, answers not blank; as many markers in the questions as pictures.
+        system: Its own system text; None: it has none.
+    """
+
+    id: str
+    images: tuple[Picture, ...]
+    turns: Turns
+    system: str | None = None
+
+
+class OddItem(ValueError):
+    """Why a conversation is left out."""
+
+
+class Message(NamedTuple):
+    """A message with its role as mmkit calls it, and as the file does."""
+
+    role: str  # "system", "user" or "assistant"
+    text: str
+    said: str
+
+
+def clean_text(text: str) -> str:
+    """A text that every tokenizer takes: JSON may spell lone surrogates, which become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def arrange(messages: Sequence[Message]) -> tuple[Turns, str | None]:
+    """Turns and system text of messages that alternate strictly, after at most one system message.
+
+    Raises:
+        OddItem: With the number of the message that breaks the rule. Nothing is repaired by dropping or joining messages: an
+            answer could end up under another question.
+    """
+    if not messages:
+        raise OddItem("the conversation has no turns")
+    first = 1 if messages[0].role == "system" else 0
+    names = [next((m.said for m in messages if m.role == role), role) for role in _ROLES]
+    for number, message in enumerate(messages[first:], start=first + 1):
+        if message.role == "system":
+            raise OddItem(f"message {number} is by {message.said}: only the first may be")
+        if message.role != _ROLES[(number - first - 1) % 2]:
+            raise OddItem(f"message {number} is by {message.said}: {names[0]} and {names[1]} must alternate, {names[0]} first")
+        # An empty answer would train the model to stop at once.
+        if message.role == "assistant" and not message.text.strip():
+            raise OddItem(f"message {number}: the answer is empty")
+        # It would be learnt as text, and the picture's features have no place there.
+        if message.role == "assistant" and IMAGE_MARKER in message.text:
+            raise OddItem(f"message {number}: {IMAGE_MARKER} in an answer")
+    talk = messages[first:]
+    if not talk:
+        raise OddItem("the conversation has no turns")
+    # The question alone holds nothing that is supervised.
+    if len(talk) % 2:
+        raise OddItem(f"the last message is by {talk[-1].said}: no answer to learn")
+    system = messages[0].text.strip() if first else ""
+    if IMAGE_MARKER in system:
+        raise OddItem(f"message 1: {IMAGE_MARKER} in a system text")
+    return [(talk[i].text, talk[i + 1].text) for i in range(0, len(talk), 2)], system or None
+
+
+def check_pictures(turns: Turns, pictures: int) -> None:
+    """Raises OddItem when there is not one marker for each picture."""
+    markers = sum(question.count(IMAGE_MARKER) for question, _ in turns)
+    if markers == pictures:
+        return
+    if not pictures:
+        raise OddItem(f"{IMAGE_MARKER} in the text but no `image`")
+    one = "one image needs one" if pictures == 1 else f"{pictures} images need as many"
+    raise OddItem(f"{one} {IMAGE_MARKER} in the questions, found {markers}")
+
+
+class ConversationSet(Protocol):
+    """Conversations by number; each is read when it is asked for."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, index: int) -> Conversation:
+        """One of them. Raises SampleError: it cannot be used."""
+        ...
+
+    def take(self, limit: int | None) -> ConversationSet:
+        """The first ``limit`` of them; None: all."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call one of them in messages, also one that cannot be used."""
+        ...
+
+
+class PackedConversations:
+    """Conversations with pictures in files, as bytes in one piece.
+
+    The published instruction file has 665,000 of them. As Python objects they would take several times the memory, and loader
+    workers would copy them page by page, since looking at an object writes its reference count.
+    """
+
+    def __init__(self, rows: bytes | bytearray, ends: np.ndarray[Any, np.dtype[np.int64]], root: Path) -> None:
+        """Take JSON rows ``[id, pictures, turns, system]``, where they end, and the folder of the pictures."""
+        self._rows, self._ends, self._root = rows, ends, root
+
+    @classmethod
+    def pack(cls, items: Iterable[tuple[str, Sequence[str], Turns, str | None]], root: Path) -> PackedConversations:
+        """Pack ids, names of pictures below ``root``, turns and system texts."""
+        rows, ends = bytearray(), []
+        for item in items:
+            rows += json.dumps(item, ensure_ascii=False, separators=(",", ":")).encode()
+            ends.append(len(rows))
+        return cls(rows, np.asarray(ends, dtype=np.int64), root)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def take(self, limit: int | None) -> PackedConversations:
+        """The first of them; the rows stay where they are."""
+        return PackedConversations(self._rows, self._ends[:limit], self._root)
+
+    def name(self, index: int) -> str:
+        """Its id."""
+        return self[index].id
+
+    def __getitem__(self, index: int) -> Conversation:
+        # range has the rules for negative and wrong numbers, which end a plain loop over this.
+        index = range(len(self))[index]
+        begin = int(self._ends[index - 1]) if index else 0
+        key, names, turns, system = json.loads(self._rows[begin : int(self._ends[index])])
+        pictures = tuple(ImageRef(str(self._root / name)) for name in names)
+        return Conversation(key, pictures, [(question, answer) for question, answer in turns], system)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (self[index] for index in range(len(self)))
+
+
+class JoinedConversations:
+    """Several data sets, one after the other."""
+
+    def __init__(self, parts: Sequence[tuple[ConversationSet, str]]) -> None:
+        """Take data sets, each with the name of its source."""
+        self.parts = list(parts)
+        self._ends = list(itertools.accumulate(len(part) for part, _ in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _locate(self, index: int) -> tuple[ConversationSet, str, int]:
+        number = bisect.bisect_right(self._ends, range(len(self))[index])
+        part, source = self.parts[number]
+        return part, source, index - (self._ends[number] - len(part))
+
+    def __getitem__(self, index: int) -> Conversation:
+        part, _, row = self._locate(index)
+        return part[row]
+
+    def describe(self, index: int) -> tuple[str, str]:
+        """Source and name of a conversation."""
+        part, source, row = self._locate(index)
+        return source, part.name(row)

@@ -1,0 +1,183 @@
+"""Conversations in the rows of Hugging Face data sets and Parquet files, read by number; pictures as bytes, or as files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmkit.data.bounds import MAX_BYTES
+from mmkit.data.images import ImageRef
+from mmkit.data.items import Conversation, ConversationSet, OddItem, arrange, check_pictures
+from mmkit.data.llava_json import check_name, read_llava
+from mmkit.data.messages import PICTURE_KEYS, Spelling, parse_item
+from mmkit.data.pairs import Picture
+from mmkit.data.remote import is_remote
+from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.data.sources.columns import data_roots, follow_picture, load_rows
+from mmkit.data.sources.locate import HUB, expand
+from mmkit.errors import InputError
+from mmkit.files import hash_file, hash_text
+
+_TEXTS = {"auto": ("messages", "conversations"), "messages": ("messages",), "llava": ("conversations",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPicture:
+    """A picture in a row of a data set; equal by place."""
+
+    path: str
+    row: int
+    number: int
+    rows: Any = dataclasses.field(compare=False, repr=False)
+    roots: tuple[Path, ...] = dataclasses.field(compare=False, default=())
+
+    def read(self, max_bytes: int = MAX_BYTES) -> bytes:
+        """The bytes. Raises SampleError when there are none, or more than ``max_bytes``."""
+        found = _cell(self.rows, self.row).as_py()
+        value = found[self.number] if isinstance(found, list) else found
+        return follow_picture(value, self.roots, max_bytes)
+
+
+def _cell(rows: Any, row: int) -> Any:
+    """The only column of a row as an Arrow scalar, which a picture in it can be counted in without being copied."""
+    return rows[row].column(0)[0]
+
+
+class RowConversations:
+    """Conversations of a data set that is memory-mapped by Hugging Face's library."""
+
+    def __init__(self, location: str, rows: Any, spelling: Spelling, root: Path | None, roots: tuple[Path, ...]) -> None:
+        """Take the rows of a split.
+
+        Args:
+            location: For messages.
+            rows: A ``datasets.Dataset``.
+            spelling: Of the messages.
+            root: Folder that names of pictures are relative to; None: they have to be bytes.
+            roots: Folders below which a picture that is no bytes may lie.
+
+        Raises:
+            InputError: No column of messages.
+        """
+        self.location, self.rows, self.spelling, self.root, self.roots = location, rows, spelling, root, roots
+        names = rows.column_names
+        text = next((name for name in _TEXTS[spelling] if name in names), None)
+        if text is None:
+            what = f"no column {' or '.join(map(repr, _TEXTS[spelling]))} of messages"
+            raise InputError(what, where=location, mend=f"there are {', '.join(names)}")
+        self._picture = next((name for name in PICTURE_KEYS if name in names), None)
+        # As Arrow, so that nothing is decoded; and apart, so that asking for a text does not read pictures.
+        self._texts = rows.select_columns([text, *(["id"] if "id" in names else [])]).with_format("arrow")
+        self._pictures = None if self._picture is None else rows.select_columns([self._picture]).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def take(self, limit: int | None) -> RowConversations:
+        """The first ``limit`` of them."""
+        if limit is None or limit >= len(self):
+            return self
+        return RowConversations(self.location, self.rows.select(range(limit)), self.spelling, self.root, self.roots)
+
+    def name(self, index: int) -> str:
+        """Number of the row."""
+        return f"row {index}"
+
+    def __getitem__(self, index: int) -> Conversation:
+        index = range(len(self))[index]
+        row = {name: column[0] for name, column in self._texts[index].to_pydict().items()}
+        try:
+            pictures = [] if self._pictures is None else self._listed(index)
+            messages, named = parse_item({**row, **({"images": pictures} if pictures else {})}, self.spelling)
+            turns, system = arrange(messages)
+            check_pictures(turns, len(named))
+            images = tuple(found if isinstance(found, RowPicture) else self._file(found) for found in named)
+        except OddItem as error:
+            raise SampleError(str(error)) from None
+        key = row.get("id")
+        return Conversation(self.name(index) if key in (None, "") else str(key), images, turns, system)
+
+    def _listed(self, index: int) -> list[Any]:
+        """Pictures of a row: files by name, others by their place."""
+        cell = _cell(self._pictures, index)
+        if not cell.is_valid:
+            return []
+        # A list scalar knows its length; taking the values out would copy the bytes of every picture.
+        values = cell.values if hasattr(cell, "values") and not hasattr(cell, "items") else None
+        kind = cell.type if values is None else values.type
+        if str(kind) in ("string", "large_string"):
+            return [cell.as_py()] if values is None else values.to_pylist()
+        count = 1 if values is None else len(values)
+        return [RowPicture(self.location, index, number, self._pictures, self.roots) for number in range(count)]
+
+    def _file(self, name: Any) -> Picture:
+        if self.root is None:
+            raise OddItem(f"names the picture {name!r}: set image_root to the folder it lies in")
+        return ImageRef(str(self.root / check_name(name, self.root)))
+
+
+# Conversations, what is left out of them, and a hash of their content.
+Opened = tuple[ConversationSet, list[LeftOut], str]
+
+
+def open_conversations(location: str, kind: str = "auto", *, image_root: str | None = None) -> Opened:
+    """Conversations of a data set, by what it is.
+
+    Args:
+        location: LLaVA's ``.json`` or ``.jsonl``, or the same with ``messages``; Parquet files (one, a glob, a folder); or
+            ``hf:NAME_OR_FOLDER[@SPLIT]``.
+        kind: ``auto``: each row says by its keys which spelling it has; ``llava``, ``messages``: only that one; ``parquet``,
+            ``hf``: as auto, for places that do not show what they are.
+        image_root: Folder that names of pictures are relative to; None: that of the file.
+
+    Raises:
+        InputError: Nothing there, broken JSON, another kind of data, or no column of messages.
+    """
+    if kind not in ("auto", "llava", "messages", "parquet", "hf"):
+        raise InputError(f"data type {kind!r} holds no conversations", where=location, mend="use llava or messages")
+    if is_remote(location):
+        raise InputError("conversations are read from a disk", where=location, mend="fetch the file, or give hf:NAME")
+    spelling: Spelling = "llava" if kind == "llava" else "messages" if kind == "messages" else "auto"
+    root = None if image_root is None else Path(image_root)
+    if location.startswith(HUB):
+        return _open_hub(location, spelling, root)
+    if kind == "parquet" or Path(location).is_dir() or Path(location).suffix == ".parquet":
+        return _open_parquet(location, spelling, root)
+    # The published files name items after their pictures, so their ids repeat by design (facts/llava.md 1.3).
+    items, left_out = read_llava(location, image_root=root or Path(location).parent, unique_ids=False, spelling=spelling)
+    # A file of nothing but bad items is the caller's to refuse: it knows how many may be bad.
+    if not len(items) and not left_out:
+        raise InputError("holds no conversations", where=location, mend="check the file")
+    return items, left_out, hash_file(Path(location))
+
+
+def _open_hub(location: str, spelling: Spelling, root: Path | None) -> Opened:
+    name, _, split = location.removeprefix(HUB).partition("@")
+    if not name:
+        raise InputError("no name after hf:", where=location, mend="write hf:OWNER/NAME@SPLIT or hf:FOLDER")
+    rows = load_rows(name, split, location)
+    # A data folder that is moved as a whole stays usable; a name on the hub is no folder.
+    root = root or (Path(name) if Path(name).is_dir() else None)
+    return _of_rows(location, rows, spelling, root, (*data_roots(name), *([root.resolve()] if root else [])))
+
+
+def _open_parquet(location: str, spelling: Spelling, root: Path | None) -> Opened:
+    import datasets
+
+    files = expand(location, ".parquet")
+    try:
+        # Into Arrow files in its cache: any row of those can be had without reading its neighbours' pictures.
+        rows = datasets.load_dataset("parquet", data_files=files, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        what = f"cannot be read as Parquet ({' '.join(str(error).split())})"
+        raise InputError(what, where=location, mend="fetch or write it again") from None
+    root = root or Path(files[0]).parent
+    return _of_rows(location, rows, spelling, root, (root.resolve(),))
+
+
+def _of_rows(location: str, rows: Any, spelling: Spelling, root: Path | None, roots: Sequence[Path]) -> Opened:
+    found = RowConversations(location, rows, spelling, root, tuple(roots))
+    # It changes with every transformation of the set, so no row has to be read to notice other content.
+    return found, [], hash_text(str(rows._fingerprint), spelling)
