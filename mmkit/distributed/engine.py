@@ -25,6 +25,7 @@ from mmkit.distributed.collectives import AllGather
 from mmkit.distributed.liveness import Liveness
 from mmkit.distributed.pieces import Saved, Share, changing_buffers, pack, unpack
 from mmkit.distributed.settings import deepspeed_settings
+from mmkit.distributed.skeleton import partition
 from mmkit.distributed.snapshot import HostCopies, StateFile, room_for, state_size
 from mmkit.errors import InputError
 
@@ -38,6 +39,7 @@ class Engine:
         rank: This process.
         world_size: Number of processes.
         device: Where this process computes.
+        weight_dtype: Of the weights that the mode computes with; a model need not be read in more than that.
     """
 
     _made = 0
@@ -73,13 +75,15 @@ class Engine:
             )
         self.clip = clip
         self.uses_deepspeed = deepspeed is not None
+        self.weight_dtype = torch.bfloat16 if self.uses_deepspeed and precision == "bf16" else torch.float32
+        self._settings: dict[str, Any] = {}
         plugin = None
         if deepspeed is not None:
-            settings = deepspeed_settings(
+            self._settings = deepspeed_settings(
                 deepspeed, micro_batch_size=self.micro_batch_size, accumulation=self.accumulation, clip=clip, precision=precision
             )
             zero.prepare_environment()
-            plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+            plugin = DeepSpeedPlugin(hf_ds_config=self._settings, zero3_init_flag=False)
         # Frozen parts are excluded by requires_grad, every trainable part takes part in every step (dummy path for text-only
         # batches), so the search for unused parameters stays off; buffers such as the IDF are summed by hand, not broadcast.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -121,8 +125,24 @@ class Engine:
         """Whether this process writes files and logs."""
         return self.rank == 0
 
+    @property
+    def cuts_up(self) -> bool:
+        """Whether no process holds the whole model (ZeRO-3)."""
+        return self.world_size > 1 and self._settings.get("zero_optimization", {}).get("stage") == 3
+
+    @property
+    def skeleton(self) -> bool:
+        """Whether to build the model on the meta device here: under ZeRO-3 rank 0 reads it and hands out the pieces."""
+        return self.cuts_up and not self.is_main
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device; under ZeRO-3 leave it, since no device has to hold it whole."""
+        return module if self.cuts_up else module.to(self.device)
+
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Wrap the finished objective for the chosen mode."""
+        """Wrap the finished objective for the chosen mode (a collective call)."""
+        if self.cuts_up:
+            partition(module, self._settings, dtype=self.weight_dtype, device=self.device)
         if self.uses_deepspeed or self.world_size > 1:
             with warnings.catch_warnings():
                 # torch has a new name for broadcast_buffers, which Accelerate does not know yet.

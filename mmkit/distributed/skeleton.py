@@ -15,8 +15,8 @@ from torch import nn
 def partition(module: nn.Module, settings: dict[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
     """Cut a model up as ZeRO-3 has it (a collective call), in place; parameters stay the same objects.
 
-    Rank 0 holds all values; elsewhere parameters and buffers may be on the meta device. Beside its pieces a process holds one whole
-    parameter at a time.
+    Rank 0 holds all values; elsewhere parameters and buffers may be on the meta device. Beside its pieces a process holds one
+    whole parameter at a time.
 
     Args:
         module: The objective.

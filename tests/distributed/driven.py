@@ -11,6 +11,7 @@ import torch
 
 from mmkit.config import TrainConfig, load_recipe
 from mmkit.distributed.engine import Engine
+from mmkit.distributed.skeleton import partition
 from mmkit.recipes import find_deepspeed, find_recipe
 from mmkit.training.objective import Stage, to_device
 from mmkit.training.optim import make_optimizer, parameter_groups
@@ -44,10 +45,62 @@ def prepare(engine: Engine, stage: Stage, config: TrainConfig) -> None:
     engine.prepare(stage.objective, make_optimizer(groups, betas=config.betas, eps=config.eps, device=engine.device))
 
 
+class Tower(torch.nn.Module):
+    """Many equal layers, a frozen one, a tied head and a buffer."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(layers))
+        self.layers[0].requires_grad_(False)
+        self.tied = torch.nn.Linear(width, width)
+        self.tied.weight = self.layers[1].weight
+        self.register_buffer("scale", torch.linspace(0.5, 1.0, width), persistent=False)
+
+    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
+        x = batch["x"]
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) * self.scale
+        return self.tied(x).square().sum()
+
+
+def _memory(field: str) -> int:
+    """Bytes that /proc says of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def hand_out(*, settings: str, out: str, width: int, layers: int, empty: bool) -> None:
+    """Cut a tower up, on the meta device but for rank 0 where ``empty``, and take a step; notes peak memory, losses and the sum."""
+    engine = Engine(precision="fp32", deepspeed=Path(settings), batch_size=4, micro_batch_size=2, clip=None)
+    torch.manual_seed(0)
+    with torch.device("meta" if empty and engine.skeleton else "cpu"):
+        module = Tower(width, layers)
+    before = _memory("VmRSS")
+    # Forget the peak so far: these processes have done other things.
+    Path("/proc/self/clear_refs").write_text("5")
+    partition(module, engine._settings, dtype=torch.float32, device=engine.device)
+    peak = _memory("VmHWM") - before
+    assert module.tied.weight is module.layers[1].weight
+    trained = [p for p in module.parameters() if p.requires_grad]
+    engine.prepare(module, torch.optim.AdamW([{"params": trained, "base_lr": 1e-3}], lr=1e-3))
+    losses = []
+    for _ in range(2):
+        x = torch.ones(2, width) * (engine.rank + 1)
+        losses.append(float(engine.sum(engine.forward_backward({"x": x}, count=torch.tensor(4.0), last=True))))
+        engine.update(1.0, broken=torch.tensor(False))
+    with engine.gathered():
+        total = float(sum(p.double().sum() for p in module.parameters()))
+    found = engine.gather([{"rank": engine.rank, "peak": peak, "losses": losses, "total": total}])
+    if engine.is_main:
+        Path(out).write_text(json.dumps(found))
+    engine.barrier()
+    engine.close()
+
+
 def copy_checkpoint(*, words: list[str], run: str, out: str) -> None:
     """Load a run's checkpoint and write it again, with no step between."""
     engine, stage, config = build(words)
-    stage.objective.to(engine.device)
+    engine.place(stage.objective)
     prepare(engine, stage, config)
     engine.load(Path(run) / "checkpoints" / "step-00000002")
     for file in engine.snapshot()[0]:
@@ -67,7 +120,8 @@ def drive(*, words: list[str], out: str, steps: list[dict[str, Any]], tower: boo
         tower: Whether the vision tower trains too.
     """
     engine, stage, config = build(words)
-    objective: Any = stage.objective.to(engine.device)
+    objective: Any = stage.objective
+    engine.place(objective)
     if tower:
         # What lies before the layer that is read; DDP refuses parameters that never take part.
         vision: Any = objective.model.model.vision_tower
