@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkit.distributed import zero
+from mmkit.distributed import skeleton, zero
 from mmkit.distributed.collectives import AllGather
 from mmkit.distributed.liveness import Liveness
 from mmkit.distributed.pieces import Saved, Share, changing_buffers, pack, unpack
 from mmkit.distributed.settings import deepspeed_settings
-from mmkit.distributed.skeleton import partition
 from mmkit.distributed.snapshot import HostCopies, StateFile, room_for, state_size
 from mmkit.errors import InputError
 
@@ -142,7 +141,7 @@ class Engine:
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap the finished objective for the chosen mode (a collective call)."""
         if self.cuts_up:
-            partition(module, self._settings, dtype=self.weight_dtype, device=self.device)
+            skeleton.partition(module, self._settings, dtype=self.weight_dtype, device=self.device)
         if self.uses_deepspeed or self.world_size > 1:
             with warnings.catch_warnings():
                 # torch has a new name for broadcast_buffers, which Accelerate does not know yet.
@@ -328,6 +327,18 @@ class Engine:
 
         with deepspeed.zero.GatheredParameters(parts):
             yield
+
+    @contextmanager
+    def whole_on_main(self) -> Iterator[None]:
+        """All weights whole on the main process inside the block, in host memory (a collective call); for saving the product.
+
+        Unlike :meth:`gathered` no device and no other process holds more than one whole parameter at a time.
+        """
+        parts = [p for p in self.module.parameters() if hasattr(p, "ds_id")]
+        kept = skeleton.collect(parts, keep=self.is_main)
+        yield
+        for parameter, piece in kept:
+            parameter.data = piece
 
     def gather(self, rows: list[Any]) -> list[Any]:
         """The rows of all processes, in order of rank."""

@@ -44,6 +44,30 @@ def partition(module: nn.Module, settings: dict[str, Any], *, dtype: torch.dtype
                 first.convert_to_zero_parameters([parameter])
 
 
+def collect(parameters: list[nn.Parameter], *, keep: bool) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Put partitioned parameters together in host memory, one after the other (a collective call).
+
+    Args:
+        parameters: The same on all processes.
+        keep: Whether this process gets them, in place of its pieces.
+
+    Returns:
+        Each parameter with what it held before, to be put back.
+    """
+    import deepspeed
+
+    found = []
+    for parameter in parameters:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole = parameter.detach().to("cpu", copy=True) if keep else None
+        if whole is not None:
+            found.append((parameter, parameter.data, whole))
+    # Only when no collective follows: DeepSpeed takes a parameter's data for its own.
+    for parameter, _, whole in found:
+        parameter.data = whole
+    return [(parameter, before) for parameter, before, _ in found]
+
+
 def _computing(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     """The type that a tensor is computed with."""
     # Counts and ids stay what they are.

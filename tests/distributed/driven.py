@@ -70,7 +70,7 @@ def _memory(field: str) -> int:
 
 
 def hand_out(*, settings: str, out: str, width: int, layers: int, empty: bool) -> None:
-    """Cut a tower up, on the meta device but for rank 0 where ``empty``, and take a step; notes peak memory, losses and the sum."""
+    """Cut a tower up (on rank 1 from the meta device, if ``empty``), train and put it together; notes memory, losses, the sum."""
     engine = Engine(precision="fp32", deepspeed=Path(settings), batch_size=4, micro_batch_size=2, clip=None)
     torch.manual_seed(0)
     with torch.device("meta" if empty and engine.skeleton else "cpu"):
@@ -88,9 +88,12 @@ def hand_out(*, settings: str, out: str, width: int, layers: int, empty: bool) -
         x = torch.ones(2, width) * (engine.rank + 1)
         losses.append(float(engine.sum(engine.forward_backward({"x": x}, count=torch.tensor(4.0), last=True))))
         engine.update(1.0, broken=torch.tensor(False))
+    with engine.whole_on_main():
+        total = float(sum(p.double().sum() for p in module.parameters())) if engine.is_main else None
+    # Pieces are back in place: all together are what the main process had.
     with engine.gathered():
-        total = float(sum(p.double().sum() for p in module.parameters()))
-    found = engine.gather([{"rank": engine.rank, "peak": peak, "losses": losses, "total": total}])
+        again = float(sum(p.double().sum() for p in module.parameters()))
+    found = engine.gather([{"rank": engine.rank, "peak": peak, "losses": losses, "total": total, "again": again}])
     if engine.is_main:
         Path(out).write_text(json.dumps(found))
     engine.barrier()
