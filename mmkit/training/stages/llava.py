@@ -104,6 +104,10 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     """
     # In what it computes with: DeepSpeed's bf16 would round fp32 weights anyway, at twice the memory of the host. Under ZeRO-3
     # only one process reads them.
+    if engine.cuts_up and recipe.lora.quantization is not None:
+        raise InputError(
+            "4-bit weights cannot be cut up by ZeRO-3", where="lora.quantization", mend="use train.deepspeed=zero2, or DDP"
+        )
     model, processor, meta, parents = open_model(recipe, dtype=engine.weight_dtype, empty=engine.skeleton)
     _set_up(model, recipe)
     tokenizer = processor.tokenizer
