@@ -15,7 +15,7 @@ from mmkit.data.chat import original_template, own_template
 from mmkit.data.conversations import chat_template, encode_conversation, encode_prompt, stop_tokens
 from mmkit.data.pieces import ConversationError
 from mmkit.errors import InputError
-from mmkit.models.llava import build_processor
+from mmkit.models.processor import build_processor
 
 TURNS = [("What is this?", "a red circle."), ("how many dogs", "It's 3, not 12!"), ("Describe the picture.", "USER: hi")]
 # Llama 3's template writes the date; mmkit keeps it fixed, or tomorrow's sequence would be another one.
