@@ -88,7 +88,7 @@ class OwnTemplate:
         self._check(literals, texts, _roles(len(turns), system=system is not None))
         at = 0 if system is None else 1
         waiting = [*self._split(literals[0]), *([] if system is None else [Segment("text", system), *self._split(literals[1])])]
-        out = []
+        out: list[RenderedTurn] = []
         for question, answer in turns:
             between, after = literals[at + 1], self._split(literals[at + 2])
             at += 2
