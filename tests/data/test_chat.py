@@ -228,6 +228,18 @@ def test_what_a_template_rewrites_is_left_out_by_name():
     assert encode([("q", "<think> alone")], made).num_supervised > 0
 
 
+def test_a_template_that_cannot_take_so_many_turns_leaves_the_conversation_out():
+    made = tokenizer("sp")
+    body = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    made.chat_template = body + "{% if messages | length > 4 %}{{ raise_exception('too long') }}{% endif %}"
+    assert encode(TURNS[:2], made).num_supervised > 0
+    with pytest.raises(ConversationError, match="cannot take 3 turns: it too long"):
+        encode(TURNS, made)
+    made.chat_template = body.replace("+ eos_token", "+ (eos_token if messages | length < 5 else ';')")
+    with pytest.raises(ConversationError, match="does not end answer 1"):
+        encode(TURNS, made)
+
+
 UNFIT = {
     "{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}": "cannot write plain texts",
     "{% for m in messages %}{{ m['content'] }}{% endfor %}": "no control token after an answer",
