@@ -81,7 +81,8 @@ class Planner:
                 where="--longest",
                 mend="give the length with image tokens",
             )
-        self.sizes = Sizes.of(self.subject.objective, persistent=self.sharding.persistent)
+        sizes = Sizes.of(self.subject.objective, persistent=self.sharding.persistent)
+        self.sizes = sizes.with_quantised(self.subject.quantised)
         self.states: States = states(self.sizes, self.sharding, machine.gpus)
         self._key = f"{_shape_keys(recipe)} {cast} {self.autocast} {encoder}"
 

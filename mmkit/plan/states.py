@@ -107,6 +107,17 @@ class Sizes:
             small=sum(p.numel() for p in module.parameters() if p.numel() < persistent),
         )
 
+    def with_quantised(self, elements: int) -> Sizes:
+        """The same with that many frozen elements as NF4, their scales quantised once more (arXiv 2305.14314, section 3).
+
+        4 bits an element, 8 for each 64 of them, 32 for each 64 x 256.
+        """
+        if not elements:
+            return self
+        width = self.frozen_bytes // self.frozen
+        packed = -(-elements // 2) + -(-elements // 64) + 4 * -(-elements // (64 * 256))
+        return dataclasses.replace(self, frozen_bytes=self.frozen_bytes - width * elements + packed)
+
     @property
     def total(self) -> int:
         """All elements."""

@@ -49,6 +49,7 @@ class Subject:
         longest: Tokens of the longest sequence; 0 where there are no sequences.
         supervised: Tokens of such a sequence that are learnt at most.
         given: Tokens of it that are none of the text: those of a picture.
+        quantised: Elements of frozen weights that are 4 bits wide in training.
     """
 
     objective: Objective
@@ -57,6 +58,7 @@ class Subject:
     longest: int = 0
     supervised: int = 0
     given: int = 0
+    quantised: int = 0
     mode: FakeTensorMode = dataclasses.field(default_factory=FakeTensorMode)
 
     def place(self, dtype: torch.dtype | None) -> None:
@@ -252,12 +254,17 @@ def _clipcap(recipe: ClipcapRecipe, stand_in: str | None) -> Subject:
 
 def _llava(recipe: LlavaRecipe, stand_in: str | None) -> Subject:
     """Tower, projector, language model, and what of them trains."""
-    from mmkit.models.adapters import freeze_for
     from mmkit.models.llava import llava_config
     from mmkit.models.projectors import num_image_tokens
     from mmkit.models.towers import vision_tower
-    from mmkit.training.stages.llava import LlavaObjective
+    from mmkit.training.stages.llava import LlavaObjective, set_up
 
+    if recipe.batching.max_tokens is not None:
+        raise InputError(
+            "packed batches have no fixed number of samples",
+            where="batching.kind",
+            mend="plan with batching.kind=grouped batching.max_tokens=null and train.micro_batch_size=max_tokens / mean length",
+        )
     made = _assembled(recipe)
     assert made.encoder is not None and made.llm is not None  # the recipe's schema sees to it
     encoder = named_encoder(made.encoder, stand_in)
@@ -276,11 +283,9 @@ def _llava(recipe: LlavaRecipe, stand_in: str | None) -> Subject:
         tie_word_embeddings=text.tie_word_embeddings,
     )
     model = kind(config)
-    lora = recipe.lora.model_dump(exclude={"projector_lr"}) if recipe.tune == "lora" else None
-    model = freeze_for(model, recipe.tune, lora=lora)
-    if recipe.grad_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+    # Its kernels need a GPU, and its weights are made 4 bits wide on one: counted from the plain model.
+    plain = recipe.model_copy(update={"liger": False, "lora": recipe.lora.model_copy(update={"quantization": None})})
+    set_up(model, plain)
     objective = LlavaObjective(model, mean=encoder.mean, std=encoder.std)
 
     def batch(rows: int, length: int) -> Batch:
@@ -298,7 +303,19 @@ def _llava(recipe: LlavaRecipe, stand_in: str | None) -> Subject:
         **_blocks(objective, "model.model.language_model", "language model"),
     }
     given = num_image_tokens(config)
-    return Subject(objective, batch, parts, longest=recipe.max_length, supervised=max(1, recipe.max_length - given), given=given)
+    quantised = 0
+    if recipe.lora.quantization is not None:
+        linear = (p.numel() for name, p in model.model.language_model.named_parameters() if name.endswith("base_layer.weight"))
+        quantised = sum(linear)
+    return Subject(
+        objective,
+        batch,
+        parts,
+        longest=recipe.max_length,
+        supervised=max(1, recipe.max_length - given),
+        given=given,
+        quantised=quantised,
+    )
 
 
 def _assembled(recipe: LlavaRecipe) -> LlavaRecipe:

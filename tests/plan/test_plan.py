@@ -76,6 +76,28 @@ def test_llava_modes_train_what_they_say() -> None:
     assert narrow.memory.total < shorter.memory.total and narrow.lengths.mean == 60
 
 
+def test_llava_trains_its_encoder_too_and_quantises_the_rest() -> None:
+    tiny = "llm.config={model_type: llama, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4}"
+    base = [tiny, "train.batch_size=8", "train.epochs=null", "train.steps=10", "max_length=100", "encoder=demo-superclass"]
+    frozen, trained = (plan("demo-llava-align", *base, f"train_encoder={on}", gpus=2) for on in ("false", "true"))
+    # All of the tower but what feature layer -2 does not reach: the last block and the final norm.
+    block = 12 * 128 * 128 + 13 * 128
+    tower = trained.trainable - frozen.trainable
+    assert tower == 3 * 16 * 16 * 128 + 128 + 16 * 128 + 3 * block
+    assert trained.memory.activations["tower: MLP"] > 0 and trained.work.model_flops > frozen.work.model_flops
+    lora = [*base, "tune=lora", "lora.r=4"]
+    plain, dora, narrow = (
+        plan("demo-llava-align", *lora, f"lora.{more}", gpus=2) for more in ("dora=false", "dora=true", "quantization=nf4")
+    )
+    # DoRA: a length for each output of each linear layer.
+    assert dora.trainable - plain.trainable == 2 * (4 * 64 + 2 * 96 + 64)
+    linear = 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    saved = plain.memory.states["frozen weights"] - narrow.memory.states["frozen weights"]
+    assert saved == 4 * linear - (linear // 2 + linear // 64 + 4 * -(-linear // (64 * 256)))
+    with pytest.raises(InputError, match=r"batching\.kind=grouped"):
+        plan("demo-llava-align", *base, "batching.kind=packed", "batching.max_tokens=400", gpus=2)
+
+
 def test_llava_counts_the_tokens_and_weights_of_its_projector_and_picture_size() -> None:
     tiny = "llm.config={model_type: llama, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4}"
     base = [tiny, "train.batch_size=8", "train.epochs=null", "train.steps=10", "max_length=400", "encoder=demo-superclass"]

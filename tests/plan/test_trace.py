@@ -147,7 +147,7 @@ def test_operations_are_those_that_torch_counts(case: str) -> None:
     causal = case == "clip"  # the text tower's mask is a tensor there, so nothing is left out
     assert sum(found.forward.values()) == pytest.approx(forward, rel=0.02 if causal else 0.01)
     # Fused attention computes its scores again in backward: five products to the four of the plain way.
-    assert found.backward == pytest.approx(counter.get_total_flops() - forward, rel=0.06)
+    assert found.backward == pytest.approx(counter.get_total_flops() - forward, rel=0.08)
 
 
 def test_bf16_weights_are_copied_under_autocast_and_not_under_deepspeed() -> None:

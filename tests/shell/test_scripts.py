@@ -268,7 +268,7 @@ def test_the_real_pipeline_goes_the_whole_way(calls, tmp_path: Path) -> None:
     assert seen == [
         *("train superclass-vit-l16", "probe probe-imagenet"),
         *(PIPELINE + SCORES),
-        *("eval coco-captions", *SCORES, "report"),
+        *("eval vqa-textvqa", *SCORES, "report"),
     ]
     starts = [call[0] for call in found if "train" in call]
     assert starts == ["torchrun", "python", "deepspeed", "deepspeed"]
@@ -320,7 +320,7 @@ def test_cpu_pipeline_is_the_demo_in_shell(calls) -> None:
     encoder = ["probe demo-probe", "train demo-clipcap", "train demo-llava-align", "train demo-llava-finetune"]
     scores = ["eval demo-eval-captioner", "eval demo-eval-mllm"]
     # And the aligned model, which can only describe.
-    system = ["train demo-superclass", *encoder, *scores, "eval demo-eval-captioner"]
+    system = ["train demo-superclass", *encoder, *scores, "eval demo-eval-mllm"]
     assert seen == ["data", *system * 2, *scores, "report"]
     trained = [w for c in found for w in c if w.startswith("run=")]
     assert len(trained) == len(set(trained))

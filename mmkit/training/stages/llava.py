@@ -109,7 +109,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
             "4-bit weights cannot be cut up by ZeRO-3", where="lora.quantization", mend="use train.deepspeed=zero2, or DDP"
         )
     model, processor, meta, parents = open_model(recipe, dtype=engine.weight_dtype, empty=engine.skeleton)
-    _set_up(model, recipe)
+    set_up(model, recipe)
     tokenizer = processor.tokenizer
     meta = {**meta, "tuned": tuned_parts(model, meta)}
 
@@ -199,7 +199,7 @@ def _use(measured: Measured, samples: ConversationSamples, layout: Layout, left_
     return Lengths(measured.lengths.tokens[kept], measured.lengths.text_only[kept]), layout.keep(kept)
 
 
-def _set_up(model: Any, recipe: LlavaRecipe) -> None:
+def set_up(model: Any, recipe: LlavaRecipe) -> None:
     """What of a model trains, and how it computes, in place."""
     lora = recipe.lora.model_dump() if recipe.tune == "lora" else None
     freeze_for(model, recipe.tune, lora=lora, train_encoder=recipe.train_encoder, seed=recipe.seed)
