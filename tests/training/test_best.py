@@ -191,10 +191,10 @@ def test_validation_loss_needs_no_monitor(tmp_path):
 
 def test_space_for_the_best_checkpoint_is_asked_for(tmp_path, monkeypatch):
     made = stage(VALUES).objective
-    each = checkpoint_size(made, deepspeed=False, precision="fp32")
+    each = checkpoint_size(made)
     told = []
     for stopping in (None, {"metric": "x", "mode": "max"}):
-        more = {"checkpoint_every": 1, "keep_checkpoints": 2, "early_stopping": stopping}
+        more = {"checkpoint_every": None if stopping else 1, "keep_checkpoints": 2, "early_stopping": stopping}
         config = TrainConfig(batch_size=4, steps=20, lr=0.1, precision="fp32", **more)
         need = (4 if stopping else 3) * each + 4
         for free in (need - 1, need):

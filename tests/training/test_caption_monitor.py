@@ -233,6 +233,14 @@ def test_one_picture_has_no_cider(tmp_path, capsys):
     assert "data.val: captions are scored on two pictures or more" in capsys.readouterr().err
 
 
+def test_captions_longer_than_the_language_model_are_refused_at_the_start(tmp_path, capsys):
+    assert pipeline.mmkit(*pipeline.clipcap(tmp_path / "run", "generation.max_new_tokens=93")) == 2
+    assert "93 new tokens are more than the 92 positions that the prefix leaves" in capsys.readouterr().err
+    assert pipeline.mmkit(*pipeline.clipcap(tmp_path / "run", "max_length=93")) == 2
+    assert "prefix_length 4 and max_length 93 are more than its 96 positions" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("end", ["period", "none"])
 def test_captions_without_an_end_token(tmp_path, end):
     run = tmp_path / "run"

@@ -25,7 +25,7 @@ from mmkit.encoders.save import load_encoder, save_encoder
 from mmkit.encoders.vit import VisionEncoder
 from mmkit.errors import InputError
 from mmkit.files import hash_text, new_folder
-from mmkit.models.captioning import caption_ids, end_token
+from mmkit.models.captioning import caption_ids, end_token, stop_tokens
 from mmkit.models.clipcap import ClipCap, check_fit, save_captioner
 from mmkit.models.clipcap import build_clipcap as build_captioner
 from mmkit.models.llm import build_llm, load_tokenizer
@@ -168,6 +168,9 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
     check_fit(model, tokenizer, recipe.max_length)
     # The end that it learns, and not what the language model's own settings say: a chat model's may be another.
     model.lm.generation_config.eos_token_id = end_token(tokenizer, recipe.caption_end)
+    # The captioner is saved with these settings: what they lack must not be found at the first look, or by who opens it.
+    model.check_room(recipe.generation)
+    stop_tokens(model, tokenizer, recipe.generation)
     monitors: list[Monitor] = []
     if recipe.monitor.every is not None:
         assert validation is not None, "the recipe's check holds data.val and monitor.every together"
