@@ -348,17 +348,46 @@ def _embed(model: VisionLanguageModel, input_ids: Tensor, pixel_values: Tensor |
     # A frozen tower may be bfloat16 under a float32 model.
     tower_dtype = model.model.vision_tower.dtype
     blank = pixel_values is None or len(pixel_values) == 0
-    if pixel_values is None or blank:
+    if pixel_values is not None and blank and pixel_values.dim() == 3:
+        pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+    elif pixel_values is None or blank:
         size = image_size(model.config.vision_config)
         # One blank picture, not one a row as LLaVA does: the gradient is zero either way, the tower's work is not.
         pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
-    found = model.get_image_features(pixel_values.to(tower_dtype), return_dict=True).pooler_output
-    features = torch.cat(tuple(found)).to(embeds.dtype)
+    if pixel_values.dim() == 4:
+        found = model.get_image_features(pixel_values.to(tower_dtype), return_dict=True).pooler_output
+        features = torch.cat(tuple(found)).to(embeds.dtype)
+    else:
+        features = model.model.multi_modal_projector(pixel_values.to(embeds.dtype)).flatten(0, -2)
     if blank:
         # Zero times and not detached: the graph must reach the projector. One number is enough for that.
         return embeds + 0.0 * features.mean()
     places = model.model.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
     return embeds.masked_scatter(places, features)
+
+
+class _Reached(Exception):
+    """The projector was reached, with these features."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+
+def tower_features(model: VisionLanguageModel, pixel_values: Tensor) -> Tensor:
+    """What the projector is given for pictures, whichever class computes it: f[I, 3, S, S] -> f[I, N, D]."""
+
+    def leave(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        raise _Reached(arguments[0])
+
+    # The classes differ in which states they take and which tokens they drop; what arrives here is the same in all.
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(leave)
+    try:
+        model.get_image_features(pixel_values, return_dict=True)
+    except _Reached as reached:
+        return reached.features
+    finally:
+        hook.remove()
+    raise AssertionError("the projector was not called")
 
 
 def llava_loss_sum(
@@ -380,7 +409,8 @@ def llava_loss_sum(
         input_ids: i64[B, T], image tokens expanded.
         attention_mask: i64[B, T], 1 for true tokens; None with ``cu_seqlens``.
         labels: i64[B, T], aligned with ``input_ids`` (not shifted); -100 where nothing is learnt.
-        pixel_values: f[I, 3, S, S], the pictures of the rows that have one, in order; None or I = 0 for text only.
+        pixel_values: f[I, 3, S, S], the pictures of the rows that have one, in order; None or I = 0 for text only. Or f[I, N, D],
+            what the tower gave for them before (`tower_features`); then it does not run.
         cu_seqlens: i32[D + 1], the documents of one packed row (B = 1); the model must `allow_packing`. The first label of each
             must be -100: nothing of the document before predicts it.
         max_seqlen: Tokens of the longest document.

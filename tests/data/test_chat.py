@@ -120,6 +120,10 @@ def test_the_processors_template_gives_the_ids_of_the_prompt(shape, kind, tmp_pa
                 ids = opened(text=text, images=[picture] * images or None).input_ids[0]
                 expected = encode_prompt(question, made, "chat", system=system, **how(made, images))
                 assert list(ids) == expected, (content, system)
+    shown = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]}]
+    batch = opened.apply_chat_template(shown, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert list(batch["input_ids"][0]) == encode_prompt("What is this?", made, "chat", **how(made, 1))
+    assert len(batch["pixel_values"]) == 1
     whole = [*rows, {"role": "assistant", "content": "a dog"}]
     rows = opened.tokenizer(opened.apply_chat_template(whole)).input_ids
     assert rows == encode([("What is this?", "a dog")], made, system="Be brief.").input_ids
@@ -169,6 +173,12 @@ def test_whatever_the_texts_spell_only_the_template_writes_control_tokens(case, 
         else:
             assert "cannot keep" in error.reason
         return
+    # Qwen3's template writes an empty thought in front of the last answer only, so with more turns the first one opens otherwise.
+    if len(turns) == 1 or case[0] != "qwen3":
+        asked = encode_prompt(turns[0][0], made, "chat", **how(made, int(pictured)))
+        assert out.input_ids[: len(asked)] == asked
+        assert out.labels[: len(asked)] == [-100] * len(asked)
+        assert out.labels[len(asked)] != -100
     blank = encode([("<image>\nq" if pictured and i == 0 else "q", "a") for i in range(len(turns))], made, images=int(pictured))
     special = {t for t, token in made.added_tokens_decoder.items() if token.special} | {
         made.convert_tokens_to_ids(t) for t in own_template(made).added
@@ -232,6 +242,17 @@ UNFIT = {
         "plain texts"
     ),
 }
+
+
+def test_a_question_that_a_template_rewrites_cannot_be_asked():
+    made = tokenizer("sp")
+    made.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'].replace('!', '.') + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    assert encode_prompt("What?", made, "chat", **how(made))
+    with pytest.raises(InputError, match=r"'Look!': cannot be asked: the chat template rewrites the user text"):
+        encode_prompt("Look!", made, "chat", **how(made))
 
 
 @pytest.mark.parametrize("template", UNFIT)
