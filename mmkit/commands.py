@@ -144,7 +144,7 @@ def _train_on(engine: Engine, recipe: Any, run: Run, config: TrainConfig, *, res
             engine.close()
             raise
         # Every process enters, since gathering is a collective; one writes.
-        with engine.gathered():
+        with engine.whole_on_main():
             engine.on_main(lambda: stage.save_product(run.model))
         # Between two barriers: not before the product is there, and no process goes on before the run counts as done.
         run.finish("done")
