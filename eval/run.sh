@@ -11,7 +11,7 @@ set -euo pipefail
 
 export DATA=${DATA:-data} RUNS=${RUNS:-runs}
 CAPTIONER=${CAPTIONER:-$RUNS/models-superclass-vit-l16/clipcap}
-MLLM=${MLLM:-$RUNS/models-superclass-vit-l16/llava-finetune}
+MLLM=${MLLM:-$RUNS/models-superclass-vit-l16/llava-7b-finetune}
 OUT=${OUT:-$RUNS/report}
 
 captions=$RUNS/eval-coco-captions-$(basename "$CAPTIONER")

@@ -29,7 +29,6 @@ RIVALS = {"CLIP": "clip"}
 CLIP = ("stage=clip", "text.context_length=40")
 NO_VALIDATION = ("data.val=null", "train.val_every=null")
 BLIND = "blind (pictures shuffled)"
-ALIGNED = "SuperClass, align only"
 
 
 def run_demo(out: Path, *, clip: bool = False, restart: bool = False) -> Path:
@@ -85,13 +84,13 @@ def run_demo(out: Path, *, clip: bool = False, restart: bool = False) -> Path:
         stage("demo-llava-finetune", f"run={base}/llava-finetune", f"model={base}/llava-align", named)
         measure("demo-eval-captioner", f"run={base}/eval-captioner", f"model={base}/clipcap", named)
         measure("demo-eval-mllm", f"run={base}/eval-mllm", f"model={base}/llava-finetune", named)
+        # What the second stage adds: after the first alone the model captions whatever it is asked.
+        measure("demo-eval-mllm", f"run={base}/eval-align", f"model={base}/llava-align", f"{named}, align only")
     # The blind rows are SuperClass's own models with other pictures: what is left is what language alone can do.
     seeing = out / SYSTEMS["SuperClass"]
     for recipe, name, model in (("captioner", "eval-captioner", "clipcap"), ("mllm", "eval-mllm", "llava-finetune")):
         run = f"run={out}/blind/{name}"
         measure(f"demo-eval-{recipe}", run, f"model={seeing}/{model}", f"system={BLIND}", "blind=true")
-    # What the second stage adds: after the first alone the model captions whatever it is asked.
-    measure("demo-eval-mllm", f"run={out}/aligned/eval-mllm", f"model={seeing}/llava-align", f"system={ALIGNED}")
 
     # Only now: the report's drawing and template libraries are no matter of the stages.
     from mmkit.eval.report import build_report

@@ -98,14 +98,14 @@ one_encoder() {
   if wanted finetune; then
     # From the aligned model, not from encoder and LLM: the second stage goes on with the first one's projector.
     mapfile -t more < <(words FINETUNE_ARGS)
-    by "$LAUNCHER" train "$FINETUNE" "run=$base/llava-finetune" "model=$base/llava-align" "$label" "${overrides[@]}" "${more[@]}"
+    by "$LAUNCHER" train "$FINETUNE" "run=$base/$TUNED" "model=$base/llava-align" "$label" "${overrides[@]}" "${more[@]}"
   fi
   if wanted eval; then
     scores "$base" "$base" "$3"
-    # The aligned model has learnt captions alone, so that is what it is asked for.
-    step mmkit eval "$EVAL_CAPTIONS" "run=$base/eval-align" "model=$base/llava-align" "system=$3, align only"
+    # What the second stage adds: after the first alone the model captions whatever it is asked.
+    step mmkit eval "$EVAL_ANSWERS" "run=$base/eval-align" "model=$base/llava-align" "system=$3, align only"
   fi
-  runs+=("$base/eval-captioner" "$base/eval-mllm" "$base/eval-align")
+  runs+=("$base/eval-captioner" "$base/$ANSWERED" "$base/eval-align")
 }
 
 # scores TO FROM LABEL [key=value ...]: captioner and MLLM of $FROM, scored into $TO.
@@ -113,14 +113,14 @@ scores() {
   local more
   mapfile -t more < <(words EVAL_ARGS)
   step mmkit eval "$EVAL_CAPTIONS" "run=$1/eval-captioner" "model=$2/clipcap" "system=$3" "${@:4}"
-  step mmkit eval "$EVAL_ANSWERS" "run=$1/eval-mllm" "model=$2/llava-finetune" "system=$3" "${@:4}" "${more[@]}"
+  step mmkit eval "$EVAL_ANSWERS" "run=$1/$ANSWERED" "model=$2/$TUNED" "system=$3" "${@:4}" "${more[@]}"
 }
 
 # blind BASE: the trained models, shown another sample's picture; what is left is what language alone can do.
 blind() {
   if wanted eval && [ "$BLIND" = 1 ]; then
     scores "$2" "$1" "blind (pictures shuffled)" blind=true
-    runs+=("$2/eval-captioner" "$2/eval-mllm")
+    runs+=("$2/eval-captioner" "$2/$ANSWERED")
   fi
 }
 
@@ -129,6 +129,9 @@ real() {
   PRETRAIN=${PRETRAIN:-superclass-vit-l16} CLIPCAP=${CLIPCAP:-clipcap-superclass}
   ALIGN=${ALIGN:-llava-7b-align} FINETUNE=${FINETUNE:-llava-7b-finetune} LAUNCHER=${LAUNCHER:-deepspeed}
   EVAL_CAPTIONS=coco-captions EVAL_ANSWERS=vqa-textvqa PROBE=probe-imagenet BLIND=${BLIND:-0}
+  # By recipe, so that a fine-tuned model and one by LoRA go on from the same alignment, side by side.
+  TUNED=$(basename "$FINETUNE" .yaml)
+  ANSWERED=eval-$TUNED
   # Not the recipe's own name: that is where encoders/pretrain.sh puts its run.
   NAME=${NAME:-pipeline-$(basename "$PRETRAIN" .yaml)}
   SYSTEM=${SYSTEM:-$(basename "${ENCODER:-$PRETRAIN}" .yaml)}
@@ -157,6 +160,7 @@ demo() {
   export MMKIT_DEMO=${MMKIT_DEMO:-runs/demo} NGPU=${NGPU:-1} VALIDATE=${VALIDATE:-0}
   CLIPCAP=demo-clipcap ALIGN=demo-llava-align FINETUNE=demo-llava-finetune LAUNCHER=${LAUNCHER:-torchrun}
   EVAL_CAPTIONS=demo-eval-captioner EVAL_ANSWERS=demo-eval-mllm PROBE=demo-probe BLIND=${BLIND:-1}
+  TUNED=llava-finetune ANSWERED=eval-mllm
   local world folder label
   llm=()
   read -r -a world <<<"${WORLD:-}"
@@ -187,7 +191,11 @@ report() {
   fi
 }
 
-case "$SCALE" in
-  real | demo) "$SCALE" ;;
-  *) echo "pipeline.sh: SCALE=$SCALE: use real or demo" >&2 && exit 2 ;;
-esac
+# In braces, so that bash has read all of it: the file may be edited while this runs for days.
+{
+  case "$SCALE" in
+    real | demo) "$SCALE" ;;
+    *) echo "pipeline.sh: SCALE=$SCALE: use real or demo" >&2 && exit 2 ;;
+  esac
+  exit 0
+}

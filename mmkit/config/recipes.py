@@ -178,6 +178,9 @@ class LlavaRecipe(RunRecipe):
     # LLaVA's limit; it too counts after expansion.
     max_length: int = Field(2048, ge=8, description="tokens after image expansion")
     grad_checkpointing: bool = False
+    cache_features: bool = Field(
+        False, description="keep what the frozen encoder gives for each picture on disk, beside the run, instead of running it"
+    )
     liger: bool = Field(False, description="liger-kernel's norm, rotary, feed-forward and loss kernels; needs a GPU")
     batching: BatchingConfig = BatchingConfig()
     data: DataConfig
@@ -189,6 +192,8 @@ class LlavaRecipe(RunRecipe):
         # Keys without effect: whoever sets them expects one.
         if self.encoder_lr is not None and not self.train_encoder:
             raise ValueError("encoder_lr belongs to train_encoder=true")
+        if self.cache_features and self.train_encoder:
+            raise ValueError("cache_features keeps the features of a frozen encoder: drop it, or train_encoder")
         if self.tune != "lora" and self.lora != LoraSettings():
             raise ValueError(f"lora settings belong to tune=lora, not to {self.tune}")
         return self

@@ -178,16 +178,30 @@ def encode_prompt(
         The ids, unpadded.
 
     Raises:
-        ConversationError: Some markers, but not one for each picture; or a text that the template rewrites.
-        InputError: The template does not fit the tokenizer.
+        InputError: Some markers, but not one for each picture; a text that the template rewrites; or a template that does not fit
+            the tokenizer.
     """
     if num_images and IMAGE_MARKER not in question:
         question = f"{IMAGE_MARKER}\n" * num_images + question
-    _check_markers([(question, "")], num_images)
     chosen = find_template(template, tokenizer)
-    images, system = num_images > 0, (system or "").strip() or None
-    question = place_pictures(question, images=images)
-    image = [image_token_id] * tokens_per_image
+    try:
+        _check_markers([(question, "")], num_images)
+        return _encode_prompt(chosen, question, tokenizer, num_images > 0, [image_token_id] * tokens_per_image, system)
+    # Here it is no sample of many that could be replaced, but what somebody asked.
+    except ConversationError as error:
+        what = f"cannot be asked: {error.reason}"
+        raise InputError(what, where=repr(question[:80]), mend="write the question otherwise") from None
+
+
+def _encode_prompt(
+    chosen: Template | OwnTemplate,
+    question: str,
+    tokenizer: PreTrainedTokenizerBase,
+    images: bool,
+    image: list[int],
+    system: str | None,
+) -> list[int]:
+    question, system = place_pictures(question, images=images), (system or "").strip() or None
     if isinstance(chosen, OwnTemplate):
         encoder = piece_encoder(tokenizer, chosen.added)
         return encoder.segments(chosen.prompt(question, images=images, system=system), before="start", image=image)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import Picture
@@ -108,8 +109,8 @@ class ConversationSet(Protocol):
         """One of them. Raises SampleError: it cannot be used."""
         ...
 
-    def take(self, limit: int | None) -> ConversationSet:
-        """The first ``limit`` of them; None: all."""
+    def piece(self, first: int, last: int) -> ConversationSet:
+        """Those from ``first`` to ``last - 1``, as far as there are any; it pickles without the rest."""
         ...
 
     def name(self, index: int) -> str:
@@ -124,7 +125,7 @@ class PackedConversations:
     workers would copy them page by page, since looking at an object writes its reference count.
     """
 
-    def __init__(self, rows: bytes | bytearray, ends: np.ndarray[Any, np.dtype[np.int64]], root: Path) -> None:
+    def __init__(self, rows: bytes | bytearray | memoryview, ends: NDArray[np.int64], root: Path) -> None:
         """Take JSON rows ``[id, pictures, turns, system]``, where they end, and the folder of the pictures."""
         self._rows, self._ends, self._root = rows, ends, root
 
@@ -140,9 +141,15 @@ class PackedConversations:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def take(self, limit: int | None) -> PackedConversations:
-        """The first of them; the rows stay where they are."""
-        return PackedConversations(self._rows, self._ends[:limit], self._root)
+    def piece(self, first: int, last: int) -> PackedConversations:
+        """Some of them; the rows stay where they are until the piece is pickled."""
+        ends = self._ends[first:last]
+        begin = int(self._ends[first - 1]) if first and len(ends) else 0
+        end = int(ends[-1]) if len(ends) else begin
+        return PackedConversations(memoryview(self._rows)[begin:end], ends - begin, self._root)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedConversations, (bytes(self._rows), self._ends, self._root)
 
     def name(self, index: int) -> str:
         """Its id."""
@@ -152,7 +159,7 @@ class PackedConversations:
         # range has the rules for negative and wrong numbers, which end a plain loop over this.
         index = range(len(self))[index]
         begin = int(self._ends[index - 1]) if index else 0
-        key, names, turns, system = json.loads(self._rows[begin : int(self._ends[index])])
+        key, names, turns, system = json.loads(bytes(self._rows[begin : int(self._ends[index])]))
         pictures = tuple(ImageRef(str(self._root / name)) for name in names)
         return Conversation(key, pictures, [(question, answer) for question, answer in turns], system)
 
@@ -179,6 +186,15 @@ class JoinedConversations:
     def __getitem__(self, index: int) -> Conversation:
         part, _, row = self._locate(index)
         return part[row]
+
+    def piece(self, first: int, last: int) -> JoinedConversations:
+        """Those from ``first`` to ``last - 1``."""
+        starts = [0, *self._ends[:-1]]
+        parts = []
+        for (part, source), start in zip(self.parts, starts, strict=True):
+            begin, end = max(0, first - start), min(len(part), last - start)
+            parts += [(part.piece(begin, end), source)] if begin < end else []
+        return JoinedConversations(parts)
 
     def describe(self, index: int) -> tuple[str, str]:
         """Source and name of a conversation."""

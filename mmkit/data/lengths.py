@@ -6,9 +6,9 @@ import json
 import logging
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 
@@ -26,8 +26,20 @@ _PIECE = 1000
 _FEW = 4 * _PIECE
 
 
+class Cuttable(Protocol):
+    """What can be cut into pieces for other processes: a `ConversationSet`, or several joined."""
+
+    def __len__(self) -> int:
+        """How many conversations."""
+        ...
+
+    def piece(self, first: int, last: int, /) -> Readable:
+        """Those from ``first`` to ``last - 1``."""
+        ...
+
+
 class Readable(Protocol):
-    """Conversations by number: a list, a `ConversationSet`, several of them joined."""
+    """Conversations by number."""
 
     def __len__(self) -> int:
         """How many."""
@@ -36,6 +48,27 @@ class Readable(Protocol):
     def __getitem__(self, index: int, /) -> Conversation:
         """One of them. Raises SampleError: it cannot be used."""
         ...
+
+
+class _Pieces(Sequence[Readable]):
+    """The conversations in pieces of work, each cut when its turn comes: all of them may be half a gigabyte."""
+
+    def __init__(self, items: Cuttable) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return -(-len(self._items) // _PIECE)
+
+    @overload
+    def __getitem__(self, number: int) -> Readable: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Readable]: ...
+    def __getitem__(self, number: int | slice) -> Readable | Sequence[Readable]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self._items.piece(number * _PIECE, min((number + 1) * _PIECE, len(self._items)))
 
 
 Encode = Callable[[Conversation], EncodedConversation]
@@ -59,7 +92,7 @@ class Measured(NamedTuple):
 
 
 def conversation_lengths(
-    items: Readable,
+    items: Cuttable,
     encode: Encode,
     *,
     workers: int | None = None,
@@ -70,7 +103,7 @@ def conversation_lengths(
 
     Args:
         items: Conversations; reading one may raise SampleError.
-        encode: Of the training samples, such as a `ConversationEncoder`; both go to other processes and must pickle.
+        encode: Of the training samples, such as a `ConversationEncoder`; it goes to other processes, as pieces of ``items`` do.
         workers: Processes; None: one for each core. The result does not depend on it.
         cache: Folder in which the result is kept; None: it is not.
         fingerprint: Hashes of all that the result depends on: data files, and the encoder's own.
@@ -87,8 +120,7 @@ def conversation_lengths(
     path = None if cache is None else cache / "lengths" / f"{hash_text(*fingerprint, str(len(items)))}.npz"
     if path is not None and (found := _read(path, len(items))) is not None:
         return found
-    pieces = [range(first, min(first + _PIECE, len(items))) for first in range(0, len(items), _PIECE)]
-    measured = _join(list(map_in_order(_measure, (items, encode), pieces, 1 if len(items) <= _FEW else workers)))
+    measured = _join(list(map_in_order(_measure, encode, _Pieces(items), 1 if len(items) <= _FEW else workers)))
     if path is not None:
         _write(path, measured)
     return measured
@@ -104,9 +136,8 @@ class _Row(NamedTuple):
     reason: str | None = None
 
 
-def _measure(shared: tuple[Readable, Encode], numbers: range) -> list[_Row]:
-    items, encode = shared
-    return [_measure_one(items, encode, number) for number in numbers]
+def _measure(encode: Encode, items: Readable) -> list[_Row]:
+    return [_measure_one(items, encode, number) for number in range(len(items))]
 
 
 def _measure_one(items: Readable, encode: Encode, number: int) -> _Row:

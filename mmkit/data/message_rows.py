@@ -62,6 +62,7 @@ class RowConversations:
             InputError: No column of messages.
         """
         self.location, self.rows, self.spelling, self.root, self.roots = location, rows, spelling, root, roots
+        self._first = 0
         names = rows.column_names
         text = next((name for name in _TEXTS[spelling] if name in names), None)
         if text is None:
@@ -75,15 +76,18 @@ class RowConversations:
     def __len__(self) -> int:
         return len(self._texts)
 
-    def take(self, limit: int | None) -> RowConversations:
-        """The first ``limit`` of them."""
-        if limit is None or limit >= len(self):
+    def piece(self, first: int, last: int) -> RowConversations:
+        """Some of them; they keep the numbers of their rows."""
+        if (first, last) == (0, len(self)):
             return self
-        return RowConversations(self.location, self.rows.select(range(limit)), self.spelling, self.root, self.roots)
+        some = self.rows.select(range(first, min(last, len(self))))
+        found = RowConversations(self.location, some, self.spelling, self.root, self.roots)
+        found._first = self._first + first
+        return found
 
     def name(self, index: int) -> str:
         """Number of the row."""
-        return f"row {index}"
+        return f"row {self._first + index}"
 
     def __getitem__(self, index: int) -> Conversation:
         index = range(len(self))[index]

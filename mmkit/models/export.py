@@ -64,6 +64,8 @@ def export_llava(source: str, out: Path) -> Path:
         log.warning("%s: opens in transformers; vLLM's LLaVA takes SigLIP's and CLIP's layouts only, not %s", out, names)
     with new_folder(out) as folder:
         save_mllm(model, processor, folder, meta=None)
+        # Two of them at once would be 54 GB at 7B in fp32.
+        del model
         _check(folder, inputs, before)
     log.info("%s: written and checked", out)
     return out

@@ -7,7 +7,6 @@ performance.md 6.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, SiglipImageProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mmkit.data.chat import leave_start_to_template
-from mmkit.data.conversations import chat_template
 from mmkit.data.pieces import IMAGE_MARKER
-from mmkit.data.templates import OWN, Template
 from mmkit.errors import InputError
 from mmkit.models.adapters import has_lora
 from mmkit.models.generation import choose_padding, settle_generation
@@ -37,7 +33,6 @@ from mmkit.models.projectors import (
     new_projector,
     num_image_tokens,
     projector_settings,
-    token_size,
 )
 from mmkit.models.timm_tower import check_wrapped
 from mmkit.models.towers import prefix_tokens
@@ -95,30 +90,86 @@ def _grow_embeddings(llm: PreTrainedModel, rows: int) -> None:
             layer.weight[old:] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
 
 
-def _check_choices(vision: PreTrainedModel, feature_layer: int, feature_select: str, projector: str, pixel_shuffle: int) -> None:
+def check_choices(vision: Any, *, feature_layer: int, feature_select: str | None, projector: str, pixel_shuffle: int) -> str:
     """Refuse what the tower or transformers' classes cannot do.
+
+    Args:
+        vision: Config of the vision tower.
+        feature_layer: This and the rest are as `build_llava` takes them.
+        feature_select: See there.
+        projector: See there.
+        pixel_shuffle: See there.
+
+    Returns:
+        The feature selection: "default" where a class token is there to be dropped, if none was asked for.
 
     Raises:
         InputError: With the choice and what to use instead.
     """
-    check_projector(projector, pixel_shuffle, vision.config)
-    if feature_select not in ("full", "default"):
-        raise InputError(f"unknown feature_select {feature_select!r}", mend="use full or default")
-    has_class_token = prefix_tokens(vision.config) > 0
+    check_projector(projector, pixel_shuffle, vision)
+    has_class_token = prefix_tokens(vision) > 0
+    select = feature_select or ("default" if has_class_token else "full")
+    if select not in ("full", "default"):
+        raise InputError(f"unknown feature_select {select!r}", mend="use full or default")
     # It would silently lose the first patch.
-    if feature_select == "default" and not has_class_token:
+    if select == "default" and not has_class_token:
         raise InputError(
-            f"feature_select default drops the first token, but {type(vision).__name__} has no class token",
+            f"feature_select default drops the first token, but a {vision.model_type} has no class token",
             mend="use feature_select: full",
         )
-    if feature_select == "full" and has_class_token and projector == "pixel_shuffle":
+    if select == "full" and has_class_token and projector == "pixel_shuffle":
         raise InputError("a class token has no place in the grid that is shuffled", mend="use feature_select: default")
-    layers = vision.config.num_hidden_layers
+    layers = vision.num_hidden_layers
     # One more hidden state than blocks: the first is the embeddings.
     if not -layers - 1 <= feature_layer <= layers:
         raise InputError(f"feature_layer {feature_layer} of a tower with {layers} blocks", mend="use -2")
-    if vision.config.model_type == "timm_wrapper":
+    if vision.model_type == "timm_wrapper":
         check_wrapped(projector, feature_layer)
+    return select
+
+
+def llava_config(
+    vision: Any,
+    text: Any,
+    *,
+    feature_layer: int,
+    feature_select: str | None,
+    projector: str,
+    pixel_shuffle: int,
+    **more: Any,
+) -> tuple[type[Any], Any]:
+    """Class and config of the model that `build_llava` makes; also for a plan, which has no weights.
+
+    Args:
+        vision: Config of a vision tower.
+        text: Config of a language model.
+        feature_layer: This and the next three are as `build_llava` takes them.
+        feature_select: See there.
+        projector: See there.
+        pixel_shuffle: See there.
+        more: Further fields of the config, such as ``image_token_id`` and ``tie_word_embeddings``.
+
+    Raises:
+        InputError: For choices that cannot be combined.
+    """
+    select = check_choices(
+        vision,
+        feature_layer=feature_layer,
+        feature_select=feature_select,
+        projector=projector,
+        pixel_shuffle=pixel_shuffle,
+    )
+    kind, config_kind = model_class(projector, vision)
+    config = config_kind(
+        vision_config=vision,
+        text_config=text,
+        vision_feature_select_strategy=select,
+        vision_feature_layer=feature_layer,
+        **projector_settings(projector, pixel_shuffle, text.hidden_size),
+        **more,
+    )
+    config.image_seq_length = num_image_tokens(config)
+    return kind, config
 
 
 def build_llava(
@@ -153,32 +204,36 @@ def build_llava(
     Raises:
         InputError: For a part or a choice that cannot be combined.
     """
-    if feature_select is None:
-        feature_select = "default" if prefix_tokens(vision.config) else "full"
-    _check_choices(vision, feature_layer, feature_select, projector, pixel_shuffle)
     _check_llm(llm)
+    # Before anything is changed: a refused model leaves tokenizer and language model as they were.
+    check_choices(
+        vision.config,
+        feature_layer=feature_layer,
+        feature_select=feature_select,
+        projector=projector,
+        pixel_shuffle=pixel_shuffle,
+    )
     choose_padding(tokenizer)
     image_token_id = _add_image_token(llm, tokenizer, image_token)
     tied = _settle_tie(llm)
-    embed_width = llm.get_input_embeddings().embedding_dim
     # vLLM builds the language model by this name; transformers' own configs have it only where a folder was read.
     llm.config.architectures = [type(llm).__name__]
-    kind, config_kind = model_class(projector, vision.config)
-    config = config_kind(
-        vision_config=vision.config,
+    kind, config = llava_config(
+        vision.config,
         # The LLM's own object: its vocabulary size has just grown with the embeddings.
-        text_config=llm.config,
+        llm.config,
+        feature_layer=feature_layer,
+        feature_select=feature_select,
+        projector=projector,
+        pixel_shuffle=pixel_shuffle,
         image_token_id=image_token_id,
-        vision_feature_select_strategy=feature_select,
-        vision_feature_layer=feature_layer,
         tie_word_embeddings=tied,
         dtype=llm.dtype,
-        **projector_settings(projector, pixel_shuffle, embed_width),
     )
-    config.image_seq_length = num_image_tokens(config)
     # On the meta device the placeholders cost nothing; every one of them is replaced below.
     with torch.device("meta"):
         model = kind(config)
+    _check_base(model.model.language_model, llm)
     model.model.vision_tower = vision
     model.model.language_model = llm.base_model
     # The layer itself: a tied weight stays one tensor with the embeddings.
@@ -190,6 +245,21 @@ def build_llava(
     kept = [*model.parameters(), *model.buffers()]
     assert llm.device.type == "meta" or not any(p.is_meta for p in kept), "a placeholder was left in"
     return model.eval()
+
+
+def _check_base(placeholder: Any, llm: PreTrainedModel) -> None:
+    """Refuse a language model whose inside transformers would build as another class on opening.
+
+    Raises:
+        InputError: With both classes.
+    """
+    if type(placeholder) is not type(llm.base_model):
+        raise InputError(
+            f"{type(llm).__name__} is built on {type(llm.base_model).__name__}, but transformers would open the product with "
+            f"{type(placeholder).__name__}",
+            where="llm",
+            mend="choose a plain causal language model",
+        )
 
 
 def _settle_tie(llm: PreTrainedModel) -> bool:
@@ -206,98 +276,6 @@ def _settle_tie(llm: PreTrainedModel) -> bool:
     return tied
 
 
-def processor_for(
-    model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    template: str | Template,
-) -> LlavaProcessor:
-    """The processor that belongs to a model: picture size, patches, projector and class token read from its config.
-
-    Args:
-        model: Of `build_llava`, or opened.
-        tokenizer: With the image token.
-        mean: Per channel, the encoder's own.
-        std: Likewise.
-        template: Conversation template for the chat template.
-
-    Returns:
-        As `build_processor`.
-    """
-    config = model.config
-    return build_processor(
-        tokenizer,
-        image_size=image_size(config.vision_config),
-        # To the processor, pixel shuffle is larger patches.
-        patch_size=token_size(config),
-        mean=mean,
-        std=std,
-        template=template,
-        feature_select=config.vision_feature_select_strategy,
-        class_token=prefix_tokens(config.vision_config) > 0,
-    )
-
-
-def build_processor(
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    image_size: int,
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    template: str | Template,
-    feature_select: str = "full",
-    class_token: bool = False,
-    image_token: str = IMAGE_MARKER,
-) -> LlavaProcessor:
-    """The processor that belongs to a model of `build_llava`.
-
-    Args:
-        tokenizer: With the image token.
-        image_size: Pictures are resized to this square, bicubic.
-        patch_size: The tower's.
-        mean: Per channel, the encoder's own (not CLIP's by habit).
-        std: Likewise.
-        template: Conversation template for the chat template.
-        feature_select: As in `build_llava`.
-        class_token: Whether the tower has one.
-        image_token: As in `build_llava`.
-
-    Returns:
-        A processor that expands each image token to as many as the projector gives features.
-    """
-    # A plain resize to a square for every tower, CLIP's too: mmkit fits pictures itself, and this one has no centre crop.
-    images = SiglipImageProcessor(
-        do_resize=True,
-        size={"height": image_size, "width": image_size},
-        resample=3,  # PIL's bicubic
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=list(mean),
-        image_std=list(std),
-        do_convert_rgb=True,
-    )
-    if template == OWN:
-        leave_start_to_template(tokenizer)
-    # Batched generation needs the prompts' ends aligned.
-    tokenizer.padding_side = "left"
-    # transformers saves what a tokenizer was made with, not what it was set to; a stranger's batches would be padded right.
-    tokenizer.init_kwargs["padding_side"] = "left"
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy=feature_select,
-        # From this and the strategy the placeholders are counted; a wrong count shows only in the forward pass.
-        num_additional_image_tokens=int(class_token),
-        image_token=image_token,
-        chat_template=chat_template(template, tokenizer),
-    )
-
-
 def save_mllm(
     model: VisionLanguageModel,
     processor: LlavaProcessor,
@@ -310,7 +288,7 @@ def save_mllm(
 
     Args:
         model: LoRA merged.
-        processor: Of `build_processor`.
+        processor: Of `mmkit.models.processor.build_processor`.
         folder: Made if missing.
         meta: For mmkit.json, beside ``"kind": "mllm"``; None writes none.
         state_dict: Weights gathered by an engine; the model's own if None.
@@ -345,13 +323,13 @@ def _published_names(model: VisionLanguageModel, state: dict[str, Tensor]) -> di
 
 
 def load_mllm(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, empty: bool = False
+    folder: str | Path, *, dtype: torch.dtype | None = None, empty: bool = False
 ) -> tuple[VisionLanguageModel, LlavaProcessor, dict[str, Any]]:
     """Open a model folder.
 
     Args:
         folder: Of `save_mllm`.
-        dtype: Of the weights.
+        dtype: Of the weights; None: as they are stored.
         empty: On the meta device: shapes without weights, for a process that is given them later.
 
     Returns:
@@ -367,9 +345,10 @@ def load_mllm(
         processor.tokenizer.chat_template = meta["chat_template"]
     # The class that config.json names: LLaVA's, Aya Vision's or FastVLM's.
     if not empty:
-        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype), processor, meta
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto"), processor, meta
+    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=dtype).eval(), processor, meta
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype).eval(), processor, meta
 
 
 def _embed(model: VisionLanguageModel, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
@@ -382,17 +361,46 @@ def _embed(model: VisionLanguageModel, input_ids: Tensor, pixel_values: Tensor |
     # A frozen tower may be bfloat16 under a float32 model.
     tower_dtype = model.model.vision_tower.dtype
     blank = pixel_values is None or len(pixel_values) == 0
-    if pixel_values is None or blank:
+    if pixel_values is not None and blank and pixel_values.dim() == 3:
+        pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+    elif pixel_values is None or blank:
         size = image_size(model.config.vision_config)
         # One blank picture, not one a row as LLaVA does: the gradient is zero either way, the tower's work is not.
         pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
-    found = model.get_image_features(pixel_values.to(tower_dtype), return_dict=True).pooler_output
-    features = torch.cat(tuple(found)).to(embeds.dtype)
+    if pixel_values.dim() == 4:
+        found = model.get_image_features(pixel_values.to(tower_dtype), return_dict=True).pooler_output
+        features = torch.cat(tuple(found)).to(embeds.dtype)
+    else:
+        features = model.model.multi_modal_projector(pixel_values.to(embeds.dtype)).flatten(0, -2)
     if blank:
         # Zero times and not detached: the graph must reach the projector. One number is enough for that.
         return embeds + 0.0 * features.mean()
     places = model.model.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
     return embeds.masked_scatter(places, features)
+
+
+class _Reached(Exception):
+    """The projector was reached, with these features."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+
+def tower_features(model: VisionLanguageModel, pixel_values: Tensor) -> Tensor:
+    """What the projector is given for pictures, whichever class computes it: f[I, 3, S, S] -> f[I, N, D]."""
+
+    def leave(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        raise _Reached(arguments[0])
+
+    # The classes differ in which states they take and which tokens they drop; what arrives here is the same in all.
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(leave)
+    try:
+        model.get_image_features(pixel_values, return_dict=True)
+    except _Reached as reached:
+        return reached.features
+    finally:
+        hook.remove()
+    raise AssertionError("the projector was not called")
 
 
 def llava_loss_sum(
@@ -414,7 +422,8 @@ def llava_loss_sum(
         input_ids: i64[B, T], image tokens expanded.
         attention_mask: i64[B, T], 1 for true tokens; None with ``cu_seqlens``.
         labels: i64[B, T], aligned with ``input_ids`` (not shifted); -100 where nothing is learnt.
-        pixel_values: f[I, 3, S, S], the pictures of the rows that have one, in order; None or I = 0 for text only.
+        pixel_values: f[I, 3, S, S], the pictures of the rows that have one, in order; None or I = 0 for text only. Or f[I, N, D],
+            what the tower gave for them before (`tower_features`); then it does not run.
         cu_seqlens: i32[D + 1], the documents of one packed row (B = 1); the model must `allow_packing`. The first label of each
             must be -100: nothing of the document before predicts it.
         max_seqlen: Tokens of the longest document.

@@ -105,7 +105,10 @@ class Planner:
 
     def largest(self) -> int | None:
         """The largest micro-batch that fits and divides a GPU's share of the batch; None if not even one sample does."""
-        return largest_true([m for m in range(1, self.share + 1) if self.share % m == 0], self.fits)
+        # The whole share first: it is one trace instead of several, and with many GPUs it fits.
+        if self.fits(self.share):
+            return self.share
+        return largest_true([m for m in range(1, self.share) if self.share % m == 0], self.fits)
 
     def plan(self, samples: int | None = None) -> Plan:
         """The plan.

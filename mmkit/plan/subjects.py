@@ -19,13 +19,12 @@ from mmkit.config import (
     EncoderConfig,
     FinetuneRecipe,
     LlavaRecipe,
-    LlmConfig,
     PretrainRecipe,
     Recipe,
     SuperclassRecipe,
     load_recipe,
 )
-from mmkit.encoders.vit import VisionEncoder, build_encoder, create_backbone
+from mmkit.encoders.vit import VisionEncoder, at_size, build_encoder, create_backbone
 from mmkit.errors import InputError
 from mmkit.files import read_json
 from mmkit.plan.known import shape_of
@@ -253,28 +252,30 @@ def _clipcap(recipe: ClipcapRecipe, stand_in: str | None) -> Subject:
 
 def _llava(recipe: LlavaRecipe, stand_in: str | None) -> Subject:
     """Tower, projector, language model, and what of them trains."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    from mmkit.encoders.siglip import to_siglip
     from mmkit.models.adapters import freeze_for
+    from mmkit.models.llava import llava_config
+    from mmkit.models.projectors import num_image_tokens
+    from mmkit.models.towers import vision_tower
     from mmkit.training.stages.llava import LlavaObjective
 
-    encoder_name, llm = _llava_parts(recipe)
-    encoder = named_encoder(encoder_name, stand_in)
-    text = shape_of(llm)
+    made = _assembled(recipe)
+    assert made.encoder is not None and made.llm is not None  # the recipe's schema sees to it
+    encoder = named_encoder(made.encoder, stand_in)
+    encoder = at_size(encoder, made.image_size or encoder.image_size)
+    text = shape_of(made.llm)
     # The picture's placeholder is one token more than the language model's own (build_llava).
     text.vocab_size += 1
-    tower = to_siglip(encoder)
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=text,
-        image_token_index=text.vocab_size - 1,
-        image_seq_length=encoder.num_tokens,
-        vision_feature_layer=recipe.feature_layer,
-        vision_feature_select_strategy="full",
+    kind, config = llava_config(
+        vision_tower(encoder).config,
+        text,
+        feature_layer=made.feature_layer,
+        feature_select=None,
+        projector=made.projector,
+        pixel_shuffle=made.pixel_shuffle or 2,
+        image_token_id=text.vocab_size - 1,
         tie_word_embeddings=text.tie_word_embeddings,
     )
-    model = LlavaForConditionalGeneration(config)
+    model = kind(config)
     lora = recipe.lora.model_dump(exclude={"projector_lr"}) if recipe.tune == "lora" else None
     model = freeze_for(model, recipe.tune, lora=lora)
     if recipe.grad_checkpointing:
@@ -296,19 +297,18 @@ def _llava(recipe: LlavaRecipe, stand_in: str | None) -> Subject:
         "model.model.multi_modal_projector": "projector",
         **_blocks(objective, "model.model.language_model", "language model"),
     }
-    given = encoder.num_tokens
+    given = num_image_tokens(config)
     return Subject(objective, batch, parts, longest=recipe.max_length, supervised=max(1, recipe.max_length - given), given=given)
 
 
-def _llava_parts(recipe: LlavaRecipe) -> tuple[str, LlmConfig]:
-    """Encoder and language model of a recipe, through the model it goes on from.
+def _assembled(recipe: LlavaRecipe) -> LlavaRecipe:
+    """The recipe that put the model together: this one, or that of the model it goes on from.
 
     Raises:
         InputError: That model is neither here nor what a shipped recipe makes.
     """
     if recipe.model is None:
-        assert recipe.encoder is not None and recipe.llm is not None  # the recipe's schema sees to it
-        return recipe.encoder, recipe.llm
+        return recipe
     made = Path(recipe.model) / "recipe.yaml"
     parent = load_recipe(made) if made.is_file() else maker_of(recipe.model)
     if not isinstance(parent, LlavaRecipe):
@@ -317,7 +317,7 @@ def _llava_parts(recipe: LlavaRecipe) -> tuple[str, LlmConfig]:
             where=f"model {recipe.model}",
             mend="plan with model=null encoder=NAME llm.name=NAME, the parts it is made of",
         )
-    return _llava_parts(parent)
+    return _assembled(parent)
 
 
 def maker_of(run: str) -> Recipe | None:

@@ -110,7 +110,22 @@ PARTS = (
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Command R: a turn begins with two control tokens, right after the one that ended the last.
+COMMAND = (
+    "{{ bos_token }}{% for message in messages %}{% set name = {'user': '<|USER|>', 'system': '<|SYSTEM|>',"
+    " 'assistant': '<|BOT|>'} %}"
+    "{{ '<|START|>' + name[message['role']] + message['content'].strip() + '<|END|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START|><|BOT|>' }}{% endif %}"
+)
+# The mark of transformers for what an assistant says; it renders as nothing.
+GENERATION = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
+COMMAND_TOKENS = ("<|START|>", "<|END|>", "<|USER|>", "<|SYSTEM|>", "<|BOT|>")
 CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 PHI3_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -128,6 +143,8 @@ SHAPES = {
     "phi3": (PHI3, PHI3_TOKENS, (), ("sp",), "<|end|>"),
     "gemma": (GEMMA, GEMMA_TOKENS, (), ("sp", "bpe"), "<end_of_turn>"),
     "zephyr": (ZEPHYR, (), (), ("sp", "bpe"), None),
+    "command": (COMMAND, COMMAND_TOKENS, (), ("bpe", "sp"), "<|END|>"),
+    "generation": (GENERATION, CHATML, (), ("bpe",), "<|im_end|>"),
     "parts": (PARTS, CHATML, (), ("sp", "bpe"), "<|im_end|>"),
 }
 CASES = [(shape, kind) for shape, (*_, kinds, _) in SHAPES.items() for kind in kinds]

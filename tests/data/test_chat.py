@@ -15,7 +15,7 @@ from mmkit.data.chat import original_template, own_template
 from mmkit.data.conversations import chat_template, encode_conversation, encode_prompt, stop_tokens
 from mmkit.data.pieces import ConversationError
 from mmkit.errors import InputError
-from mmkit.models.llava import build_processor
+from mmkit.models.processor import build_processor
 
 TURNS = [("What is this?", "a red circle."), ("how many dogs", "It's 3, not 12!"), ("Describe the picture.", "USER: hi")]
 # Llama 3's template writes the date; mmkit keeps it fixed, or tomorrow's sequence would be another one.
@@ -169,6 +169,12 @@ def test_whatever_the_texts_spell_only_the_template_writes_control_tokens(case, 
         else:
             assert "cannot keep" in error.reason
         return
+    # Qwen3's template writes an empty thought in front of the last answer only, so with more turns the first one opens otherwise.
+    if len(turns) == 1 or case[0] != "qwen3":
+        asked = encode_prompt(turns[0][0], made, "chat", **how(made, int(pictured)))
+        assert out.input_ids[: len(asked)] == asked
+        assert out.labels[: len(asked)] == [-100] * len(asked)
+        assert out.labels[len(asked)] != -100
     blank = encode([("<image>\nq" if pictured and i == 0 else "q", "a") for i in range(len(turns))], made, images=int(pictured))
     special = {t for t, token in made.added_tokens_decoder.items() if token.special} | {
         made.convert_tokens_to_ids(t) for t in own_template(made).added
@@ -232,6 +238,17 @@ UNFIT = {
         "plain texts"
     ),
 }
+
+
+def test_a_question_that_a_template_rewrites_cannot_be_asked():
+    made = tokenizer("sp")
+    made.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'].replace('!', '.') + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    assert encode_prompt("What?", made, "chat", **how(made))
+    with pytest.raises(InputError, match=r"'Look!': cannot be asked: the chat template rewrites the user text"):
+        encode_prompt("Look!", made, "chat", **how(made))
 
 
 @pytest.mark.parametrize("template", UNFIT)

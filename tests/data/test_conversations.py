@@ -286,7 +286,7 @@ def test_pictures_that_are_next_to_each_other_have_all_their_tokens():
     out = encode([("<image><image>", "two")], made, "demo", n=3, images=2)
     assert out.input_ids.count(made.convert_tokens_to_ids("<image>")) == 6
     assert prompt("", made, "demo", n=3, images=2) == prompt("<image>\n<image>", made, "demo", n=3, images=2)
-    with pytest.raises(ConversationError, match="2 pictures need as many <image> in the questions, found 1"):
+    with pytest.raises(InputError, match="2 pictures need as many <image> in the questions, found 1"):
         prompt("<image> and?", made, "demo", images=2)
 
 

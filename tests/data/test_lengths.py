@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ from models.tiny import tokenizer
 import mmkit.data.lengths
 from mmkit.data.conversations import ConversationEncoder
 from mmkit.data.images import ImageRef
-from mmkit.data.items import Conversation
+from mmkit.data.items import Conversation, PackedConversations
 from mmkit.data.lengths import conversation_lengths
 from mmkit.data.llava_json import read_llava
 
-ITEMS = [
+LIST = [
     Conversation("picture", (ImageRef("a.jpg"),), [("<image>\nWhat is this?", "a red circle.")]),
     Conversation("text", (), [("how many", "three dogs")]),
     Conversation("empty", (), [("how many", " ")]),
@@ -21,6 +22,9 @@ ITEMS = [
     Conversation("lost", (ImageRef("a.jpg"),), [("what " * 2, "a dog on the table near the big red bus"), ("<image>", "a bus")]),
     Conversation("long", (), [("how many", "three dogs " * 60)]),
 ]
+ITEMS = PackedConversations.pack(
+    ((item.id, [picture.path for picture in item.images], item.turns, item.system) for item in LIST), Path()
+)
 
 
 def encoder(**more):
@@ -32,7 +36,7 @@ def encoder(**more):
 def test_lengths_are_those_of_the_encoded_samples():
     encode = encoder()
     found = conversation_lengths(ITEMS, encode)
-    good = [encode(item) if item.id != "empty" else None for item in ITEMS]
+    good = [encode(item) if item.id != "empty" else None for item in LIST]
     assert found.lengths.tokens.tolist() == [len(e.input_ids) if e else 0 for e in good]
     assert found.supervised.tolist() == [e.num_supervised if e else 0 for e in good]
     assert found.lengths.tokens.dtype == np.int32
@@ -76,7 +80,7 @@ def test_kept_lengths_are_used_and_a_broken_file_is_made_anew(tmp_path):
         file.write_bytes(broken)
         assert np.array_equal(conversation_lengths(ITEMS, encode, **how).lengths.tokens, first.lengths.tokens)
     with pytest.raises(AssertionError, match="again"):
-        conversation_lengths(ITEMS[:5], unused, **how)
+        conversation_lengths(ITEMS.piece(0, 5), unused, **how)
 
 
 def test_a_cache_needs_a_fingerprint(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -95,13 +96,23 @@ def test_a_lone_surrogate_becomes_a_question_mark(root):
 def test_packed_conversations_are_read_by_number(root):
     got, _ = read_llava(write(root, [{"id": str(i), "conversations": turn(f"q{i}")} for i in range(5)]), image_root=root)
     assert [got[i].id for i in (0, 4, -1)] == ["0", "4", "4"]
-    assert [item.id for item in got.take(2)] == ["0", "1"]
-    assert [len(got.take(n)) for n in (None, 9, 5)] == [5, 5, 5]
+    assert [item.id for item in got.piece(0, 2)] == ["0", "1"]
+    assert [len(got.piece(0, n)) for n in (0, 9, 5)] == [0, 5, 5]
+    part = got.piece(1, 4)
+    assert [item.id for item in part] == ["1", "2", "3"]
+    assert [item.id for item in part.piece(1, 2)] == ["2"]
+    kept = pickle.dumps(part)
+    assert [item.id for item in pickle.loads(kept)] == ["1", "2", "3"]
+    assert b"q0" not in kept
+    assert b"q4" not in kept
     with pytest.raises(IndexError):
         got[5]
-    joined = JoinedConversations([(got.take(2), "a"), (got.take(0), "b"), (got, "c")])
+    joined = JoinedConversations([(got.piece(0, 2), "a"), (got.piece(0, 0), "b"), (got, "c")])
     assert [joined[i].id for i in range(len(joined))] == ["0", "1", "0", "1", "2", "3", "4"]
     assert [joined.describe(i) for i in (1, 2)] == [("a", "1"), ("c", "0")]
+    for first, last in ((0, 7), (1, 3), (2, 2), (3, 6), (6, 7)):
+        part = joined.piece(first, last)
+        assert [part[i] for i in range(len(part))] == [joined[i] for i in range(first, last)]
 
 
 def test_the_odd_items_of_the_shared_file(shared):

@@ -170,11 +170,12 @@ def test_rows_with_picture_bytes_are_read_by_number(stored, root):
         found[2]
     with pytest.raises(SampleError, match="one image needs one <image>"):
         found[3]
-    joined = JoinedConversations([(found.take(1), "x"), (found, stored)])
+    joined = JoinedConversations([(found.piece(0, 1), "x"), (found, stored)])
     assert len(joined) == 5
     assert joined.describe(3) == (stored, "row 2")
     assert joined[1].id == "two"
-    assert pickle.loads(pickle.dumps(found))[1] == found[1]
+    assert pickle.loads(pickle.dumps(found.piece(1, 9)))[0] == found[1]
+    assert found.piece(1, 4).piece(1, 2).name(0) == "row 2"
 
 
 def test_lengths_of_rows_name_the_unusable(stored):

@@ -190,11 +190,11 @@ def test_conversations_are_accepted_whole(world: Path) -> None:
         items, left_out = read_llava(world / name, image_root=world)[:2]
         assert left_out == []
         assert len(items) == 40 + texts
-        assert sum(item.image is None for item in items) == texts
-        assert all(item.image is None or item.image.is_file() for item in items)
+        assert sum(not item.images for item in items) == texts
+        assert all(Path(picture.path).is_file() for item in items for picture in item.images)
     known = scenes(TINY)
     for item in items:
-        if item.image is None:
+        if not item.images:
             continue
         scene = known[int(item.id)]
         assert len(item.turns) == (6 if scene.word is None else 7)

@@ -22,8 +22,10 @@ from mmkit.data.conversations import encode_conversation, encode_prompt, stop_to
 from mmkit.encoders import build_encoder
 from mmkit.models.adapters import freeze_for
 from mmkit.models.generation import add_stop_tokens, stop_ids
-from mmkit.models.llava import build_llava, llava_loss_sum, load_mllm, processor_for, save_mllm
+from mmkit.models.inference import Mllm
+from mmkit.models.llava import build_llava, llava_loss_sum, load_mllm, save_mllm
 from mmkit.models.llm import build_llm
+from mmkit.models.processor import processor_for
 from mmkit.models.projectors import image_size, num_image_tokens
 from mmkit.models.towers import vision_tower
 
@@ -33,16 +35,20 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 QUESTION = "What is this?"
 
 
+# Weights large enough that a tiny model's words depend on what it is shown.
+WIDE = {"max_position_embeddings": 256, "initializer_range": 0.3}
+
+
 def language_model(kind: str, **more: Any) -> Callable[[Any], Any]:
     """A tiny random model of a family; two key-value heads for four query heads."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = {"model_type": kind, **sizes, "num_key_value_heads": 2, "max_position_embeddings": 256, **more}
+    config = {"model_type": kind, **sizes, "num_key_value_heads": 2, **WIDE, **more}
     return lambda tok: build_llm(None, config=config, tokenizer=tok)
 
 
 LANGUAGE_MODELS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "llama": ("sp", llama),
-    "smollm: a tied llama, byte-level tokens": ("bpe", lambda tok: llama(tok, tie_word_embeddings=True)),
+    "llama": ("sp", lambda tok: llama(tok, **WIDE)),
+    "smollm: a tied llama, byte-level tokens": ("bpe", lambda tok: llama(tok, tie_word_embeddings=True, **WIDE)),
     "mistral, window of 24": ("sp", language_model("mistral", sliding_window=24)),
     "qwen2, tied": ("bpe", language_model("qwen2", tie_word_embeddings=True)),
     "qwen2, window in the upper layer": (
@@ -50,7 +56,7 @@ LANGUAGE_MODELS: dict[str, tuple[str, Callable[[Any], Any]]] = {
         language_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
     ),
     "qwen3, wide heads, untied": ("bpe", language_model("qwen3", head_dim=16)),
-    "gpt2": ("bpe", gpt2),
+    "gpt2": ("bpe", lambda tok: gpt2(tok, initializer_range=0.3)),
 }
 TOWERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "clip": (clip, {}),
@@ -99,7 +105,7 @@ def cases() -> dict[str, Callable[[], tuple[Any, Any]]]:
     for name, (kind, llm) in LANGUAGE_MODELS.items():
         made[name] = lambda kind=kind, llm=llm: assemble(kind, llm, siglip())
     for name, (tower, more) in TOWERS.items():
-        made[name] = lambda tower=tower, more=more: assemble("sp", llama, tower(), **more)
+        made[name] = lambda tower=tower, more=more: assemble("sp", lambda tok: llama(tok, **WIDE), tower(), **more)
     return made
 
 
@@ -112,7 +118,15 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any
     for number, (name, make) in enumerate(cases().items()):
         model, tok = make()
         processor = processor_for(model, tok, mean=MEAN, std=STD, template="demo")
-        save_mllm(model, processor, root / str(number), meta={})
+        config = model.config
+        meta = {
+            "template": "demo",
+            "image_fit": "squash",
+            "image_size": image_size(config.vision_config),
+            "mean": MEAN,
+            "std": STD,
+        }
+        save_mllm(model, processor, root / str(number), meta={**meta, "num_image_tokens": num_image_tokens(config)})
         models[name] = (model, tok, root / str(number))
     # The same number of threads on both sides: another one sums in another order, and the last bit may differ.
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -152,6 +166,24 @@ def test_pictures_matter_and_loading_keeps_every_weight(name: str, opened: dict[
         # The last position sees the picture through the projector alone.
         blank = model(out["ids"], pixel_values=torch.zeros_like(out["pixels"])).logits[:, -1]
     assert not torch.allclose(blank, out["logits"][:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_batch_1_equals_batch_n_in_every_assembly(name: str, opened: dict[str, Any]) -> None:
+    """Token by token in fp32: learnt positions (GPT-2), windows and rotary positions must not feel the padding on the left."""
+    mllm = Mllm(str(opened[name][2]), torch.device("cpu"))
+    noise = np.random.default_rng(1).integers(0, 256, (3, 48, 40, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(values) for values in noise]
+    rows: list[Any] = [pictures[0], None, pictures[1], pictures[1:]]
+    questions = ["hi", "How many red circles are on the table near the small dog?", "What is this?", "two <image> or <image>?"]
+    together = mllm.answer_ids(rows, questions, max_new_tokens=6)
+    stops = stop_ids(mllm.model)
+    for row, question, ids in zip(rows, questions, together, strict=True):
+        alone = mllm.answer_ids([row], [question], max_new_tokens=6)[0].tolist()
+        # Up to and with the end token: after it the batch pads.
+        length = next((i + 1 for i, token in enumerate(alone) if token in stops), len(alone))
+        assert ids.tolist()[:length] == alone[:length]
+    assert len({tuple(row.tolist()) for row in together}) > 1, "all rows say the same, so nothing was told apart"
 
 
 # What vllm/model_executor/models/llava.py (commit 35d3c24) reads and builds, written down here since vLLM is not installed: the

@@ -13,7 +13,8 @@ from mmkit.data.images import mean_colour
 from mmkit.errors import InputError
 from mmkit.models.generation import add_stop_tokens, stop_ids
 from mmkit.models.inference import Captioner, Mllm, Tagger, load_model
-from mmkit.models.llava import build_llava, processor_for, save_mllm
+from mmkit.models.llava import build_llava, save_mllm
+from mmkit.models.processor import processor_for
 
 from .tiny import llama, siglip, tokenizer
 

@@ -12,7 +12,8 @@ from PIL import Image
 from mmkit.data.conversations import encode_conversation, encode_prompt
 from mmkit.errors import InputError
 from mmkit.models.adapters import freeze_for, has_lora, merge_lora, set_train_mode
-from mmkit.models.llava import build_llava, build_processor, llava_loss_sum, load_mllm, save_mllm
+from mmkit.models.llava import build_llava, llava_loss_sum, load_mllm, save_mllm
+from mmkit.models.processor import build_processor
 
 from .tiny import clip, gpt2, llama, siglip, tokenizer
 
@@ -338,3 +339,19 @@ def test_a_frozen_llm_recomputes_activations_when_asked():
     set_train_mode(model)
     layers = model.model.language_model.layers
     assert all(layer.training and layer.gradient_checkpointing for layer in layers)
+
+
+def test_a_language_model_that_would_be_opened_as_another_class_is_refused():
+    tok = tokenizer("sp", image=False)
+    llm = llama(tok)
+    llm.model.__class__ = type("OtherModel", (type(llm.model),), {})
+    with pytest.raises(InputError, match="is built on OtherModel, but transformers would open the product with LlamaModel"):
+        build_llava(siglip(), llm, tok)
+
+
+def test_a_refused_choice_leaves_the_parts_as_they_were():
+    tok = tokenizer("sp", image=False)
+    llm, size = llama(tok), len(tok)
+    with pytest.raises(InputError, match="3 blocks"):
+        build_llava(siglip(), llm, tok, feature_layer=-9)
+    assert len(tok) == size == llm.get_input_embeddings().num_embeddings

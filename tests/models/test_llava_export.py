@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmkit.errors import InputError
 from mmkit.models import export
 from mmkit.models.export import export_llava
-from mmkit.models.llava import build_llava, load_mllm, processor_for, save_mllm
+from mmkit.models.llava import build_llava, load_mllm, save_mllm
+from mmkit.models.processor import processor_for
 
 from .test_projectors import _narrow_tower
 from .tiny import llama, siglip, tokenizer

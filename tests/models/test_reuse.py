@@ -9,7 +9,8 @@ import torch
 
 from mmkit.errors import InputError
 from mmkit.models.adapters import freeze_for
-from mmkit.models.llava import build_llava, processor_for, save_mllm
+from mmkit.models.llava import build_llava, save_mllm
+from mmkit.models.processor import processor_for
 from mmkit.models.reuse import check_origin, take_projector, tuned_parts
 
 from .tiny import llama, siglip, tokenizer

@@ -15,6 +15,7 @@ from mmkit.plan.figures import Memory
 from mmkit.plan.hardware import GIB
 from mmkit.plan.planner import checkpoints, largest_true
 from mmkit.plan.render import lines, memory_rows, text
+from mmkit.plan.subjects import make_subject
 from mmkit.recipes import find_recipe
 
 TINY = ["encoder.model_args={embed_dim: 64, depth: 2, num_heads: 4}"]
@@ -41,13 +42,15 @@ def test_superclass_takes_what_the_arithmetic_says() -> None:
 
 
 def test_clip_costs_what_the_facts_say_and_a_second_forward_pass_when_accumulating() -> None:
-    ours, theirs = plan("superclass-vit-b16"), plan("superclass-vit-b16", "stage=clip")
+    # A batch of a few micro-batches: the work of a picture is the same, and the similarity matrix no part of what is tested.
+    small = ["train.batch_size=512", "train.micro_batch_size=128"]
+    ours, theirs = (plan("superclass-vit-b16", f"stage={stage}", *small, gpus=2) for stage in ("superclass", "clip"))
     # performance.md 2.1: 1.17 x at B/16.
     assert theirs.work.model_flops / ours.work.model_flops == pytest.approx(1.17, abs=0.01)
     assert theirs.work.executed_flops / theirs.work.model_flops == pytest.approx(4 / 3, abs=0.01)
-    whole = plan("superclass-vit-b16", "stage=clip", "train.micro_batch_size=2048")
+    whole = plan("superclass-vit-b16", "stage=clip", "train.batch_size=256", "train.micro_batch_size=128", gpus=2)
     assert whole.work.executed_flops == whole.work.model_flops
-    locked = plan("lit-vit-b16", "train.micro_batch_size=1024")
+    locked = plan("lit-vit-b16", *small, gpus=2)
     # The frozen tower runs once; only the text tower runs forward twice.
     text = locked.work.executed_flops - locked.work.model_flops
     assert text == pytest.approx(5.96e9, rel=0.02)
@@ -71,6 +74,23 @@ def test_llava_modes_train_what_they_say() -> None:
     assert shorter.memory == modes["projector"].memory
     narrow = plan("demo-llava-align", *base, gpus=2, longest=60)
     assert narrow.memory.total < shorter.memory.total and narrow.lengths.mean == 60
+
+
+def test_llava_counts_the_tokens_and_weights_of_its_projector_and_picture_size() -> None:
+    tiny = "llm.config={model_type: llama, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4}"
+    base = [tiny, "train.batch_size=8", "train.epochs=null", "train.steps=10", "max_length=400", "encoder=demo-superclass"]
+    # 64 pixels in patches of 16, width 128.
+    given = lambda *more: make_subject(load_recipe(find_recipe("demo-llava-align"), [*base, *more])).given  # noqa: E731
+    assert (given(), given("image_size=96"), given("projector=pixel_shuffle")) == (16, 36, 4)
+    assert given("projector=pixel_shuffle", "pixel_shuffle=3", "image_size=96") == 4
+    # A class token is there for the tower, and not for the language model.
+    assert given("encoder=timm:vit_tiny_patch16_224") == 196
+    linear = plan("demo-llava-align", *base, "projector=linear", gpus=2)
+    assert linear.trainable == 128 * 64 + 64
+    shuffled = plan("demo-llava-align", *base, "projector=pixel_shuffle", gpus=2)
+    assert shuffled.trainable == 2 * 512 + 512 * 128 + 128 + 64 * 64 + 64
+    with pytest.raises(InputError, match="4 x 4 patches cannot be joined by 3 x 3"):
+        given("projector=pixel_shuffle", "pixel_shuffle=3")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

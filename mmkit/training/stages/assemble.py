@@ -14,8 +14,9 @@ from mmkit.encoders.save import load_encoder
 from mmkit.encoders.vit import at_size
 from mmkit.files import hash_text
 from mmkit.models.generation import add_stop_tokens
-from mmkit.models.llava import build_llava, load_mllm, processor_for
+from mmkit.models.llava import build_llava, load_mllm
 from mmkit.models.llm import build_llm, load_tokenizer
+from mmkit.models.processor import processor_for
 from mmkit.models.projectors import num_image_tokens, patch_size, projector_kind
 from mmkit.models.reuse import take_projector
 from mmkit.models.towers import vision_tower
@@ -38,12 +39,12 @@ class Opened(NamedTuple):
     parents: list[Parent]
 
 
-def open_model(recipe: LlavaRecipe, *, dtype: torch.dtype = torch.float32, empty: bool = False) -> Opened:
+def open_model(recipe: LlavaRecipe, *, dtype: torch.dtype | None = None, empty: bool = False) -> Opened:
     """Load the model of another run, or assemble one.
 
     Args:
         recipe: Of the stage.
-        dtype: Of the weights.
+        dtype: Of the weights; None: as they are stored in a run, fp32 for a language model by name.
         empty: Without weights (the encoder's, which are few, aside), for a process that is given them later.
 
     Raises:
@@ -55,18 +56,20 @@ def open_model(recipe: LlavaRecipe, *, dtype: torch.dtype = torch.float32, empty
     return opened
 
 
-def _go_on(recipe: LlavaRecipe, source: str, dtype: torch.dtype, empty: bool) -> Opened:
+def _go_on(recipe: LlavaRecipe, source: str, dtype: torch.dtype | None, empty: bool) -> Opened:
     """The model of another run."""
     parent = resolve_parent("model", source)
     model, processor, meta = load_mllm(parent.folder or Path(source), dtype=dtype, empty=empty)
     # These two may change between the stages: LLaVA aligns with plain text and crops, and tunes with Vicuna's and padding.
     meta = {**meta, "template": recipe.template, "image_fit": recipe.image_fit}
-    # Made anew, since the chat template inside belongs to the conversation template.
-    processor = processor_for(model, processor.tokenizer, mean=meta["mean"], std=meta["std"], template=recipe.template)
+    # Made anew: the chat template inside belongs to the conversation template, the image processor to the fit.
+    processor = processor_for(
+        model, processor.tokenizer, mean=meta["mean"], std=meta["std"], template=recipe.template, image_fit=recipe.image_fit
+    )
     return Opened(model, processor, meta, [parent])
 
 
-def _assemble(recipe: LlavaRecipe, dtype: torch.dtype, empty: bool) -> Opened:
+def _assemble(recipe: LlavaRecipe, dtype: torch.dtype | None, empty: bool) -> Opened:
     """A new model from an encoder and a language model."""
     # The recipe's schema sees to it.
     assert recipe.encoder is not None and recipe.llm is not None
@@ -96,7 +99,9 @@ def _assemble(recipe: LlavaRecipe, dtype: torch.dtype, empty: bool) -> Opened:
         pixel_shuffle=recipe.pixel_shuffle or 2,
         seed=recipe.seed,
     )
-    processor = processor_for(model, tokenizer, mean=encoder.mean, std=encoder.std, template=recipe.template)
+    processor = processor_for(
+        model, tokenizer, mean=encoder.mean, std=encoder.std, template=recipe.template, image_fit=recipe.image_fit
+    )
     # What prediction and the next stage need, and no model format has a place for.
     meta = {
         "template": recipe.template,

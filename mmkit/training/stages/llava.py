@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmkit.config import DataConfig, LlavaRecipe, SourceConfig
 from mmkit.data.batching import Lengths
-from mmkit.data.conversations import ConversationEncoder, EncodedConversation
-from mmkit.data.images import Fit, Pixels, decode_image, fit_square, mean_colour
-from mmkit.data.items import Conversation, ConversationSet, JoinedConversations
+from mmkit.data.conversations import ConversationEncoder
+from mmkit.data.images import mean_colour
 from mmkit.data.layout import Layout, join
 from mmkit.data.lengths import Measured, conversation_lengths
 from mmkit.data.message_rows import Opened, open_conversations
-from mmkit.data.packing import pack_sequences
 from mmkit.data.remote import default_cache
 from mmkit.data.skipped import LeftOut
 from mmkit.distributed.engine import Engine
@@ -32,59 +29,9 @@ from mmkit.models.projectors import VisionLanguageModel
 from mmkit.models.reuse import tuned_parts
 from mmkit.training.objective import Batch, Objective, Sizes, Stage
 from mmkit.training.stages.assemble import open_model
+from mmkit.training.stages.kept import keep_features
+from mmkit.training.stages.turned import ConversationSamples, collate_conversations
 from mmkit.training.step_log import check_skipped
-
-
-class Turned(NamedTuple):
-    """The pictures of a conversation (uint8 ``[3, S, S]`` each, those that fit) and its encoding."""
-
-    pixels: list[Pixels]
-    encoded: EncodedConversation
-    key: str
-
-
-class ConversationSamples:
-    """Conversations with their pictures; text is encoded when it is asked for, by the loader's workers."""
-
-    def __init__(
-        self,
-        parts: Sequence[tuple[ConversationSet, str]],
-        *,
-        encode: Callable[[Conversation], EncodedConversation],
-        size: int,
-        fit: Fit,
-        fill: tuple[int, int, int],
-        max_pixels: int,
-        max_bytes: int,
-    ) -> None:
-        """Take data sets with their names, and how text and pictures are prepared."""
-        self.encode = encode
-        self.items = JoinedConversations(parts)
-        self.size, self.fit, self.fill, self.max_pixels, self.max_bytes = size, fit, fill, max_pixels, max_bytes
-        self._kept = np.arange(len(self.items))
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def leave_out(self, numbers: Sequence[int]) -> None:
-        """Leave out conversations by their number in ``items``."""
-        self._kept = np.setdiff1d(self._kept, numbers)
-
-    def describe(self, index: int) -> tuple[str, str]:
-        """Source file and id of a conversation."""
-        return self.items.describe(int(self._kept[index]))
-
-    def load(self, index: int, rng: np.random.Generator) -> Turned:
-        """Pictures and token ids of one conversation. Raises SampleError: the text does not fit, or a picture cannot be read."""
-        item = self.items[int(self._kept[index])]
-        # Text first: a conversation that does not fit costs no decoding, and no more does a picture that is cut off with its
-        # turn.
-        encoded = self.encode(item)
-        pixels = []
-        for picture in item.images[: encoded.num_images]:
-            image = decode_image(picture.read(self.max_bytes), max_pixels=self.max_pixels)
-            pixels.append(fit_square(image, self.size, fit=self.fit, fill=self.fill))
-        return Turned(pixels, encoded, item.id)
 
 
 class _Read(NamedTuple):
@@ -97,52 +44,23 @@ class _Read(NamedTuple):
     fingerprint: str
 
 
-def collate_conversations(samples: list[Turned], *, pad: int, packed: bool) -> Batch:
-    """Token sequences and their pictures as one batch.
-
-    Args:
-        samples: Conversations.
-        pad: Id that fills up short rows.
-        packed: All in one row, instead of a row each.
-
-    Returns:
-        ``pixels`` uint8[P, 3, S, S], the pictures of the samples in order, however many each has, or None; ``cut``, how many
-        samples were cut to fit; and the sequences: packed as of `pack_sequences`, else right-padded ``input_ids``, ``labels`` and
-        ``attention_mask`` i64[B, T]. The mask comes from lengths: a pad or unk id inside a text is a token like any other.
-    """
-    # No black pictures for text-only rows, as LLaVA adds them: the tower would compute them for nothing.
-    pictures = [torch.from_numpy(pixels) for s in samples for pixels in s.pixels]
-    common = {
-        "pixels": torch.stack(pictures) if pictures else None,
-        "keys": [s.key for s in samples],
-        "cut": sum(s.encoded.cut for s in samples),
-    }
-    if packed:
-        return {**pack_sequences([s.encoded.input_ids for s in samples], [s.encoded.labels for s in samples]), **common}
-    return {**_padded(samples, pad), **common}
-
-
-def _padded(samples: list[Turned], pad: int) -> Batch:
-    """A row for each sample, to the length of the longest."""
-    longest = max(len(s.encoded.input_ids) for s in samples)
-    ids = torch.full((len(samples), longest), pad, dtype=torch.int64)
-    # Padding is never learnt, whichever id it has: with unk or the end token as padding the id cannot tell.
-    labels = torch.full_like(ids, -100)
-    mask = torch.zeros_like(ids)
-    for i, sample in enumerate(samples):
-        length = len(sample.encoded.input_ids)
-        ids[i, :length] = torch.tensor(sample.encoded.input_ids)
-        labels[i, :length] = torch.tensor(sample.encoded.labels)
-        mask[i, :length] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
 class LlavaObjective(Objective):
     """Cross-entropy of the assistant's tokens."""
 
-    def __init__(self, model: VisionLanguageModel, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        kept: tuple[int, ...] | None = None,
+    ) -> None:
+        """Set the model, its mean and standard deviation of pixels, and the shape of a picture's kept features, if they are."""
         super().__init__()
-        self.model = model
+        self.model, self.kept = model, kept
         # Not persistent: they are in the product's meta already, and a checkpoint holds what training changes.
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -156,7 +74,10 @@ class LlavaObjective(Objective):
     def forward(self, batch: Batch) -> Tensor:
         """Loss sum over supervised tokens, fp32 scalar."""
         pixels = batch["pixels"]
-        if pixels is not None:
+        if self.kept is not None:
+            # Without pictures an empty set of features, so that no process runs the tower where the others do not.
+            pixels = self.pixel_mean.new_zeros(0, *self.kept) if pixels is None else pixels
+        elif pixels is not None:
             # uint8 travels to the device, normalised there.
             pixels = (pixels.float() / 255.0 - self.pixel_mean) / self.pixel_std
         rows = {name: batch.get(name) for name in ("attention_mask", "cu_seqlens", "max_seqlen")}
@@ -199,13 +120,15 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Read:
         read = [_read_items(source, recipe.data) for source in sources]
         available = sum(len(found) for found, *_ in read)
-        parts = [(found.take(limit), source.path) for source, (found, *_) in zip(sources, read, strict=True)]
+        parts = [(found.piece(0, limit or len(found)), source.path) for source, (found, *_) in zip(sources, read, strict=True)]
         fit, size = meta["image_fit"], meta["image_size"]
         bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
         samples = ConversationSamples(parts, encode=encode, size=size, fit=fit, fill=mean_colour(meta["mean"]), **bounds)
         layout = join([Layout.flat(len(found)) for found, _ in parts], [source.weight for source in sources])
         hashes = [fingerprint for *_, fingerprint in read]
         fingerprint = hashes[0] if len(hashes) == 1 else hash_text(*hashes)
+        if recipe.cache_features:
+            keep_features(samples, model, meta, recipe, engine, fingerprint)
         return _Read(samples, [row for _, left_out, _ in read for row in left_out], layout, available, fingerprint)
 
     samples, left_out, layout, available, data_fingerprint = samples_of(recipe.data.sources, recipe.data.limit)
@@ -229,7 +152,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     # LLaVA's LoRA recipe: 2e-4 for the adapters, 2e-5 for the projector (facts/llava.md 1.2).
     rates = {"model.model.multi_modal_projector": recipe.projector_lr, "model.model.vision_tower": recipe.encoder_lr}
     return Stage(
-        objective=LlavaObjective(model, mean=meta["mean"], std=meta["std"]),
+        objective=LlavaObjective(model, mean=meta["mean"], std=meta["std"], kept=samples.kept_shape),
         samples=samples,
         collate=lambda batch: collate_conversations(batch, pad=tokenizer.pad_token_id, packed=recipe.batching.kind == "packed"),
         save_product=save_product,

@@ -1,0 +1,92 @@
+"""What a frozen vision tower gives for the pictures of a data set, extracted once and kept beside the runs."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkit.config import LlavaRecipe
+from mmkit.data.images import mean_colour
+from mmkit.data.pairs import Picture
+from mmkit.distributed.engine import Engine
+from mmkit.encoders.mapped import mapped_features
+from mmkit.files import hash_text
+from mmkit.models.llava import tower_features
+from mmkit.models.projectors import VisionLanguageModel
+from mmkit.training.stages.turned import ConversationSamples
+
+
+def keep_features(
+    samples: ConversationSamples,
+    model: VisionLanguageModel,
+    meta: dict[str, Any],
+    recipe: LlavaRecipe,
+    engine: Engine,
+    data_fingerprint: str,
+) -> None:
+    """Give samples the features of their pictures in place of pixels.
+
+    Args:
+        samples: Of one data set.
+        model: Its tower is frozen; it is moved to the engine's device.
+        meta: The model's: picture size, fit, mean, std.
+        recipe: Precision, bounds on pictures, and where runs lie.
+        engine: The main process extracts, the others then find the file.
+        data_fingerprint: Of what the samples are read from.
+
+    Raises:
+        InputError: The disk cannot hold them.
+    """
+    pictures = samples.pictures()
+    tower, device = model.model.vision_tower.to(engine.device), engine.device
+    mean, std = (torch.tensor(meta[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
+
+    @torch.no_grad()
+    def extract(pixels: Tensor) -> Tensor:
+        values = (pixels.to(device, non_blocking=True).float() / 255.0 - mean) / std
+        with engine.autocast():
+            return tower_features(model, values.to(tower.dtype))
+
+    size = meta["image_size"]
+    shape = tuple(extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
+    kept = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    # The tower's own weights and not its name: both stages of LLaVA have the same one, and so share a file.
+    facts = [_weights(tower), meta["image_fit"], size, meta["mean"], meta["std"], recipe.feature_layer, kept, data_fingerprint]
+    facts += [recipe.data.limit, recipe.data.max_pixels, recipe.data.max_bytes]
+    features = engine.main_first(
+        lambda: mapped_features(
+            Path(recipe.run).parent / ".features",
+            hash_text(*map(str, facts), *map(_state, pictures)),
+            pictures,
+            extract,
+            shape=shape,
+            dtype=kept,
+            size=size,
+            fit=meta["image_fit"],
+            fill=mean_colour(meta["mean"]),
+            max_pixels=recipe.data.max_pixels,
+            max_bytes=recipe.data.max_bytes,
+            workers=recipe.data.workers,
+        )
+    )
+    samples.use_features(pictures, features)
+
+
+def _state(picture: Picture) -> str:
+    """A picture's file and when it was written: repaired or exchanged pictures must not find the old features."""
+    file = Path(picture.path)
+    return f"{picture} {file.stat().st_mtime_ns if file.exists() else 0}"
+
+
+def _weights(module: nn.Module) -> str:
+    """Hash of all weights of a module."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(name.encode())
+        # Bytes, because numpy has no bfloat16.
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
