@@ -38,7 +38,7 @@ class Engine:
         rank: This process.
         world_size: Number of processes.
         device: Where this process computes.
-        weight_dtype: What DeepSpeed will round the weights to, so that a model need not be read in more; None: nothing is rounded.
+        weight_dtype: What DeepSpeed will round the weights to, so that a model need not be read in more; None: it rounds nothing.
     """
 
     _made = 0
