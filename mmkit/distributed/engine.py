@@ -38,7 +38,7 @@ class Engine:
         rank: This process.
         world_size: Number of processes.
         device: Where this process computes.
-        weight_dtype: Of the weights that the mode computes with; a model need not be read in more than that.
+        weight_dtype: What DeepSpeed will round the weights to, so that a model need not be read in more; None: it rounds nothing.
     """
 
     _made = 0
@@ -74,7 +74,7 @@ class Engine:
             )
         self.clip = clip
         self.uses_deepspeed = deepspeed is not None
-        self.weight_dtype = torch.bfloat16 if self.uses_deepspeed and precision == "bf16" else torch.float32
+        self.weight_dtype = torch.bfloat16 if self.uses_deepspeed and precision == "bf16" else None
         self._settings: dict[str, Any] = {}
         plugin = None
         if deepspeed is not None:
@@ -141,7 +141,7 @@ class Engine:
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap the finished objective for the chosen mode (a collective call)."""
         if self.cuts_up:
-            skeleton.partition(module, self._settings, dtype=self.weight_dtype, device=self.device)
+            skeleton.partition(module, self._settings, dtype=self.weight_dtype or torch.float32, device=self.device)
         if self.uses_deepspeed or self.world_size > 1:
             with warnings.catch_warnings():
                 # torch has a new name for broadcast_buffers, which Accelerate does not know yet.

@@ -323,13 +323,13 @@ def _published_names(model: VisionLanguageModel, state: dict[str, Tensor]) -> di
 
 
 def load_mllm(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, empty: bool = False
+    folder: str | Path, *, dtype: torch.dtype | None = None, empty: bool = False
 ) -> tuple[VisionLanguageModel, LlavaProcessor, dict[str, Any]]:
     """Open a model folder.
 
     Args:
         folder: Of `save_mllm`.
-        dtype: Of the weights.
+        dtype: Of the weights; None: as they are stored.
         empty: On the meta device: shapes without weights, for a process that is given them later.
 
     Returns:
@@ -345,9 +345,10 @@ def load_mllm(
         processor.tokenizer.chat_template = meta["chat_template"]
     # The class that config.json names: LLaVA's, Aya Vision's or FastVLM's.
     if not empty:
-        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype), processor, meta
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto"), processor, meta
+    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=dtype).eval(), processor, meta
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype).eval(), processor, meta
 
 
 def _embed(model: VisionLanguageModel, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:

@@ -39,12 +39,12 @@ class Opened(NamedTuple):
     parents: list[Parent]
 
 
-def open_model(recipe: LlavaRecipe, *, dtype: torch.dtype = torch.float32, empty: bool = False) -> Opened:
+def open_model(recipe: LlavaRecipe, *, dtype: torch.dtype | None = None, empty: bool = False) -> Opened:
     """Load the model of another run, or assemble one.
 
     Args:
         recipe: Of the stage.
-        dtype: Of the weights.
+        dtype: Of the weights; None: as they are stored in a run, fp32 for a language model by name.
         empty: Without weights (the encoder's, which are few, aside), for a process that is given them later.
 
     Raises:
@@ -56,7 +56,7 @@ def open_model(recipe: LlavaRecipe, *, dtype: torch.dtype = torch.float32, empty
     return opened
 
 
-def _go_on(recipe: LlavaRecipe, source: str, dtype: torch.dtype, empty: bool) -> Opened:
+def _go_on(recipe: LlavaRecipe, source: str, dtype: torch.dtype | None, empty: bool) -> Opened:
     """The model of another run."""
     parent = resolve_parent("model", source)
     model, processor, meta = load_mllm(parent.folder or Path(source), dtype=dtype, empty=empty)
@@ -69,7 +69,7 @@ def _go_on(recipe: LlavaRecipe, source: str, dtype: torch.dtype, empty: bool) ->
     return Opened(model, processor, meta, [parent])
 
 
-def _assemble(recipe: LlavaRecipe, dtype: torch.dtype, empty: bool) -> Opened:
+def _assemble(recipe: LlavaRecipe, dtype: torch.dtype | None, empty: bool) -> Opened:
     """A new model from an encoder and a language model."""
     # The recipe's schema sees to it.
     assert recipe.encoder is not None and recipe.llm is not None
