@@ -72,32 +72,10 @@ def train(
         StoppedError: A signal came; a checkpoint is written.
         InputError: Too many unreadable samples, loss or gradient not finite, no space for checkpoints, or none that is sound.
     """
-    # Before the optimiser is made: it must hold the parameters where they stay.
     objective = stage.objective
-    engine.place(objective)
     total = total_steps(config, len(stage.samples))
     warmup = warmup_steps(config.warmup, total)
-    groups = parameter_groups(
-        objective.named_parameters(),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        lr_of=stage.lr_of,
-        undecayed=stage.undecayed,
-    )
-    optimizer = make_optimizer(groups, betas=config.betas, eps=config.eps, device=engine.device)
-    # Before wrapping: DDP and DeepSpeed then see the compiled parts as they are.
-    if config.compile:
-        objective.compile_parts()
-    aside = put_aside_unsound(engine, run.checkpoints)
-    if aside:
-        run.note(checkpoints_set_aside=aside)
-    engine.on_main(lambda: check_space(objective, config, run.checkpoints, start=newest_step(run.checkpoints), total=total))
-    engine.prepare(objective, optimizer)
-    start = load_newest(engine, run.checkpoints)
-    # Rows of steps that will be made again.
-    run.drop_metrics_after(start)
-    if start:
-        logger.info("going on from the checkpoint at step %d of %d", start, total)
+    start = _begin(stage, engine, run, config, total)
     plan = make_batches(
         stage.layout or Layout.flat(len(stage.samples)),
         stage.batching,
@@ -173,6 +151,39 @@ def train(
         saver.wait()
         best.restore()
         run.note(saves={name: round(value, 3) for name, value in saver.totals.items()})
+
+
+def _begin(stage: Stage, engine: Engine, run: Run, config: TrainConfig, total: int) -> int:
+    """Make the optimiser, hand both over to the engine, and go on from the newest sound checkpoint; updates done so far.
+
+    Raises:
+        InputError: No space for checkpoints, or none that is sound.
+    """
+    objective = stage.objective
+    # Before the optimiser is made: it must hold the parameters where they stay.
+    engine.place(objective)
+    groups = parameter_groups(
+        objective.named_parameters(),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        lr_of=stage.lr_of,
+        undecayed=stage.undecayed,
+    )
+    optimizer = make_optimizer(groups, betas=config.betas, eps=config.eps, device=engine.device)
+    # Before wrapping: DDP and DeepSpeed then see the compiled parts as they are.
+    if config.compile:
+        objective.compile_parts()
+    aside = put_aside_unsound(engine, run.checkpoints)
+    if aside:
+        run.note(checkpoints_set_aside=aside)
+    engine.on_main(lambda: check_space(objective, config, run.checkpoints, start=newest_step(run.checkpoints), total=total))
+    engine.prepare(objective, optimizer)
+    start = load_newest(engine, run.checkpoints)
+    # Rows of steps that will be made again.
+    run.drop_metrics_after(start)
+    if start:
+        logger.info("going on from the checkpoint at step %d of %d", start, total)
+    return start
 
 
 def _look_every(stage: Stage, config: TrainConfig) -> list[int]:
