@@ -270,32 +270,12 @@ def predict(
     seed: Annotated[int | None, typer.Option(help="Of sampling; a text depends on it and on the picture alone.")] = None,
 ) -> None:
     """Tags (encoder), a caption (captioner) or an answer (MLLM) for pictures; what is not given is the model's own."""
-    from mmkit.data.images import ImageRef, decode_image
-    from mmkit.data.skipped import SampleError
-    from mmkit.models.inference import load_model
+    from mmkit.commands import predict_files
 
-    # All pictures before the model, which can take minutes to load: a wrong path is told at once.
-    pictures = []
-    for path in images:
-        try:
-            pictures.append(decode_image(ImageRef(str(path)).read()))
-        except SampleError as error:
-            raise InputError(str(error), where=path, mend="give a picture file") from None
-    opened = load_model(model)
-    prompts = None if prompt is None else [prompt] * len(pictures)
-    texts = opened.predict(
-        pictures,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        decoding=decoding,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-    )
-    for path, text in zip(images, texts, strict=True):
+    # What of the settings is None is the model's own.
+    how = {"decoding": decoding, "num_beams": num_beams, "length_penalty": length_penalty, "temperature": temperature}
+    how |= {"max_new_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k, "seed": seed}
+    for path, text in zip(images, predict_files(model, images, prompt, how), strict=True):
         # A single text stands alone, fit for a shell variable.
         _say(f"{path}: {text}" if len(images) > 1 else text)
 

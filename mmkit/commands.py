@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +144,7 @@ def _train_on(engine: Engine, recipe: Any, run: Run, config: TrainConfig, *, res
             engine.close()
             raise
         # Every process enters, since gathering is a collective; one writes.
-        with engine.gathered():
+        with engine.whole_on_main():
             engine.on_main(lambda: stage.save_product(run.model))
         # Between two barriers: not before the product is there, and no process goes on before the run counts as done.
         run.finish("done")
@@ -197,3 +197,31 @@ def _tracker(recipe: Any, run: Run) -> Callable[[int], Tracker]:
 
     plain = recipe.model_dump(mode="json")
     return lambda start: make_tracker(recipe.track, run.path, start=lambda: start, settings=plain)
+
+
+def predict_files(model: str, images: Sequence[Path], prompt: str | None, how: dict[str, Any]) -> list[str]:
+    """What a model says of picture files.
+
+    Args:
+        model: A run, a model folder, or an encoder's name.
+        images: Picture files.
+        prompt: Question to an MLLM, the same for all; None: none.
+        how: Keys of `DecodingConfig`; None is the model's own.
+
+    Raises:
+        InputError: A file is no picture, or the model cannot be opened or asked so.
+    """
+    from mmkit.data.images import ImageRef, decode_image
+    from mmkit.data.skipped import SampleError
+    from mmkit.models.inference import load_model
+
+    # All pictures before the model, which can take minutes to load: a wrong path is told at once.
+    pictures = []
+    for path in images:
+        try:
+            pictures.append(decode_image(ImageRef(str(path)).read()))
+        except SampleError as error:
+            raise InputError(str(error), where=path, mend="give a picture file") from None
+    prompts = None if prompt is None else [prompt] * len(pictures)
+    texts: list[str] = load_model(model).predict(pictures, prompts, **how)
+    return texts

@@ -30,7 +30,10 @@ SURFACE = {
     "eval": ["RECIPE", "[KEY=VALUE]...", "--restart"],
     "score": ["TASK", "--predictions", "--annotations", "--questions", "--out", "[KEY=VALUE]..."],
     "report": ["RUN...", "--out", "--title"],
-    "predict": ["MODEL", "IMAGE...", "--prompt", "--max-new-tokens", "--num-beams"],
+    "predict": [
+        "MODEL", "IMAGE...", "--prompt", "--max-new-tokens", "--decoding", "--num-beams", "--length-penalty", "--temperature",
+        "--top-p", "--top-k", "--seed",
+    ],
     "ls": [],
     "copy": ["NAME", "DEST"],
     "plan": [
@@ -58,7 +61,7 @@ SURFACE = {
         "DATA", "--out", "--shard-size", "--max-side", "--quality", "--limit", "--type", "--image-root", "--image", "--caption",
         "--streaming", "--workers",
     ],
-    "export": ["RUN", "OUT", "--format"],
+    "export": ["RUN", "OUT", "--format", "--checkpoint"],
     "bench": ["NAME", "[KEY=VALUE]..."],
     "data synth": ["--out", "--train", "--heldout", "--image-size", "--seed"],
 }

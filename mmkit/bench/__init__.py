@@ -16,6 +16,7 @@ BENCHMARKS = {
     "superclass-loss": "superclass_loss",
     "superclass-step": "superclass_step",
     "labels": "labels",
+    "clipcap": "clipcap",
     "reader": "reader",
     "loader": "loader",
     "packing": "packing",

@@ -82,20 +82,23 @@ class OwnTemplate:
         """
         turns, system = self._fold(turns, system, images=images)
         # How an answer opens does not depend on the number of turns: one question is enough to know.
-        opening = self._literals(1, system=system is not None, last=False)[-1]
-        literals = self._literals(len(turns), system=system is not None)
+        opening = self._fitting(1, system=system is not None, last=False)[-1]
+        literals = self._fitting(len(turns), system=system is not None)
         texts = ([] if system is None else [system]) + [text for turn in turns for text in turn]
         self._check(literals, texts, _roles(len(turns), system=system is not None))
         at = 0 if system is None else 1
         waiting = [*self._split(literals[0]), *([] if system is None else [Segment("text", system), *self._split(literals[1])])]
-        out = []
+        out: list[RenderedTurn] = []
         for question, answer in turns:
             between, after = literals[at + 1], self._split(literals[at + 2])
             at += 2
             border = len(opening) if between.startswith(opening) else len(between)
             prompt = [*waiting, *content_segments(question, images=images), *self._split(between[:border])]
             # Up to the first control token: that is where generation stops.
-            stop = 1 + next(i for i, segment in enumerate(after) if segment.kind == "control")
+            stop = 1 + next((i for i, segment in enumerate(after) if segment.kind == "control"), len(after))
+            # The template was seen to end answers; one that does not with so many turns would teach not to stop.
+            if stop > len(after):
+                raise ConversationError(f"the chat template does not end answer {len(out) + 1} with a control token")
             reply = [*self._split(between[border:]), Segment("text", answer), *after[:stop]]
             out.append(RenderedTurn(joined(prompt), joined(reply)))
             waiting = [*after[stop:]]
@@ -104,7 +107,7 @@ class OwnTemplate:
     def prompt(self, question: str, *, images: bool, system: str | None) -> list[Segment]:
         """The segments to generate from. Raises ConversationError: the template rewrites the text."""
         turns, system = self._fold([(question, "")], system, images=images)
-        literals = self._literals(1, system=system is not None, last=False)
+        literals = self._fitting(1, system=system is not None, last=False)
         texts = ([] if system is None else [system]) + [turns[0][0]]
         self._check(literals, texts, _roles(1, system=system is not None, last=False), last=False)
         contents = [[Segment("text", text)] for text in texts[:-1]] + [content_segments(turns[0][0], images=images)]
@@ -145,6 +148,13 @@ class OwnTemplate:
                 raise _Unfit("does not write every message once, in order")
             self._known[key] = _MARKS.split(text)
         return self._known[key]
+
+    def _fitting(self, turns: int, *, system: bool, last: bool = True) -> list[str]:
+        """`_literals` for a conversation. Raises ConversationError: the template cannot take one of this form."""
+        try:
+            return self._literals(turns, system=system, last=last)
+        except _Unfit as error:
+            raise ConversationError(f"the chat template cannot take {turns} turns: it {error}") from None
 
     def _check(self, literals: list[str], texts: list[str], roles: list[str], *, last: bool = True) -> None:
         """Raises ConversationError unless the template, given the texts themselves, writes just them between its own."""

@@ -132,6 +132,7 @@ class PackedConversations:
     @classmethod
     def pack(cls, items: Iterable[tuple[str, Sequence[str], Turns, str | None]], root: Path) -> PackedConversations:
         """Pack ids, names of pictures below ``root``, turns and system texts."""
+        # Grown in place: a list of rows and their joining would be two copies.
         rows, ends = bytearray(), []
         for item in items:
             rows += json.dumps(item, ensure_ascii=False, separators=(",", ":")).encode()
@@ -148,6 +149,7 @@ class PackedConversations:
         end = int(ends[-1]) if len(ends) else begin
         return PackedConversations(memoryview(self._rows)[begin:end], ends - begin, self._root)
 
+    # A memoryview does not pickle, and its whole buffer is not wanted.
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedConversations, (bytes(self._rows), self._ends, self._root)
 
@@ -192,6 +194,7 @@ class JoinedConversations:
         starts = [0, *self._ends[:-1]]
         parts = []
         for (part, source), start in zip(self.parts, starts, strict=True):
+            # In the numbers of this part; a part outside has an empty range.
             begin, end = max(0, first - start), min(len(part), last - start)
             parts += [(part.piece(begin, end), source)] if begin < end else []
         return JoinedConversations(parts)

@@ -120,6 +120,7 @@ def conversation_lengths(
     path = None if cache is None else cache / "lengths" / f"{hash_text(*fingerprint, str(len(items)))}.npz"
     if path is not None and (found := _read(path, len(items))) is not None:
         return found
+    # Few: starting processes would take longer than the work.
     measured = _join(list(map_in_order(_measure, encode, _Pieces(items), 1 if len(items) <= _FEW else workers)))
     if path is not None:
         _write(path, measured)
@@ -143,6 +144,7 @@ def _measure(encode: Encode, items: Readable) -> list[_Row]:
 def _measure_one(items: Readable, encode: Encode, number: int) -> _Row:
     try:
         found = encode(items[number])
+    # Of the text and of the row that it comes from; whether the pictures can be read is not looked at here.
     except SampleError as error:
         return _Row(0, 0, 0, False, str(error))
     return _Row(len(found.input_ids), found.num_images, found.num_supervised, found.cut)
@@ -159,6 +161,7 @@ def _join(pieces: list[list[_Row]]) -> Measured:
 
 def _write(path: Path, measured: Measured) -> None:
     """Keep lengths where that can be done; otherwise the next start counts again."""
+    # As bytes of an array: an array of Python objects would need pickle to read.
     rest = json.dumps({"cut": measured.cut, "unusable": measured.unusable}).encode()
     lengths = measured.lengths
     try:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkit.distributed import zero
+from mmkit.distributed import skeleton, zero
 from mmkit.distributed.collectives import AllGather
 from mmkit.distributed.liveness import Liveness
 from mmkit.distributed.pieces import Saved, Share, changing_buffers, pack, unpack
@@ -38,6 +38,7 @@ class Engine:
         rank: This process.
         world_size: Number of processes.
         device: Where this process computes.
+        weight_dtype: What DeepSpeed will round the weights to, so that a model need not be read in more; None: it rounds nothing.
     """
 
     _made = 0
@@ -73,13 +74,15 @@ class Engine:
             )
         self.clip = clip
         self.uses_deepspeed = deepspeed is not None
+        self.weight_dtype = torch.bfloat16 if self.uses_deepspeed and precision == "bf16" else None
+        self._settings: dict[str, Any] = {}
         plugin = None
         if deepspeed is not None:
-            settings = deepspeed_settings(
+            self._settings = deepspeed_settings(
                 deepspeed, micro_batch_size=self.micro_batch_size, accumulation=self.accumulation, clip=clip, precision=precision
             )
             zero.prepare_environment()
-            plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+            plugin = DeepSpeedPlugin(hf_ds_config=self._settings, zero3_init_flag=False)
         # Frozen parts are excluded by requires_grad, every trainable part takes part in every step (dummy path for text-only
         # batches), so the search for unused parameters stays off; buffers such as the IDF are summed by hand, not broadcast.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -121,8 +124,24 @@ class Engine:
         """Whether this process writes files and logs."""
         return self.rank == 0
 
+    @property
+    def cuts_up(self) -> bool:
+        """Whether no process holds the whole model (ZeRO-3)."""
+        return self.world_size > 1 and self._settings.get("zero_optimization", {}).get("stage") == 3
+
+    @property
+    def skeleton(self) -> bool:
+        """Whether to build the model on the meta device here: under ZeRO-3 rank 0 reads it and hands out the pieces."""
+        return self.cuts_up and not self.is_main
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device; under ZeRO-3 leave it, since no device has to hold it whole."""
+        return module if self.cuts_up else module.to(self.device)
+
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Wrap the finished objective for the chosen mode."""
+        """Wrap the finished objective for the chosen mode (a collective call)."""
+        if self.cuts_up:
+            skeleton.partition(module, self._settings, dtype=self.weight_dtype or torch.float32, device=self.device)
         if self.uses_deepspeed or self.world_size > 1:
             with warnings.catch_warnings():
                 # torch has a new name for broadcast_buffers, which Accelerate does not know yet.
@@ -132,6 +151,7 @@ class Engine:
             self.module, self.optimizer = module.to(self.device), optimizer
         if self.uses_deepspeed:
             numbers = {"micro_batch_size": self.micro_batch_size, "accumulation": self.accumulation}
+            zero.undo_first_step(self.module)
             zero.check_resolved(self.module, **numbers, world_size=self.world_size, clip=self.clip)
         logger.info("%s", self.description)
 
@@ -308,6 +328,18 @@ class Engine:
         with deepspeed.zero.GatheredParameters(parts):
             yield
 
+    @contextmanager
+    def whole_on_main(self) -> Iterator[None]:
+        """All weights whole on the main process inside the block, in host memory (a collective call); for saving the product.
+
+        Unlike :meth:`gathered` no device and no other process holds more than one whole parameter at a time.
+        """
+        parts = [p for p in self.module.parameters() if hasattr(p, "ds_id")]
+        kept = skeleton.collect(parts, keep=self.is_main)
+        yield
+        for parameter, piece in kept:
+            parameter.data = piece
+
     def gather(self, rows: list[Any]) -> list[Any]:
         """The rows of all processes, in order of rank."""
         if self.world_size == 1:
@@ -417,13 +449,14 @@ class Engine:
         """Leave the process group, so that another run in this process can choose another mode."""
         from accelerate.state import AcceleratorState
 
-        if self._liveness is not None:
-            self._liveness.close()
         if self.uses_deepspeed:
             zero.forget_groups(self.module)
         self._accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        if self._liveness is not None:
+            # Last: groups may ask the store in rank 0 while they end, and rank 0 is free to go after the goodbyes.
+            self._liveness.close()
         AcceleratorState._reset_state(True)
         # Left behind, it would choose DeepSpeed for the next Accelerator too.
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)

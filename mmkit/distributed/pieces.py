@@ -60,7 +60,9 @@ def pack(shares: list[Share], optimizer: torch.optim.Optimizer, buffers: Mapping
     for share in shares:
         # Flat: a reader takes any stretch of it.
         found[f"{WEIGHT}|{share.start}|{share.name}"] = share.weight.reshape(-1)
-        for kind, state in optimizer.state.get(share.owner, {}).items():
+        # Looked for in the wrong place, moments would be lost without a word.
+        assert share.owner in optimizer.state, f"the optimizer has no state of {share.name}"
+        for kind, state in optimizer.state[share.owner].items():
             if kind == STEP:
                 found[f"{STEP}|0|"] = torch.as_tensor(state)
             else:

@@ -32,6 +32,15 @@ def deepspeed_settings(
     clash = sorted((ours.keys() | {"train_batch_size", "fp16"}) & settings.keys())
     if clash:
         raise InputError(f"sets {', '.join(clash)}", where=path, mend="remove it: these numbers are the recipe's")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if precision == "bf16" and stage > 0 and accumulation > 1:
+        # DeepSpeed's own default adds up micro-batches in bf16, where the sum of many loses the small ones. Costs 2 bytes a
+        # parameter over the number of processes (stage 1: 4, not shared); the file may set it to bf16. Stage 0 has no choice.
+        settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    for part in ("offload_optimizer", "offload_param"):
+        if settings.get("zero_optimization", {}).get(part, {}).get("device") == "nvme":
+            # Swapped out, the fp32 weights are not where a checkpoint could take them from.
+            raise InputError(f"{part} to nvme has no checkpoints", where=path, mend="use device cpu")
     return {
         **settings,
         **ours,

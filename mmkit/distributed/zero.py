@@ -73,6 +73,19 @@ def check_resolved(engine: Any, *, micro_batch_size: int, accumulation: int, wor
     assert found == meant, f"DeepSpeed would train with {found}, the recipe says {meant}"
 
 
+def undo_first_step(engine: Any) -> None:
+    """Take back the update with zero gradients by which DeepSpeed's bf16 stage 0 makes room for the optimizer's state.
+
+    It decays the fp32 weights once at the full learning rate, and AdamW's bias correction would count one update too many:
+    the first real one would be about half as long.
+    """
+    if hasattr(engine.optimizer, "fp32_groups"):
+        for pair in _groups(engine.optimizer):
+            for parameter, copy in zip(*pair, strict=True):
+                copy.data.copy_(parameter.data)
+        engine.basic_optimizer.state.clear()
+
+
 def update(engine: Any, broken: Tensor, device: torch.device) -> Tensor:
     """DeepSpeed's update unless loss or gradient are broken, and its gradient norm.
 
@@ -110,11 +123,22 @@ def shares(engine: Any) -> list[Share]:
         # ZeRO-1, 2 and the bf16 optimizer of stage 0: flat groups, of which this process holds a stretch.
         flats = [group["params"][0] for group in engine.basic_optimizer.param_groups]
         return [_stretch(name, p._hp_mapping, flats) for name, p in trained if p._hp_mapping is not None]
+    if hasattr(optimizer, "fp32_groups"):
+        # Stage 0 in bf16: an fp32 copy of every parameter, whole on every process.
+        copies = {id(p): copy for pair in _groups(optimizer) for p, copy in zip(*pair, strict=True)}
+        return [Share(name, 0, copies[id(p)].detach(), copies[id(p)], 0) for name, p in trained]
+    # Stage 0 in fp32: torch's own optimizer. Any other has its weights in a place that is not known here.
+    assert optimizer is engine.basic_optimizer, f"no checkpoints with DeepSpeed's {type(optimizer).__name__}"
     return whole_shares(trained)
 
 
+def _groups(optimizer: Any) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Groups of parameters and of their fp32 copies."""
+    return list(zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True))
+
+
 def is_partitioned(engine: Any) -> bool:
-    """Whether each process holds another part; stage 0 in fp32 holds all on every process."""
+    """Whether each process holds another part; under stage 0 every process holds all."""
     return hasattr(engine.optimizer, "fp32_partitioned_groups_flat") or hasattr(engine.optimizer, "update_lp_params")
 
 
@@ -153,3 +177,7 @@ def refresh(engine: Any) -> None:
             kept[0].all_gather(kept)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_groups"):
+        for pair in _groups(optimizer):
+            for parameter, copy in zip(*pair, strict=True):
+                parameter.data.copy_(copy.data)

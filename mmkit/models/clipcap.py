@@ -239,6 +239,17 @@ class ClipCap(PreTrainedModel):
         """Vocabulary logits f[M, H] -> f[M, V]."""
         return self.lm.get_output_embeddings()(hidden)
 
+    def check_room(self, how: DecodingConfig) -> None:
+        """Refuse texts that are longer than the language model has positions for.
+
+        Raises:
+            InputError: They are.
+        """
+        room = _positions(self.lm) - self.config.prefix_length
+        if how.max_new_tokens > room:
+            what = f"{how.max_new_tokens} new tokens are more than the {room} positions that the prefix leaves"
+            raise InputError(what, where="max_new_tokens", mend=f"give at most {room}")
+
     @torch.no_grad()
     def generate(
         self,
@@ -264,10 +275,7 @@ class ClipCap(PreTrainedModel):
         Raises:
             InputError: More tokens than the language model has positions.
         """
-        room = _positions(self.lm) - self.config.prefix_length
-        if how.max_new_tokens > room:
-            what = f"{how.max_new_tokens} new tokens are more than the {room} positions that the prefix leaves"
-            raise InputError(what, where="max_new_tokens", mend=f"give at most {room}")
+        self.check_room(how)
         ends = own_stop(self.lm) if stop is None else list(stop)
         fill = filler(self.lm, ends)
         # Every row has the same P, so a batch needs no padding, and batch 1 equals batch N.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -241,7 +241,9 @@ def build_llava(
     new_projector(model, projector, seed)
     model.generation_config = llm.generation_config
     settle_generation(model, tokenizer)
-    assert not any(p.is_meta for p in (*model.parameters(), *model.buffers())), "a placeholder was left in"
+    # An empty language model is one on purpose.
+    kept = [*model.parameters(), *model.buffers()]
+    assert llm.device.type == "meta" or not any(p.is_meta for p in kept), "a placeholder was left in"
     return model.eval()
 
 
@@ -320,8 +322,15 @@ def _published_names(model: VisionLanguageModel, state: dict[str, Tensor]) -> di
     return {name.replace(tower, f"{tower}vision_model.", 1): value for name, value in state.items()}
 
 
-def load_mllm(folder: str | Path) -> tuple[VisionLanguageModel, LlavaProcessor, dict[str, Any]]:
+def load_mllm(
+    folder: str | Path, *, dtype: torch.dtype | None = None, empty: bool = False
+) -> tuple[VisionLanguageModel, LlavaProcessor, dict[str, Any]]:
     """Open a model folder.
+
+    Args:
+        folder: Of `save_mllm`.
+        dtype: Of the weights; None: as they are stored.
+        empty: On the meta device: shapes without weights, for a process that is given them later.
 
     Returns:
         Model (in eval mode), processor, and the content of mmkit.json.
@@ -335,7 +344,11 @@ def load_mllm(folder: str | Path) -> tuple[VisionLanguageModel, LlavaProcessor, 
     if "chat_template" in meta:
         processor.tokenizer.chat_template = meta["chat_template"]
     # The class that config.json names: LLaVA's, Aya Vision's or FastVLM's.
-    return AutoModelForImageTextToText.from_pretrained(folder), processor, meta
+    if not empty:
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto"), processor, meta
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype).eval(), processor, meta
 
 
 def _embed(model: VisionLanguageModel, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:

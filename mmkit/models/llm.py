@@ -89,6 +89,7 @@ def build_llm(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    empty: bool = False,
 ) -> PreTrainedModel:
     """A causal language model by name or from a configuration.
 
@@ -99,9 +100,10 @@ def build_llm(
         dtype: Of the weights; float32 if None.
         seed: Of random weights; the global generators are left as they were.
         tokenizer: Fills vocabulary size and special ids of a ``config``.
+        empty: On the meta device: shapes without weights, for a process that is given them later.
 
     Returns:
-        The model, on the CPU, in eval mode.
+        The model, on the CPU unless empty, in eval mode.
 
     Raises:
         InputError: Both or neither of ``name`` and ``config``, an unknown field, or a name that cannot be opened.
@@ -112,7 +114,7 @@ def build_llm(
     kind = _dtype(dtype)
     if name is not None:
         try:
-            if pretrained:
+            if pretrained and not empty:
                 # from_pretrained returns the model in eval mode.
                 return AutoModelForCausalLM.from_pretrained(name, dtype=kind)
             made = AutoConfig.from_pretrained(name)
@@ -123,6 +125,9 @@ def build_llm(
     else:
         assert config is not None
         made = llm_config(config, tokenizer=tokenizer)
+    if empty:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(made, dtype=kind).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # eval by hand: from_config leaves training mode on, and dropout would make the model look random.

@@ -73,7 +73,8 @@ def train(
         InputError: Too many unreadable samples, loss or gradient not finite, no space for checkpoints, or none that is sound.
     """
     # Before the optimiser is made: it must hold the parameters where they stay.
-    objective = stage.objective.to(engine.device)
+    objective = stage.objective
+    engine.place(objective)
     total = total_steps(config, len(stage.samples))
     warmup = warmup_steps(config.warmup, total)
     groups = parameter_groups(

@@ -45,8 +45,8 @@ def check_space(module: nn.Module, config: TrainConfig, folder: Path, *, start: 
     every = config.checkpoint_every or max(1, total)
     planned = math.ceil(total / every) - start // every
     if config.early_stopping is not None:
-        # The best so far is kept besides, and saved at whichever step it comes.
-        planned += 1
+        # Every look may find a better step, which is saved.
+        planned = total - start
     # One more than are kept: the oldest goes after the newest is complete. Those that are there have their space already.
     kept = config.keep_checkpoints + (config.early_stopping is not None)
     checkpoints = max(0, min(kept + 1 - len(list_checkpoints(folder)), planned))

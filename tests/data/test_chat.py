@@ -120,6 +120,10 @@ def test_the_processors_template_gives_the_ids_of_the_prompt(shape, kind, tmp_pa
                 ids = opened(text=text, images=[picture] * images or None).input_ids[0]
                 expected = encode_prompt(question, made, "chat", system=system, **how(made, images))
                 assert list(ids) == expected, (content, system)
+    shown = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]}]
+    batch = opened.apply_chat_template(shown, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert list(batch["input_ids"][0]) == encode_prompt("What is this?", made, "chat", **how(made, 1))
+    assert len(batch["pixel_values"]) == 1
     whole = [*rows, {"role": "assistant", "content": "a dog"}]
     rows = opened.tokenizer(opened.apply_chat_template(whole)).input_ids
     assert rows == encode([("What is this?", "a dog")], made, system="Be brief.").input_ids
@@ -222,6 +226,18 @@ def test_what_a_template_rewrites_is_left_out_by_name():
         encode([("q", "a"), ("<tool_response>q", "a")], made)
     assert encode([("<tool_response>q", "a"), ("q", "a")], made).num_supervised > 0
     assert encode([("q", "<think> alone")], made).num_supervised > 0
+
+
+def test_a_template_that_cannot_take_so_many_turns_leaves_the_conversation_out():
+    made = tokenizer("sp")
+    body = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    made.chat_template = body + "{% if messages | length > 4 %}{{ raise_exception('too long') }}{% endif %}"
+    assert encode(TURNS[:2], made).num_supervised > 0
+    with pytest.raises(ConversationError, match="cannot take 3 turns: it too long"):
+        encode(TURNS, made)
+    made.chat_template = body.replace("+ eos_token", "+ (eos_token if messages | length < 5 else ';')")
+    with pytest.raises(ConversationError, match="does not end answer 1"):
+        encode(TURNS, made)
 
 
 UNFIT = {

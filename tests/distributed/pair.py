@@ -33,6 +33,8 @@ class Pair:
                 pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
                 made = subprocess.Popen([sys.executable, __file__], env={**environment, **own}, text=True, **pipes)
             self._processes.append(made)
+        # Imports take a while on a busy machine; the orders' time-outs are for what hangs.
+        assert [self._answer(process, 300) for process in self._processes] == ["ready"] * len(self._processes), log.read_text()
 
     def __call__(self, arguments: list[str], *, alone: bool = False, timeout: float = 60.0) -> None:
         """Run a command line (as after ``mmkit``) on all processes, or on one alone, as without a launcher."""
@@ -103,6 +105,7 @@ def _serve() -> None:
     # What the command prints goes to the log: the pipe is for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(_obey(json.loads(line)), file=answers, flush=True)
 

@@ -11,6 +11,10 @@ import pytest
 import torch
 from modes import deepspeed
 from pair import Pair
+from PIL import Image
+
+import mmkit
+from mmkit.distributed.pieces import Saved
 
 pytestmark = [
     pytest.mark.slow,
@@ -93,3 +97,66 @@ def test_it_goes_on_in_another_mode_or_world(pair, begun, tmp_path, left, entere
     if left == entered:
         # Nothing is summed in another order: bit for bit.
         assert pipeline.largest_difference(run, begun(ALL[left], "fp32")) == 0
+
+
+@pytest.mark.parametrize(("left", "entered"), [("zero2", "zero3"), ("zero0", "zero2"), ("zero3", "zero0"), ("zero1", "plain")])
+def test_fp32_weights_and_moments_survive_a_change_of_mode_in_bf16(pair, begun, tmp_path, left, entered):
+    """The weights that compute are bf16; from them alone the masters would come back rounded, 1e-3 off.
+
+    Losses in bf16 agree to its three digits only, so the checkpoint itself is compared: what the next mode writes after
+    reading it must be what it read. No step lies between: the run ends where the checkpoint is.
+    """
+    run = rewound(begun(ALL[left], "bf16"), tmp_path / "run")
+    before = Saved(run / "checkpoints" / "step-00000002")
+    mode, alone = ALL[entered]
+    call = {"words": pipeline.finetune(run, *COMMON, "train.precision=bf16", *deepspeed(mode, tmp_path))[1:], "run": str(run)}
+    pair.call("driven:copy_checkpoint", **call, out=str(tmp_path / "again"), alone=alone)
+    after = Saved(tmp_path / "again")
+    assert before.names == after.names and before.kinds == after.kinds == {"weight", "exp_avg", "exp_avg_sq"}
+    assert before.step is not None and after.step is not None and float(before.step) == float(after.step) == 2
+    for name in before.names:
+        size = sum(source.size for _, source in before._pieces["weight", name])
+        for kind in before.kinds:
+            assert torch.equal(before.read(kind, name, 0, size), after.read(kind, name, 0, size)), (kind, name)
+
+
+def tuned(kind: str, run: Path, *more: str) -> list[str]:
+    """Arguments of a run that trains the projector, LoRA layers or all."""
+    return {"projector": pipeline.align, "lora": pipeline.lora, "full": pipeline.finetune}[kind](run, *COMMON, *more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("projector", 3), ("lora", 3), ("lora", 2), ("full", 3), ("full", 1), ("full", "ddp")]
+)
+def test_every_checkpoint_becomes_a_product_without_its_processes(pair, tmp_path, kind, mode):
+    run = tmp_path / "run"
+    pair(tuned(kind, run, *deepspeed(mode, tmp_path)))
+    # The last checkpoint is what the product was made from.
+    assert pipeline.mmkit("export", run, tmp_path / "newest" / "model", "--checkpoint", "newest") == 0
+    assert pipeline.largest_difference(tmp_path / "newest", run) == 0
+    # As of a run that was given up in the middle.
+    half = rewound(run, tmp_path / "half")
+    assert pipeline.mmkit("export", half, tmp_path / "mid" / "model", "--checkpoint", "2") == 0
+    assert pipeline.largest_difference(tmp_path / "mid", run) > 1e-4
+    answer = mmkit.load(tmp_path / "mid" / "model").predict([Image.open(pipeline.pictures()[0])], ["What colour is it?"])
+    assert len(answer) == 1
+    assert pipeline.manifest(half)["status"] == "running"
+
+
+def test_what_cannot_be_exported_says_why(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert pipeline.mmkit(*pipeline.align(run, *COMMON)) == 0
+    out = tmp_path / "out"
+
+    def refused(*words: str) -> str:
+        assert pipeline.mmkit("export", *words) == 2
+        return capsys.readouterr().err
+
+    assert "has no checkpoint 3; use newest or one of 2, 4" in refused(run, out, "--checkpoint", "3")
+    assert "--format and --checkpoint do not go together" in refused(run, out, "--checkpoint", "2", "--format", "timm")
+    assert "is no run" in refused(tmp_path / "none", out, "--checkpoint", "2")
+    assert "is in the way" in refused(run, run / "model", "--checkpoint", "2")
+    file = run / "checkpoints" / "step-00000002" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert "is damaged (model.safetensors: content differs" in refused(run, out, "--checkpoint", "2")
+    assert not out.exists()

@@ -21,6 +21,8 @@ import torch
 from modes import MODES, deepspeed
 from pair import Pair
 
+from mmkit.recipes import recipe_folders
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed on CPUs and CUDA do not mix in one environment"),
@@ -83,6 +85,27 @@ def test_two_processes_equal_one(pair, reference, tmp_path, tune, mode, accumula
     size = f"train.micro_batch_size={4 // accumulation}"
     pair(TUNES[tune](tmp_path / "run", *COMMON, size, *deepspeed(mode, tmp_path)))
     assert_equal(tmp_path / "run", reference(tune))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bf16_follows_fp32_in_every_mode(pair, reference, tmp_path, mode):
+    """Coarser than above, as bf16's three digits are; a first update half as long, or a decay too many, is still seen."""
+    pair(
+        pipeline.finetune(
+            tmp_path / "run", *COMMON, "train.micro_batch_size=1", "train.precision=bf16", *deepspeed(mode, tmp_path)
+        )
+    )
+    assert pipeline.losses(tmp_path / "run") == pytest.approx(pipeline.losses(reference("full")), rel=2e-3)
+    assert norms(tmp_path / "run") == pytest.approx(norms(reference("full")), rel=2e-2)
+
+
+def test_offloading_equals_one_process_too(pair, reference, tmp_path):
+    settings = json.loads((recipe_folders()["deepspeed"] / "zero3-offload.json").read_text())["zero_optimization"]
+    pair(pipeline.finetune(tmp_path / "run", *COMMON, "train.micro_batch_size=1", *deepspeed(3, tmp_path, **settings)))
+    assert_equal(tmp_path / "run", reference("full"))
+    # One line says what a step is; the numbers are held against what DeepSpeed resolved.
+    line = "global batch 8 = micro-batch 1 x accumulation 4 x world size 2; gradients clipped at norm 0.5; DeepSpeed ZeRO-3"
+    assert line in pair.log.read_text()
 
 
 def conversations() -> Path:

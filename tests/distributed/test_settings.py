@@ -24,6 +24,18 @@ def test_the_recipes_numbers_are_filled_in(tmp_path):
     assert settings(path, precision="fp32")["bf16"] == {"enabled": False}
 
 
+def test_gradients_of_micro_batches_are_added_up_in_fp32_unless_the_file_says_otherwise(tmp_path):
+    path = tmp_path / "zero.json"
+    for stage, precision, expected in ((2, "bf16", {"grad_accum_dtype": "fp32"}), (0, "bf16", None), (2, "fp32", None)):
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        assert settings(path, precision=precision).get("data_types") == expected
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    # One piece: there is nothing to add up, and the memory stays DeepSpeed's.
+    assert "data_types" not in settings(path, accumulation=1)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}))
+    assert settings(path)["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
 @pytest.mark.parametrize("key", ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "fp16"])
 def test_a_number_has_one_place(tmp_path, key):
     path = tmp_path / "own.json"
@@ -45,3 +57,11 @@ def test_every_shipped_file_can_be_filled_in():
     shipped = sorted(recipe_folders()["deepspeed"].glob("*.json"))
     for path in shipped:
         assert settings(path)["zero_optimization"]["stage"] in (0, 1, 2, 3), path.name
+
+
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+def test_offloading_to_where_no_checkpoint_reaches_is_refused(tmp_path, part):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, part: {"device": "nvme"}}}))
+    with pytest.raises(InputError, match=f"{part} to nvme has no checkpoints; use device cpu"):
+        settings(path)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pipeline
 import pytest
+import yaml
+from PIL import Image
 
 import mmkit
 
@@ -102,6 +104,25 @@ def test_limit_and_reference_ocr(tmp_path):
 def test_beams_are_named(tmp_path):
     assert evaluate("captioner", tmp_path / "run", "tasks.0.limit=2", "tasks.0.generation.num_beams=3") == 0
     assert scores(tmp_path / "run")["coco-caption"]["settings"]["decoding"] == "beam 3"
+
+
+@pytest.mark.parametrize(
+    ("generation", "told"),
+    [
+        ("{decoding: paper, max_new_tokens: 9}", "ClipCap's beam 5 (averaged over length, up to a full stop)"),
+        ("{decoding: sample, top_p: 0.9, seed: 3, max_new_tokens: 9, batch_size: 3}", "sample, temperature 1, top_p 0.9, seed 3"),
+    ],
+)
+def test_a_score_names_its_decoding(tmp_path, generation, told):
+    assert evaluate("captioner", tmp_path / "run", f"tasks.0.generation={generation}") == 0
+    assert scores(tmp_path / "run")["coco-caption"]["settings"]["decoding"] == told
+    # In batches of another size, and without the model's own settings: the same captions.
+    opened = mmkit.load(pipeline.trained("clipcap"))
+    rows = pipeline.rows(tmp_path / "run" / "predictions.jsonl")
+    pictures = [Image.open(row["image"]).convert("RGB") for row in rows]
+    given = yaml.safe_load(generation)
+    given.pop("batch_size", None)
+    assert opened.predict(pictures, **given) == [row["prediction"] for row in rows]
 
 
 def test_a_captioner_answers_no_questions(tmp_path, capsys):

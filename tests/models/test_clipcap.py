@@ -79,6 +79,23 @@ def test_feature_norms():
     torch.testing.assert_close(norm(features), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
 
 
+@pytest.mark.parametrize("shape", [(700, 5), (300, 3, 5)])
+def test_statistics_taken_in_parts_are_those_of_the_whole(shape):
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 6) + 1000
+    spoiled = features.clone()
+    # An unreadable picture in the first part, and a part of nothing else.
+    spoiled[3] = float("nan")
+    spoiled[256:] = torch.where(
+        torch.arange(len(spoiled) - 256).view(-1, *[1] * (len(shape) - 1)) < 30, float("nan"), features[256:]
+    )
+    kept = ~spoiled.flatten(1).isnan().any(1)
+    norm = FeatureNorm("standardize", 5)
+    norm.fit(spoiled)
+    rows = features[kept].reshape(-1, 5).double()
+    torch.testing.assert_close(norm.feature_mean, rows.mean(0).float())
+    torch.testing.assert_close(norm.feature_std, rows.std(0, correction=0).float())
+
+
 @pytest.mark.parametrize("mapper", ["mlp", "transformer"])
 @pytest.mark.parametrize("lm", [gpt2, llama])
 def test_loss_and_gradient_equal_the_language_models_own(mapper, lm):

@@ -141,3 +141,12 @@ def test_missing_names_say_what_to_do(tmp_path, monkeypatch):
 def test_tokenizer_of_tiny_helper_is_what_autotokenizer_gives():
     made = tokenizer("sp", image=False)
     assert type(AutoTokenizer.from_pretrained(made.name_or_path)) is type(made)
+
+
+def test_an_empty_model_has_shapes_and_ties_and_no_memory():
+    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 50}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    full, empty = build_llm(None, config=config), build_llm(None, config=config, dtype="bf16", empty=True)
+    assert {n: p.shape for n, p in full.named_parameters()} == {n: p.shape for n, p in empty.named_parameters()}
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in empty.parameters()) and not empty.training
+    assert empty.get_output_embeddings().weight is empty.get_input_embeddings().weight

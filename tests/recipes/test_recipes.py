@@ -246,6 +246,11 @@ def test_clipcap_has_the_published_values(name: str) -> None:
     assert (train["betas"], train["eps"], train["weight_decay"]) == ([0.9, 0.999], 1e-6, 0.0)
     assert (train["schedule"], train["clip_grad_norm"], train["precision"]) == ("linear", None, "fp32")
     assert recipe["tune_llm"] is (name == "clipcap-mlp-gpt2")
+    # The authors stopped early; SuperClass's paper says nothing of it. Decoding is the paper's in all.
+    stopping = train["early_stopping"]
+    assert (stopping is None) if name == "clipcap-superclass" else (stopping["metric"], stopping["mode"]) == ("val_CIDEr", "max")
+    assert recipe["data"]["val"].endswith("karpathy_val.json") and recipe["monitor"]["every"] == 566_747 // 40 + 1
+    assert (recipe["generation"]["decoding"], recipe["generation"]["num_beams"]) == ("paper", 5)
     mapper = recipe["mapper"]
     assert mapper["kind"] == ("mlp" if name == "clipcap-mlp-gpt2" else "transformer")
     assert mapper["prefix_length"] == (40 if name == "clipcap-transformer-gpt2" else 10)
@@ -289,7 +294,8 @@ def test_evaluations_use_llavas_prompts() -> None:
         assert task["generation"]["num_beams"] == 1
     assert vqa["image_name"].format(42) == "COCO_val2014_000000000042.jpg"
     (captions,) = plain(load_recipe(RECIPES["coco-captions"]))["tasks"]
-    assert (captions["generation"]["num_beams"], captions["generation"]["max_new_tokens"]) == (5, 67)
+    ways = captions["generation"]
+    assert (ways["decoding"], ways["num_beams"], ways["max_new_tokens"]) == ("paper", 5, 67)
 
 
 def test_deepspeed_files_are_those_of_the_plan() -> None:

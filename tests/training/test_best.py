@@ -14,10 +14,12 @@ from mmkit.config import StoppingConfig, TrainConfig
 from mmkit.distributed.engine import Engine
 from mmkit.errors import InputError
 from mmkit.run import Run
+from mmkit.training import space
 from mmkit.training.best import Best, Seen
 from mmkit.training.checkpoint import list_checkpoints, step_of
 from mmkit.training.loop import train
 from mmkit.training.objective import Finding, Stage
+from mmkit.training.space import check_space, checkpoint_size
 from mmkit.training.step_log import LoopSettings
 
 
@@ -185,6 +187,24 @@ def test_validation_loss_needs_no_monitor(tmp_path):
         engine.close()
     losses = [(row["step"], row["val_loss"]) for row in rows(tmp_path / "run") if "val_loss" in row]
     assert run.manifest["best"]["step"] == min(losses, key=lambda pair: pair[1])[0] < run.manifest["ended"]["step"] < 30
+
+
+def test_space_for_the_best_checkpoint_is_asked_for(tmp_path, monkeypatch):
+    made = stage(VALUES).objective
+    each = checkpoint_size(made)
+    told = []
+    for stopping in (None, {"metric": "x", "mode": "max"}):
+        more = {"checkpoint_every": None if stopping else 1, "keep_checkpoints": 2, "early_stopping": stopping}
+        config = TrainConfig(batch_size=4, steps=20, lr=0.1, precision="fp32", **more)
+        need = (4 if stopping else 3) * each + 4
+        for free in (need - 1, need):
+            monkeypatch.setattr(space.shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
+            try:
+                check_space(made, config, tmp_path / "checkpoints", start=0, total=20)
+                told.append(True)
+            except InputError:
+                told.append(False)
+    assert told == [False, True, False, True]
 
 
 def test_not_a_number_is_never_the_best():

@@ -65,3 +65,19 @@ def test_exchanged_pictures_get_new_features_and_unreadable_ones_are_listed(tmp_
 def test_features_of_an_encoder_that_trains_are_refused(tmp_path, capsys):
     assert pipeline.mmkit(*pipeline.finetune(tmp_path / "run", "cache_features=true", "train_encoder=true")) == 2
     assert "cache_features keeps the features of a frozen encoder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_kept_features_under_zero3_where_one_process_alone_has_weights(tmp_path):
+    assert pipeline.mmkit(*pipeline.finetune(tmp_path / "one", "train.micro_batch_size=1")) == 0
+    more = ["train.micro_batch_size=1", "cache_features=true", "train.deepspeed=zero3"]
+    done = pipeline.torchrun(*pipeline.finetune(tmp_path / "two", *more))
+    assert done.returncode == 0, done.stderr
+    assert pipeline.losses(tmp_path / "two") == pytest.approx(pipeline.losses(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_four_bit_weights_under_zero3_are_refused(tmp_path):
+    more = ["tune=lora", "lora.r=4", "lora.quantization=nf4", "train.deepspeed=zero3"]
+    done = pipeline.torchrun(*pipeline.finetune(tmp_path / "run", *more))
+    assert done.returncode != 0 and "4-bit weights cannot be cut up by ZeRO-3" in done.stderr

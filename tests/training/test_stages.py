@@ -91,7 +91,10 @@ def test_what_a_finished_run_holds():
     row = pipeline.rows(run / "metrics.jsonl")[0]
     wanted = {"step", "samples", "loss", "lr", "grad_norm", "counted", "batch_digest"}
     assert (
-        set(row) == wanted | {"samples_per_second", "data_wait", "memory_gib", "seconds"}
+        set(row)
+        == wanted
+        | {"samples_per_second", "data_wait", "memory_gib", "seconds"}
+        | {"tokens_per_second", "supervised_per_sample", "padding", "cut"}
         and row["step"] == 1
         and row["samples"] == 8
         and row["lr"] == 0.001

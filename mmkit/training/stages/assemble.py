@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from mmkit.config import LlavaRecipe, LlmConfig
 from mmkit.data.conversations import stop_tokens
 from mmkit.encoders.save import load_encoder
@@ -37,22 +39,27 @@ class Opened(NamedTuple):
     parents: list[Parent]
 
 
-def open_model(recipe: LlavaRecipe) -> Opened:
+def open_model(recipe: LlavaRecipe, *, dtype: torch.dtype | None = None, empty: bool = False) -> Opened:
     """Load the model of another run, or assemble one.
+
+    Args:
+        recipe: Of the stage.
+        dtype: Of the weights; None: as they are stored in a run, fp32 for a language model by name.
+        empty: Without weights (the encoder's, which are few, aside), for a process that is given them later.
 
     Raises:
         InputError: As the parts raise it, or the projector to start from belongs to other parts.
     """
-    opened = _go_on(recipe, recipe.model) if recipe.model is not None else _assemble(recipe)
+    opened = _go_on(recipe, recipe.model, dtype, empty) if recipe.model is not None else _assemble(recipe, dtype, empty)
     # Learnt with the template, so generation has to stop there, in other people's programs too.
     add_stop_tokens(opened.model, stop_tokens(recipe.template, opened.processor.tokenizer))
     return opened
 
 
-def _go_on(recipe: LlavaRecipe, source: str) -> Opened:
+def _go_on(recipe: LlavaRecipe, source: str, dtype: torch.dtype | None, empty: bool) -> Opened:
     """The model of another run."""
     parent = resolve_parent("model", source)
-    model, processor, meta = load_mllm(parent.folder or Path(source))
+    model, processor, meta = load_mllm(parent.folder or Path(source), dtype=dtype, empty=empty)
     # These two may change between the stages: LLaVA aligns with plain text and crops, and tunes with Vicuna's and padding.
     meta = {**meta, "template": recipe.template, "image_fit": recipe.image_fit}
     # Made anew: the chat template inside belongs to the conversation template, the image processor to the fit.
@@ -62,7 +69,7 @@ def _go_on(recipe: LlavaRecipe, source: str) -> Opened:
     return Opened(model, processor, meta, [parent])
 
 
-def _assemble(recipe: LlavaRecipe) -> Opened:
+def _assemble(recipe: LlavaRecipe, dtype: torch.dtype | None, empty: bool) -> Opened:
     """A new model from an encoder and a language model."""
     # The recipe's schema sees to it.
     assert recipe.encoder is not None and recipe.llm is not None
@@ -73,7 +80,13 @@ def _assemble(recipe: LlavaRecipe) -> Opened:
     # The recipe's schema sees to it that one of the two is given.
     tokenizer = load_tokenizer(recipe.llm.tokenizer or recipe.llm.name or "")
     llm = build_llm(
-        recipe.llm.name, config=recipe.llm.config, pretrained=recipe.llm.name is not None, seed=recipe.seed, tokenizer=tokenizer
+        recipe.llm.name,
+        config=recipe.llm.config,
+        pretrained=recipe.llm.name is not None,
+        dtype=dtype,
+        seed=recipe.seed,
+        tokenizer=tokenizer,
+        empty=empty,
     )
     model = build_llava(
         # The encoder rewritten as one of transformers' towers, so that transformers opens the product without mmkit; in the LLM's

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,18 +14,18 @@ from transformers import PreTrainedModel
 
 from mmkit.config import ClipcapRecipe
 from mmkit.data.batching import Lengths
-from mmkit.data.images import decode_image, fit_square
+from mmkit.data.images import decode_image
 from mmkit.data.layout import Layout
 from mmkit.data.pairs import Pair, PairSource, Picture
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.data.sources import open_pairs, open_training_pairs, options_of
 from mmkit.distributed.engine import Engine
-from mmkit.encoders.features import FeatureCache, extract_features
+from mmkit.encoders.mapped import mapped_features
 from mmkit.encoders.save import load_encoder, save_encoder
 from mmkit.encoders.vit import VisionEncoder
 from mmkit.errors import InputError
 from mmkit.files import hash_text, new_folder
-from mmkit.models.captioning import caption_ids, end_token
+from mmkit.models.captioning import caption_ids, end_token, stop_tokens
 from mmkit.models.clipcap import ClipCap, check_fit, save_captioner
 from mmkit.models.clipcap import build_clipcap as build_captioner
 from mmkit.models.llm import build_llm, load_tokenizer
@@ -133,7 +132,7 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
     )
     parents = [encoder_parent] + ([resolve_parent("llm", recipe.llm.name)] if recipe.llm.name else [])
     # Beside the runs: those that differ in mapper or learning rate share their features, and a restart keeps them.
-    cache = FeatureCache(Path(recipe.run).parent / ".features")
+    cache = Path(recipe.run).parent / ".features"
 
     # No augmentation, hence one feature a picture: the encoder runs once a picture, not once a caption and epoch.
     def samples_of(source: PairSource, limit: int | None) -> tuple[FeatureSamples, list[LeftOut], Layout]:
@@ -144,7 +143,7 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         # The same index over other pictures, or over repaired ones, must not find the old features.
         key += "".join(f"\n{file} {file.stat().st_mtime_ns if file.exists() else 0}" for file in files)
         work = FeatureWork(encoder, pairs, kind=kind, max_pixels=data.max_pixels, max_bytes=data.max_bytes)
-        features = _cached(cache, hash_text(key), work, engine)
+        features = work.extract(cache, hash_text(key), engine, data.workers)
         good, left_out = work.usable(features)
         if not good.any():
             first = (unreadable + left_out)[0]
@@ -169,6 +168,9 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
     check_fit(model, tokenizer, recipe.max_length)
     # The end that it learns, and not what the language model's own settings say: a chat model's may be another.
     model.lm.generation_config.eos_token_id = end_token(tokenizer, recipe.caption_end)
+    # The captioner is saved with these settings: what they lack must not be found at the first look, or by who opens it.
+    model.check_room(recipe.generation)
+    stop_tokens(model, tokenizer, recipe.generation)
     monitors: list[Monitor] = []
     if recipe.monitor.every is not None:
         assert validation is not None, "the recipe's check holds data.val and monitor.every together"
@@ -203,13 +205,6 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         validation=validation if recipe.train.val_every is not None else None,
         monitors=monitors,
     )
-
-
-def _cached(cache: FeatureCache, key: str, work: FeatureWork, engine: Engine) -> Tensor:
-    """The features of a data set, extracted on first use."""
-    # The other ranks wait, then read the cached file, instead of each running the encoder over everything.
-    found: Tensor = engine.main_first(lambda: cache.get(key, lambda: work.extract(engine.device)))
-    return found
 
 
 def _llm_origin(recipe: ClipcapRecipe, llm: PreTrainedModel) -> dict[str, Any]:
@@ -254,34 +249,35 @@ class FeatureWork:
         # A row a picture, though COCO has five captions for each; dict.fromkeys keeps the order of the file.
         self.row = {ref: i for i, ref in enumerate(dict.fromkeys(p.image for p in pairs))}
 
-    def extract(self, device: torch.device) -> Tensor:
-        """Features ``[pictures, D]`` or ``[pictures, N, D]``, NaN where the picture cannot be read."""
-        logger.info("extracting features of %d pictures", len(self.row))
-        bad: list[int] = []
-        kind = "tokens" if self.kind == "tokens" else "pooled"
-        features = extract_features(self.encoder, self._batches(bad), device=device, kind=kind)  # type: ignore[arg-type]
-        # NaN travels with the cached file, so that every rank and later run leaves out the same pairs.
-        features[bad] = float("nan")
-        return features
+    def extract(self, folder: Path, key: str, engine: Engine, workers: int) -> Tensor:
+        """Features ``[pictures, D]`` or ``[pictures, N, D]``, a view of a file; NaN where the picture cannot be read."""
+        encoder, device = self.encoder.eval(), engine.device
+        shape = (encoder.num_tokens, encoder.width) if self.kind == "tokens" else (encoder.width,)
 
-    def _batches(self, bad: list[int]) -> Iterator[Tensor]:
-        """Pixels in batches; unreadable ones are black and noted in ``bad``."""
-        size = self.encoder.image_size
-        batch: list[Tensor] = []
-        for i, ref in enumerate(self.row):
-            try:
+        @torch.inference_mode()
+        def compute(pixels: Tensor) -> Tensor:
+            pixels = pixels.to(device, non_blocking=True)
+            return encoder.to(device).tokens(pixels) if self.kind == "tokens" else encoder.to(device)(pixels)
+
+        # The other ranks wait, then read the file, instead of each running the encoder over everything.
+        found: Tensor = engine.main_first(
+            lambda: mapped_features(
+                folder,
+                key,
+                list(self.row),
+                compute,
+                shape=shape,
+                dtype=torch.float32,
+                size=encoder.image_size,
                 # The view that prediction uses too.
-                pixels = fit_square(decode_image(ref.read(self.max_bytes), max_pixels=self.max_pixels), size, fit="squash")
-                batch.append(torch.from_numpy(pixels))
-            except SampleError:
-                bad.append(i)
-                # A stand-in, so that rows and pictures stay aligned.
-                batch.append(torch.zeros(3, size, size, dtype=torch.uint8))
-            if len(batch) == EXTRACT_BATCH:
-                yield torch.stack(batch)
-                batch = []
-        if batch:
-            yield torch.stack(batch)
+                fit="squash",
+                fill=(0, 0, 0),
+                max_pixels=self.max_pixels,
+                max_bytes=self.max_bytes,
+                workers=workers,
+            )
+        )
+        return found
 
     def usable(self, features: Tensor) -> tuple[NDArray[np.bool_], list[LeftOut]]:
         """Of which pairs the picture could be read, bool[pairs], and the others with their reason (found by reading again)."""

@@ -14,6 +14,7 @@ from mmkit.data.images import mean_colour
 from mmkit.data.pairs import Picture
 from mmkit.distributed.engine import Engine
 from mmkit.encoders.mapped import mapped_features
+from mmkit.errors import InputError
 from mmkit.files import hash_text
 from mmkit.models.llava import tower_features
 from mmkit.models.projectors import VisionLanguageModel
@@ -42,27 +43,24 @@ def keep_features(
         InputError: The disk cannot hold them.
     """
     pictures = samples.pictures()
-    tower, device = model.model.vision_tower.to(engine.device), engine.device
-    mean, std = (torch.tensor(meta[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
-
-    @torch.no_grad()
-    def extract(pixels: Tensor) -> Tensor:
-        values = (pixels.to(device, non_blocking=True).float() / 255.0 - mean) / std
-        with engine.autocast():
-            return tower_features(model, values.to(tower.dtype))
-
     size = meta["image_size"]
-    shape = tuple(extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
     kept = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    # The tower's own weights and not its name: both stages of LLaVA have the same one, and so share a file.
-    facts = [_weights(tower), meta["image_fit"], size, meta["mean"], meta["std"], recipe.feature_layer, kept, data_fingerprint]
-    facts += [recipe.data.limit, recipe.data.max_pixels, recipe.data.max_bytes]
+    extract = None if engine.skeleton else _Extract(model, meta, engine)
+    told = []
+    if extract is not None:
+        # The tower's own weights and not its name: both stages of LLaVA have the same one, and so share a file.
+        facts = [_weights(model.model.vision_tower), meta["image_fit"], size, meta["mean"], meta["std"], recipe.feature_layer]
+        facts += [kept, data_fingerprint, recipe.data.limit, recipe.data.max_pixels, recipe.data.max_bytes]
+        shape = tuple(extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
+        told = [(hash_text(*map(str, facts), *map(_state, pictures)), shape)]
+    # Under ZeRO-3 the others have no weights to ask; they are told where the file is and what it holds.
+    key, shape = engine.gather(told)[0]
     features = engine.main_first(
         lambda: mapped_features(
             Path(recipe.run).parent / ".features",
-            hash_text(*map(str, facts), *map(_state, pictures)),
+            key,
             pictures,
-            extract,
+            extract or _missing,
             shape=shape,
             dtype=kept,
             size=size,
@@ -74,6 +72,35 @@ def keep_features(
         )
     )
     samples.use_features(pictures, features)
+
+
+class _Extract:
+    """What the projector is given for pictures uint8[B, 3, S, S]: f[B, N, D]."""
+
+    def __init__(self, model: VisionLanguageModel, meta: dict[str, Any], engine: Engine) -> None:
+        self.model, self.engine = model, engine
+        self.tower = model.model.vision_tower.to(engine.device)
+        self.mean, self.std = (torch.tensor(meta[name], device=engine.device).view(1, 3, 1, 1) for name in ("mean", "std"))
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        values = (pixels.to(self.engine.device, non_blocking=True).float() / 255.0 - self.mean) / self.std
+        # As in training, so that a kept feature is the one that training would have computed.
+        with self.engine.autocast():
+            return tower_features(self.model, values.to(self.tower.dtype))
+
+
+def _missing(pixels: Tensor) -> Tensor:
+    """Of a process without weights, which must find the file.
+
+    Raises:
+        InputError: Always.
+    """
+    raise InputError(
+        "the features that the main process has kept are not here",
+        where="cache_features",
+        mend="put the run on a disk that all machines share, or set cache_features=false",
+    )
 
 
 def _state(picture: Picture) -> str:

@@ -102,7 +102,13 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     Raises:
         InputError: As the parts raise it, or too many conversations are unusable.
     """
-    model, processor, meta, parents = open_model(recipe)
+    # In what it computes with: DeepSpeed's bf16 would round fp32 weights anyway, at twice the memory of the host. Under ZeRO-3
+    # only one process reads them.
+    if engine.cuts_up and recipe.lora.quantization is not None:
+        raise InputError(
+            "4-bit weights cannot be cut up by ZeRO-3", where="lora.quantization", mend="use train.deepspeed=zero2, or DDP"
+        )
+    model, processor, meta, parents = open_model(recipe, dtype=engine.weight_dtype, empty=engine.skeleton)
     set_up(model, recipe)
     tokenizer = processor.tokenizer
     meta = {**meta, "tuned": tuned_parts(model, meta)}
