@@ -92,6 +92,7 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         clip=config.clip_grad_norm,
+        max_tokens=recipe.batching.max_tokens if hasattr(recipe, "batching") else None,
     )
     try:
         # Before anything is read or written: of two starts of one run the second must not disturb the first.

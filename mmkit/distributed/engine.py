@@ -44,7 +44,14 @@ class Engine:
     _made = 0
 
     def __init__(
-        self, *, precision: str, deepspeed: Path | None, batch_size: int, micro_batch_size: int | None, clip: float | None
+        self,
+        *,
+        precision: str,
+        deepspeed: Path | None,
+        batch_size: int,
+        micro_batch_size: int | None,
+        clip: float | None,
+        max_tokens: int | None = None,
     ) -> None:
         """Join the processes that the launcher started.
 
@@ -54,6 +61,8 @@ class Engine:
             batch_size: Global batch.
             micro_batch_size: Samples per process and forward pass; None takes a process's share of the batch in one piece.
             clip: Largest gradient norm; None does not clip.
+            max_tokens: Micro-batches have at most so many tokens, and their number differs from step to step; None: they have
+                ``micro_batch_size`` samples.
 
         Raises:
             InputError: The global batch does not divide.
@@ -72,14 +81,19 @@ class Engine:
                 where="train.batch_size",
                 mend="change train.batch_size, train.micro_batch_size or the number of processes",
             )
-        self.clip = clip
+        self.clip, self.max_tokens = clip, max_tokens
         self.uses_deepspeed = deepspeed is not None
         self.weight_dtype = torch.bfloat16 if self.uses_deepspeed and precision == "bf16" else None
         self._settings: dict[str, Any] = {}
         plugin = None
         if deepspeed is not None:
             self._settings = deepspeed_settings(
-                deepspeed, micro_batch_size=self.micro_batch_size, accumulation=self.accumulation, clip=clip, precision=precision
+                deepspeed,
+                micro_batch_size=self.micro_batch_size,
+                accumulation=self.accumulation,
+                clip=clip,
+                precision=precision,
+                adds_up=self.accumulation > 1 or max_tokens is not None,
             )
             zero.prepare_environment()
             plugin = DeepSpeedPlugin(hf_ds_config=self._settings, zero3_init_flag=False)
@@ -160,6 +174,8 @@ class Engine:
         """The numbers that decide what a step is, in one line."""
         size = self.micro_batch_size * self.accumulation * self.world_size
         batch = f"global batch {size} = micro-batch {self.micro_batch_size} x accumulation {self.accumulation}"
+        if self.max_tokens is not None:
+            batch = f"global batch {size} packed in pieces of at most {self.max_tokens} tokens"
         clipping = f"gradients clipped at norm {self.clip:g}" if self.clip else "gradients not clipped"
         mode = "DDP" if self.world_size > 1 else "one process"
         if self.uses_deepspeed:

@@ -10,9 +10,17 @@ from mmkit.errors import InputError
 
 
 def deepspeed_settings(
-    path: Path, *, micro_batch_size: int, accumulation: int, clip: float | None, precision: str
+    path: Path, *, micro_batch_size: int, accumulation: int, clip: float | None, precision: str, adds_up: bool | None = None
 ) -> dict[str, Any]:
     """A DeepSpeed JSON with batch size, accumulation, clipping and precision filled in from the recipe.
+
+    Args:
+        path: The file.
+        micro_batch_size: Samples per process and forward pass.
+        accumulation: Micro-batches of a step on each process.
+        clip: Largest gradient norm.
+        precision: ``fp32`` or ``bf16``.
+        adds_up: Whether a step can have several micro-batches; None: by ``accumulation``.
 
     Raises:
         InputError: Not JSON, or the file sets a key that the recipe owns.
@@ -33,7 +41,8 @@ def deepspeed_settings(
     if clash:
         raise InputError(f"sets {', '.join(clash)}", where=path, mend="remove it: these numbers are the recipe's")
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if precision == "bf16" and stage > 0 and accumulation > 1:
+    adds_up = accumulation > 1 if adds_up is None else adds_up
+    if precision == "bf16" and stage > 0 and adds_up:
         # DeepSpeed's own default adds up micro-batches in bf16, where the sum of many loses the small ones. Costs 2 bytes a
         # parameter over the number of processes (stage 1: 4, not shared); the file may set it to bf16. Stage 0 has no choice.
         settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from transformers import SiglipVisionModel
 
 import mmkit
 from mmkit.models.llava import load_mllm
@@ -133,3 +134,23 @@ def test_settings_without_effect_are_refused(keys, message, tmp_path, capsys):
         pytest.skip("tells of a machine without a GPU")
     assert pipeline.mmkit(*pipeline.finetune(tmp_path / "run", *keys)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_checkpointing_changes_no_loss_and_keeps_a_frozen_tower_without_a_graph(tmp_path, monkeypatch):
+    seen = []
+    forward = SiglipVisionModel.forward
+
+    def looking(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        seen.append(out.last_hidden_state.requires_grad)
+        return out
+
+    monkeypatch.setattr(SiglipVisionModel, "forward", looking)
+    for mode in ("projector", "lora"):
+        found = {}
+        for on in ("true", "false"):
+            run = tmp_path / f"{mode}-{on}"
+            assert pipeline.mmkit(*arguments(mode, run, f"grad_checkpointing={on}")) == 0
+            found[on] = pipeline.losses(run)
+        assert found["true"] == pytest.approx(found["false"], abs=1e-6)
+    assert seen and not any(seen)

@@ -206,7 +206,8 @@ def set_up(model: Any, recipe: LlavaRecipe) -> None:
     if recipe.grad_checkpointing:
         # The reentrant kind computes no gradients where a block's inputs have none, as above frozen embeddings.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        # transformers' cure for that: embeddings that ask for a gradient, the frozen tower's too, which then keeps everything.
+        model.disable_input_require_grads()
     use_loss_head(model, "liger" if recipe.liger else "chunked")
     if recipe.liger:
         apply_liger(model.model.language_model)
