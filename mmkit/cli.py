@@ -120,6 +120,8 @@ def _set_up_logging() -> None:
     logging.getLogger("mmkit").setLevel(level)
     # Through logging, so that they carry the time and go where the other lines go.
     logging.captureWarnings(True)
+    # It says on import, at every start, that a CPU kernel of its own is not there.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # The tokenizers library warns in each forked loader worker otherwise. setdefault: the user's own choice stays.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -205,7 +205,9 @@ def set_up(model: Any, recipe: LlavaRecipe) -> None:
     freeze_for(model, recipe.tune, lora=lora, train_encoder=recipe.train_encoder, seed=recipe.seed)
     if recipe.grad_checkpointing:
         # The reentrant kind computes no gradients where a block's inputs have none, as above frozen embeddings.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Newer versions warn of the old name, older ones know no other.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
         # transformers' cure for that: embeddings that ask for a gradient, the frozen tower's too, which then keeps everything.
         model.disable_input_require_grads()
     use_loss_head(model, "liger" if recipe.liger else "chunked")
