@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import mmkit
+from mmkit.bench import BENCHMARKS
 from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, dump_recipe, load_recipe
 from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError, LostError, StoppedError
 from mmkit.files import disk_trouble
@@ -435,7 +436,7 @@ def plan(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="loader, reader, labels, superclass-loss or superclass-step.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{', '.join(BENCHMARKS)}.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. batch=256 threads=1")] = None,
 ) -> None:
     """A benchmark against its peer, both in this one run; ratios are what counts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,8 +160,10 @@ def _agree(engine: Engine, stage: Stage) -> None:
     Raises:
         InputError: They do, as where one machine cannot read a shard.
     """
-    if len(seen := set(engine.gather([(stage.data_fingerprint, len(stage.samples))]))) > 1:
-        sizes = " and ".join(map(str, sorted(size for _, size in seen)))
+    # Lengths decide how many forward passes a step has: where they differ, processes would wait for each other for ever.
+    lengths = 0 if stage.lengths is None else zlib.crc32(stage.lengths.tokens.tobytes())
+    if len(seen := set(engine.gather([(stage.data_fingerprint, len(stage.samples), lengths)]))) > 1:
+        sizes = " and ".join(map(str, sorted(size for _, size, _ in seen)))
         what = f"the processes see different data ({sizes} usable samples)"
         raise InputError(what, where="data.train", mend="look for files that some machine has not, or cannot read")
 

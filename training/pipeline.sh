@@ -4,11 +4,11 @@
 #   usage      training/pipeline.sh [key=value ...]                  the real recipes; key=value goes to every training stage
 #              SCALE=demo training/pipeline.sh [key=value ...]       the same on the built-in demo world, on a CPU
 #   override   by environment:
-#              RUNS=runs, DATA=data, NAME=pipeline-PRETRAIN          everything of one encoder lies in $RUNS/$NAME
+#              RUNS=runs, DATA=data, NAME=pipeline-ENCODER           everything of one encoder lies in $RUNS/$NAME
 #              PRETRAIN=superclass-vit-l16                           its recipe; ENCODER=RUN or timm:NAME: a finished one instead
 #              LLM=lmsys/vicuna-7b-v1.5                              another one's template: FINETUNE_ARGS=template=chatml
 #              ALIGN=llava-7b-align, FINETUNE=llava-7b-finetune, CLIPCAP=clipcap-superclass     their recipes
-#              {PRETRAIN,PROBE,CLIPCAP,ALIGN,FINETUNE,EVAL}_ARGS     key=value words for one stage
+#              {PRETRAIN,PROBE,CLIPCAP,ALIGN,FINETUNE,EVAL}_ARGS     key=value words for one stage (EVAL: of the questions)
 #              STAGES="pretrain probe clipcap align finetune eval report"    those to run
 #              SYSTEM=NAME, BLIND=1 (demo) or 0                      row label; the baseline with shuffled pictures
 #              LAUNCHER=deepspeed|torchrun|slurm                     of align and fine-tune; slurm: pretraining too, sbatch --wait
@@ -60,6 +60,30 @@ step() {
 # wanted STAGE: whether it is among those to run.
 wanted() { [[ " $STAGES " == *" $1 "* ]]; }
 
+# check_words: STAGES and LAUNCHER hold known words; told now, not after days of pretraining.
+check_words() {
+  local stage
+  for stage in $STAGES; do
+    case "$stage" in
+      pretrain | probe | clipcap | align | finetune | eval | report) ;;
+      *) echo "pipeline.sh: STAGES has $stage: use pretrain probe clipcap align finetune eval report" >&2 && exit 2 ;;
+    esac
+  done
+  case "${LAUNCHER:-deepspeed}" in
+    slurm | deepspeed | torchrun) ;;
+    *) echo "pipeline.sh: LAUNCHER=$LAUNCHER: use deepspeed, torchrun or slurm" >&2 && exit 2 ;;
+  esac
+}
+
+# check STAGE RECIPE ARGS [key=value ...]: the recipe of a wanted stage, with its words, before the first stage takes GPUs.
+check() {
+  local more
+  if wanted "$1" && [ -n "$2" ] && [ "${VALIDATE:-1}" = 1 ]; then
+    mapfile -t more < <(words "$3")
+    mmkit validate "$2" "${@:4}" "${more[@]}" >/dev/null
+  fi
+}
+
 # words VARIABLE: its words, as lines; none if it is unset.
 words() {
   local found
@@ -103,7 +127,8 @@ one_encoder() {
   if wanted eval; then
     scores "$base" "$base" "$3"
     # What the second stage adds: after the first alone the model captions whatever it is asked.
-    step mmkit eval "$EVAL_ANSWERS" "run=$base/eval-align" "model=$base/llava-align" "system=$3, align only"
+    mapfile -t more < <(words EVAL_ARGS)
+    step mmkit eval "$EVAL_ANSWERS" "run=$base/eval-align" "model=$base/llava-align" "system=$3, align only" "${more[@]}"
   fi
   runs+=("$base/eval-captioner" "$base/$ANSWERED" "$base/eval-align")
 }
@@ -133,8 +158,9 @@ real() {
   TUNED=$(basename "$FINETUNE" .yaml)
   ANSWERED=eval-$TUNED
   # Not the recipe's own name: that is where encoders/pretrain.sh puts its run.
-  NAME=${NAME:-pipeline-$(basename "$PRETRAIN" .yaml)}
   SYSTEM=${SYSTEM:-$(basename "${ENCODER:-$PRETRAIN}" .yaml)}
+  # Of the encoder, so that the models of two encoders do not meet in one folder.
+  NAME=${NAME:-pipeline-$(basename "${ENCODER:-$PRETRAIN}" .yaml | tr ':/' '--')}
   local base=$RUNS/$NAME first=torchrun more
   llm=()
   [ -z "${LLM:-}" ] || llm=("llm.name=$LLM")
@@ -143,6 +169,13 @@ real() {
     PROBE=
     echo "no $DATA/imagenet/train: the probe is left out" >&2
   fi
+  [ -n "${ENCODER:-}" ] || check pretrain "$PRETRAIN" PRETRAIN_ARGS "${overrides[@]}"
+  check probe "$PROBE" PROBE_ARGS
+  check clipcap "$CLIPCAP" CLIPCAP_ARGS "${overrides[@]}"
+  check align "$ALIGN" ALIGN_ARGS "${llm[@]}" "${overrides[@]}"
+  check finetune "$FINETUNE" FINETUNE_ARGS "${overrides[@]}"
+  check eval "$EVAL_CAPTIONS" NONE
+  check eval "$EVAL_ANSWERS" EVAL_ARGS
   if [ -z "${ENCODER:-}" ]; then
     ENCODER=$base/encoder
     if wanted pretrain; then
@@ -193,6 +226,7 @@ report() {
 
 # In braces, so that bash has read all of it: the file may be edited while this runs for days.
 {
+  check_words
   case "$SCALE" in
     real) real ;;
     demo) demo ;;

@@ -96,8 +96,8 @@ def run(
     drawn = _draw(known, vocab_size)
     order = make_order(Layout.flat(samples), 0)
     common = {"lengths": known, "batch_size": batch_size}
-    grouped = GroupedOrder(order, seed=0, window=samples // batch_size, **common)  # type: ignore[arg-type]
     steps = samples // batch_size
+    grouped = GroupedOrder(order, seed=0, steps=steps, epoch=samples, **common)  # type: ignore[arg-type]
     ours = [
         [p.index for p in batch]
         for step in range(steps)
@@ -228,7 +228,8 @@ class _Side:
         for row in self.rows:
             batch = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
             labels = batch.pop("labels")
-            how = packed_arguments(batch.pop("cu_seqlens"), int(batch.pop("max_seqlen"))) if "cu_seqlens" in batch else {}
+            lengths: Any = batch.pop("document_lengths", None)
+            how = {} if lengths is None else packed_arguments(lengths, self.device)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
                 hidden = self.model.model(use_cache=False, **batch, **how).last_hidden_state
                 chosen = labels[:, 1:] != IGNORE_INDEX

@@ -192,6 +192,8 @@ class LlavaRecipe(RunRecipe):
         # Keys without effect: whoever sets them expects one.
         if self.encoder_lr is not None and not self.train_encoder:
             raise ValueError("encoder_lr belongs to train_encoder=true")
+        if (self.data.val is None) != (self.train.val_every is None):
+            raise ValueError("data.val (what to validate on) and train.val_every (how often) go together")
         if self.cache_features and self.train_encoder:
             raise ValueError("cache_features keeps the features of a frozen encoder: drop it, or train_encoder")
         if self.tune != "lora" and self.lora != LoraSettings():

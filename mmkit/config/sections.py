@@ -319,6 +319,19 @@ class MapperConfig(Section):
     feature_kind: Literal["pooled", "tokens"] = "pooled"
     feature_norm: Literal["none", "l2", "standardize"] = "none"
 
+    @model_validator(mode="after")
+    def _fits(self) -> MapperConfig:
+        if self.kind == "mlp" and self.feature_kind == "tokens":
+            raise ValueError(
+                "the mlp mapper takes one pooled feature, not patch tokens: kind=transformer, or feature_kind=pooled"
+            )
+        # By value: a resolved recipe names all keys.
+        plain = type(self).model_fields
+        given = [key for key in ("clip_length", "num_layers", "num_heads") if getattr(self, key) != plain[key].default]
+        if self.kind == "mlp" and given:
+            raise ValueError(f"{', '.join(given)} belong to kind=transformer")
+        return self
+
 
 class LoraSettings(Section):
     """LoRA on the LLM's linear layers (never the ViT, never lm_head)."""

@@ -89,6 +89,8 @@ class EvenBatches(Batches):
 class PackedBatches(Batches):
     """Micro-batches of at most so many tokens, for models that read several samples as one sequence without padding.
 
+    A sample that cannot be used is replaced by one that is no longer (`mmkit.data.loader.ReplacingSet`), so the bound holds.
+
     A step's samples are dealt to as few micro-batches as hold them, the longest first and each to the emptiest, so that processes
     have about equal work (longest processing time first; Graham 1969). Their number differs from step to step.
     """
@@ -167,24 +169,64 @@ class GroupedOrder(Order):
     """Global batches of samples of about equal length and of one modality, in random order (LLaVA's group_by_modality_length).
 
     Windows of whole batches of another order are sorted by (text only, length), cut into batches, and the batches shuffled: a
-    position is found without looking beyond its window. Every sample is drawn as often as before. The first batch of all has the
-    longest samples, so that memory runs out in the first step or never (prismatic-vlms' idea).
+    position is found without looking beyond its window. Windows end with the epoch and with the run, so the samples that are
+    drawn, and how often, are those of the other order; a batch over two epochs stays as it was. Of the first window the batch
+    with the longest samples comes first, so that memory runs out at once rather than late (prismatic-vlms' idea).
     """
 
-    def __init__(self, order: Order, lengths: Lengths, *, batch_size: int, seed: int, window: int = WINDOW) -> None:
-        """Sort within ``window`` batches at a time."""
-        self.order, self.lengths, self.batch_size, self.seed, self.window = order, lengths, batch_size, seed, window
+    def __init__(
+        self,
+        order: Order,
+        lengths: Lengths,
+        *,
+        batch_size: int,
+        steps: int,
+        epoch: int | None,
+        seed: int,
+        window: int = WINDOW,
+    ) -> None:
+        """Sort within ``window`` batches at a time.
+
+        Args:
+            order: Which samples come.
+            lengths: Of all samples.
+            batch_size: Samples of a global batch.
+            steps: Batches of the whole run.
+            epoch: Samples of an epoch; None: the order has none (a mixture by weight).
+            seed: Of the batches' order.
+            window: Batches.
+        """
+        self.order, self.lengths, self.batch_size, self.seed = order, lengths, batch_size, seed
+        self.steps, self.epoch, self.window = steps, epoch, window
         self._sorted = functools.lru_cache(maxsize=2)(self._sort)
 
-    def _sort(self, number: int) -> list[Position]:
-        """The positions of a window, regrouped."""
-        size = self.window * self.batch_size
-        drawn = self.order.positions(number * size, size)
+    def _span(self, batch: int) -> tuple[int, int]:
+        """First and last batch, the latter not included, of the window of a batch."""
+        if batch >= self.steps:
+            return batch, batch + 1
+        first, end = 0, self.steps
+        if self.epoch is not None:
+            number = batch * self.batch_size // self.epoch
+            first = -(-number * self.epoch // self.batch_size)
+            # Rounded down: the batch over the end belongs to no window.
+            whole = (number + 1) * self.epoch // self.batch_size
+            if batch >= whole:
+                return batch, batch + 1
+            end = min(end, whole)
+        begin = first + (batch - first) // self.window * self.window
+        return begin, min(begin + self.window, end)
+
+    def _sort(self, begin: int, end: int) -> list[Position]:
+        """The positions of batches ``begin`` to ``end - 1``, regrouped."""
+        drawn = self.order.positions(begin * self.batch_size, (end - begin) * self.batch_size)
+        # Nothing to group: as it was drawn.
+        if end - begin == 1:
+            return drawn
         index = np.asarray([p.index for p in drawn])
         # lexsort: the last key is the first to count. Stable, so ties stay in the random order that they came in.
-        ranked = np.lexsort((self.lengths.tokens[index], self.lengths.text_only[index])).reshape(self.window, self.batch_size)
-        batches = np.random.default_rng([self.seed, number]).permutation(self.window)
-        if number == 0:
+        ranked = np.lexsort((self.lengths.tokens[index], self.lengths.text_only[index])).reshape(-1, self.batch_size)
+        batches = np.random.default_rng([self.seed, begin]).permutation(len(ranked))
+        if begin == 0:
             heaviest = int(self.lengths.tokens[index[ranked]].max(axis=1).argmax())
             batches = np.concatenate([[heaviest], batches[batches != heaviest]])
         return [drawn[i] for i in ranked[batches].ravel()]
@@ -193,8 +235,9 @@ class GroupedOrder(Order):
         """Samples at global positions ``start`` to ``start + count - 1``."""
         found: list[Position] = []
         while count:
-            number, place = divmod(start, self.window * self.batch_size)
-            part = self._sorted(number)[place : place + count]
+            begin, end = self._span(start // self.batch_size)
+            place = start - begin * self.batch_size
+            part = self._sorted(begin, end)[place : place + count]
             found += part
             start, count = start + len(part), count - len(part)
         return found
@@ -206,6 +249,7 @@ def make_batches(
     lengths: Lengths | None,
     *,
     seed: int,
+    steps: int,
     batch_size: int,
     micro_batch_size: int,
     share: Share,
@@ -217,6 +261,7 @@ def make_batches(
         how: The recipe's choice.
         lengths: Of all samples; needed but for plain batches.
         seed: Of the order.
+        steps: Of the whole run.
         batch_size: Samples of a step, over all processes.
         micro_batch_size: Samples of a forward pass; packed batches have a bound on tokens instead.
         share: Which process this is.
@@ -229,7 +274,10 @@ def make_batches(
         return EvenBatches(order, batch_size=batch_size, micro_batch_size=micro_batch_size, share=share)
     assert lengths is not None and len(lengths.tokens) == layout.size, f"{how.kind} batches need the length of every sample"
     if how.kind == "grouped":
-        grouped = GroupedOrder(order, lengths, batch_size=batch_size, seed=seed, window=how.window or WINDOW)
+        epoch = layout.size if len(layout.parts) == 1 else None
+        grouped = GroupedOrder(
+            order, lengths, batch_size=batch_size, steps=steps, epoch=epoch, seed=seed, window=how.window or WINDOW
+        )
         return EvenBatches(grouped, batch_size=batch_size, micro_batch_size=micro_batch_size, share=share)
     assert how.max_tokens is not None
     return PackedBatches(order, lengths, batch_size=batch_size, max_tokens=how.max_tokens, share=share)

@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from mmkit.data.layout import Layout
@@ -52,11 +53,18 @@ class ReplacingSet(Dataset[Drawn[T]]):
     ATTEMPTS = 50
     # From the same shard first, which is at hand; when that one is bad throughout, from all of them.
     NEAR = 10
+    # So many of the shortest samples may stand in for each other, or the shortest of all would have none to take its place.
+    SHORTEST = 64
 
-    def __init__(self, samples: SampleSet[T], seed: int, layout: Layout | None = None) -> None:
+    def __init__(
+        self, samples: SampleSet[T], seed: int, layout: Layout | None = None, tokens: NDArray[np.int32] | None = None
+    ) -> None:
+        """Replace by any sample of the same shard; with ``tokens`` i32[samples] by one that is no longer, wherever it is."""
         self.samples = samples
         self.seed = seed
         self._ends = (layout or Layout.flat(len(samples))).ends()
+        self._tokens = tokens
+        self._by_length = None if tokens is None else np.argsort(tokens, kind="stable")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -84,6 +92,10 @@ class ReplacingSet(Dataset[Drawn[T]]):
 
     def _another(self, index: int, attempt: int, rng: np.random.Generator) -> int:
         """A random other sample, not the next one: neighbours of a bad sample are often bad too."""
+        if self._by_length is not None and self._tokens is not None:
+            # A micro-batch was filled up to a bound with the sample's own length in mind.
+            fitting = np.searchsorted(self._tokens, self._tokens[index], side="right", sorter=self._by_length)
+            return int(self._by_length[rng.integers(max(int(fitting), min(self.SHORTEST, len(self._by_length))))])
         if attempt >= self.NEAR:
             return int(rng.integers(len(self.samples)))
         chunk = int(np.searchsorted(self._ends, index, side="right"))
@@ -102,6 +114,7 @@ def make_loader(
     layout: Layout | None = None,
     prefetch: int = 2,
     timeout: float = 0,
+    tokens: NDArray[np.int32] | None = None,
 ) -> Iterator[tuple[dict[str, Any], list[LeftOut]]]:
     """Batches in exactly the given order, with what was left out to fill them.
 
@@ -115,6 +128,7 @@ def make_loader(
         layout: Shards of the data set, so that a replacement comes from the same one; None: it has none.
         prefetch: Batches that each worker makes ahead.
         timeout: Seconds to wait for a batch of the workers before the run ends; 0 waits for ever.
+        tokens: Lengths i32[samples] that replacements have to keep; None: they have none.
 
     Raises:
         SampleError: While iterating: the data set is broken, or a worker hangs.
@@ -122,7 +136,7 @@ def make_loader(
         InputError: While iterating, as the data set raises it.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Guarded(ReplacingSet(samples, seed, layout)),
+        _Guarded(ReplacingSet(samples, seed, layout, tokens)),
         batch_sampler=_Batches(micro_batches),
         # No closure: where processes are not forked (macOS, Python 3.14), it must pickle.
         collate_fn=functools.partial(_collate_drawn, collate),

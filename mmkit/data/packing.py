@@ -18,14 +18,13 @@ def pack_sequences(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
         labels: Labels of each, aligned with its ids (not shifted); -100 where nothing is learnt.
 
     Returns:
-        ``input_ids`` and ``labels`` i64[1, T], ``cu_seqlens`` i32[D + 1] (where each begins, and T), ``max_seqlen`` (of the
-        longest). The first label of each sequence is -100: only the sequence before it could predict it.
+        ``input_ids`` and ``labels`` i64[1, T], ``document_lengths`` (tokens of each). The first label of each sequence is -100:
+        only the sequence before it could predict it.
     """
     lengths = [len(each) for each in ids]
     assert min(lengths) > 0, "an empty sequence has no place in a row"
     return {
         "input_ids": torch.tensor([[token for each in ids for token in each]], dtype=torch.int64),
         "labels": torch.tensor([[label for each in labels for label in [IGNORE_INDEX, *each[1:]]]], dtype=torch.int64),
-        "cu_seqlens": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        "max_seqlen": max(lengths),
+        "document_lengths": lengths,
     }

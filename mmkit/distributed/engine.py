@@ -180,7 +180,9 @@ class Engine:
         mode = "DDP" if self.world_size > 1 else "one process"
         if self.uses_deepspeed:
             mode = f"DeepSpeed ZeRO-{int(self.module.zero_optimization_stage())}"  # type: ignore[operator]
-        return f"{batch} x world size {self.world_size}; {clipping}; {mode}, {self._accelerator.mixed_precision}"
+        # Accelerate's word for fp32 is "no".
+        precision = self._accelerator.mixed_precision.replace("no", "fp32")
+        return f"{batch} x world size {self.world_size}; {clipping}; {mode}, {precision}"
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision for a forward pass outside the wrapped module."""

@@ -137,15 +137,20 @@ def set_train_mode(model: VisionLanguageModel, training: bool = True) -> None:
     for part in (model.model.vision_tower, model.model.language_model, model.model.multi_modal_projector):
         if not any(parameter.requires_grad for parameter in part.parameters()):
             # transformers recomputes activations in training mode only; a frozen LLM between loss and projector needs it most.
-            if part is model.model.language_model and getattr(part, "gradient_checkpointing", False) and _no_dropout(part):
+            if part is model.model.language_model and getattr(part, "gradient_checkpointing", False):
+                _switch_dropout_off(part)
                 continue
             part.eval()
 
 
-def _no_dropout(part: nn.Module) -> bool:
-    """Whether training mode computes the same as eval mode."""
-    rates = [m.p for m in part.modules() if isinstance(m, nn.Dropout)]
-    return not any(rates) and not getattr(part.config, "attention_dropout", 0.0)
+def _switch_dropout_off(part: nn.Module) -> None:
+    """Make training mode compute the same as eval mode; the configuration, which is saved, stays as it is."""
+    for module in part.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # transformers' attention layers hold their rate as a number.
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def merge_lora(model: VisionLanguageModel) -> VisionLanguageModel:

@@ -7,6 +7,7 @@ performance.md 6.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,10 @@ def check_choices(vision: Any, *, feature_layer: int, feature_select: str | None
         raise InputError("a class token has no place in the grid that is shuffled", mend="use feature_select: default")
     layers = vision.num_hidden_layers
     # One more hidden state than blocks: the first is the embeddings.
-    if not -layers - 1 <= feature_layer <= layers:
-        raise InputError(f"feature_layer {feature_layer} of a tower with {layers} blocks", mend="use -2")
+    # 0 is what transformers' class takes for "none given".
+    if not -layers - 1 <= feature_layer <= layers or feature_layer == 0:
+        what = f"feature_layer {feature_layer} of a tower with {layers} blocks"
+        raise InputError(what, mend=f"use -2, or any other from {-layers - 1} to {layers} but 0")
     if vision.model_type == "timm_wrapper":
         check_wrapped(projector, feature_layer)
     return select
@@ -409,8 +412,7 @@ def llava_loss_sum(
     attention_mask: Tensor | None,
     labels: Tensor,
     pixel_values: Tensor | None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    document_lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy over supervised tokens, logits made at those positions only.
 
@@ -420,13 +422,12 @@ def llava_loss_sum(
     Args:
         model: The model, LoRA or not.
         input_ids: i64[B, T], image tokens expanded.
-        attention_mask: i64[B, T], 1 for true tokens; None with ``cu_seqlens``.
+        attention_mask: i64[B, T], 1 for true tokens; None with ``document_lengths``.
         labels: i64[B, T], aligned with ``input_ids`` (not shifted); -100 where nothing is learnt.
         pixel_values: f[I, 3, S, S], the pictures of the rows that have one, in order; None or I = 0 for text only. Or f[I, N, D],
             what the tower gave for them before (`tower_features`); then it does not run.
-        cu_seqlens: i32[D + 1], the documents of one packed row (B = 1); the model must `allow_packing`. The first label of each
-            must be -100: nothing of the document before predicts it.
-        max_seqlen: Tokens of the longest document.
+        document_lengths: Tokens of the documents of one packed row (B = 1); the model must `allow_packing`. The first label of
+            each must be -100: nothing of the document before predicts it.
 
     Returns:
         f32[] loss sum, i64[] number of supervised tokens.
@@ -435,9 +436,8 @@ def llava_loss_sum(
         ValueError: When image tokens and image features do not match in number (from transformers).
     """
     how: dict[str, Any] = {"attention_mask": attention_mask}
-    if cu_seqlens is not None:
-        assert max_seqlen is not None
-        how = packed_arguments(cu_seqlens, max_seqlen)
+    if document_lengths is not None:
+        how = packed_arguments(document_lengths, input_ids.device)
     embeds = _embed(model, input_ids, pixel_values)
     out = model.model(inputs_embeds=embeds, use_cache=False, **how)
     # Position t predicts token t + 1.

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkit.errors import InputError
+
 FEATURE_NORMS = ("none", "l2", "standardize")
 # Pictures whose features are in memory at one time while statistics are taken.
 _FIT_ROWS = 256
@@ -139,6 +141,13 @@ class TransformerMapper(nn.Module):
         heads: int,
     ) -> None:
         """Set D, H, P, C = ``clip_length`` and whether the features are patch ``tokens``."""
+        if width % heads:
+            fitting = [h for h in range(heads, 0, -1) if width % h == 0]
+            raise InputError(
+                f"num_heads {heads} does not divide the language model's width {width}",
+                where="mapper.num_heads",
+                mend=f"use {fitting[0]}, say",
+            )
         super().__init__()
         self.tokens, self.clip_length = tokens, clip_length
         # One layer for all C tokens: a pooled vector has no parts, so each token gets its own view of all of it.

@@ -2,21 +2,25 @@
 
 A dense document mask costs memory and time of the square of the whole row. Here every document is attended by itself: by torch's
 variable-length flash attention on a GPU in half precision, else by one call of scaled_dot_product_attention a document. Both are
-exact. transformers takes the function in under a name (`IMPLEMENTATION`); without `cu_seqlens` it does what ``sdpa`` does, so
-padded batches and generation go through the same model.
+exact. transformers takes the function in under a name (`IMPLEMENTATION`); without `document_lengths` it does what ``sdpa`` does,
+so padded batches and generation go through the same model.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+import copy
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from mmkit.errors import InputError
 
 IMPLEMENTATION = "mmkit_packed"
 
@@ -31,8 +35,8 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    document_lengths: Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document.
@@ -42,25 +46,28 @@ def packed_attention(
         query: f[1, heads, T, width].
         key: f[1, key heads, T, width]; each serves ``heads / key heads`` query heads.
         value: As ``key``.
-        attention_mask: Of padded batches; ignored where ``cu_seqlens`` says which token belongs to which document.
+        attention_mask: Of padded batches; ignored where ``document_lengths`` says which token belongs to which document.
         scaling: Factor on the scores; None: ``width ** -0.5``.
         dropout: Share of the weights that are dropped.
         sliding_window: Tokens that a position sees, itself included; None: all before it.
-        cu_seqlens: i32[D + 1], where the D documents begin, and T; None: a padded batch.
-        max_seqlen: Tokens of the longest document.
+        document_lengths: Tokens of each of the D documents, together T; None: a padded batch.
+        cu_seqlens: i32[D + 1], the same as places on the device: where each begins, and T.
         **kwargs: What else transformers hands on, for padded batches.
 
     Returns:
         f[1, T, heads, width], and None for the weights.
     """
-    if cu_seqlens is None:
+    if document_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    assert max_seqlen is not None and len(query) == 1, "packed documents lie in one row"
+    assert cu_seqlens is not None and len(query) == 1, "packed documents lie in one row"
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        # Rotary positions make queries and keys fp32 under autocast; SDPA would cast them back by itself.
+        query, key, value = (part.to(torch.get_autocast_dtype("cuda")) for part in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        return _flash(query, key, value, cu_seqlens, max_seqlen, scaling, sliding_window), None
+        return _flash(query, key, value, cu_seqlens, max(document_lengths), scaling, sliding_window), None
     grouped = key.shape[1] != query.shape[1]
     parts = []
-    for start, end in _spans(cu_seqlens):
+    for start, end in pairwise(accumulate(document_lengths, initial=0)):
         length = end - start
         mask = _band(length, sliding_window, query.device) if sliding_window is not None and sliding_window < length else None
         q, k, v = (part[:, :, start:end] for part in (query, key, value))
@@ -70,12 +77,6 @@ def packed_attention(
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2), None
-
-
-def _spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """First and last position of each document."""
-    ends = cu_seqlens.tolist()
-    return list(pairwise(ends))
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
@@ -113,26 +114,62 @@ def allow_packing(language_model: nn.Module) -> None:
 
     Args:
         language_model: A transformers model whose attention is one of its named functions.
+
+    Raises:
+        InputError: It has attention of its own, or something else through which documents would see each other.
     """
-    language_model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    try:
+        language_model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    except ValueError:
+        pass
+    else:
+        if language_model.config._attn_implementation == IMPLEMENTATION and _keeps_apart(language_model.config):  # type: ignore[union-attr]
+            return
+    kind = language_model.config.model_type  # type: ignore[union-attr]
+    raise InputError(f"{kind} models cannot read packed rows", where="batching.kind", mend="use grouped")
 
 
-def packed_arguments(cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
+def _keeps_apart(config: Any) -> bool:
+    """Whether a model of this kind gives for packed documents what it gives for each alone: tried on one with few layers.
+
+    Some models take the name of the attention and do not hand its arguments on (StableLM), or have terms that it does not know.
+    """
+    config = copy.deepcopy(config)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    # One layer of each kind decides; more would only take memory.
+    config.num_hidden_layers = max(1, len(kinds))
+    if kinds:
+        config.layer_types = kinds
+    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 64, None, None, None
+    lengths = (3, 5)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        # In the class of its own, with random weights; the name of the attention is in the configuration.
+        model = AutoModel.from_config(config, dtype=torch.float32).eval()
+        model.set_attn_implementation(IMPLEMENTATION)
+        ids = torch.randint(64, (1, sum(lengths)))
+        with torch.no_grad():
+            packed = model(ids, use_cache=False, **packed_arguments(lengths, ids.device)).last_hidden_state
+            alone = [model(part, use_cache=False).last_hidden_state for part in ids.split(lengths, dim=1)]
+    return torch.allclose(packed, torch.cat(alone, dim=1), rtol=1e-3, atol=1e-3)
+
+
+def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Arguments of a forward pass over one packed row.
 
     Args:
-        cu_seqlens: i32[D + 1].
-        max_seqlen: Tokens of the longest document.
+        lengths: Tokens of each document.
+        device: Of the row.
 
     Returns:
         Positions that begin anew in each document, and what `packed_attention` needs.
     """
-    total = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
-    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
+    positions = torch.cat([torch.arange(length) for length in lengths])
     return {
-        "position_ids": (total - starts).unsqueeze(0),
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
+        "position_ids": positions.unsqueeze(0).to(device, non_blocking=True),
+        # On the host too: to ask the device for them would make it wait in every layer.
+        "document_lengths": tuple(lengths),
+        "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True),
         # Four dimensions: transformers then makes no mask of its own, which would be T x T.
-        "attention_mask": torch.zeros(1, 1, 1, 1, device=cu_seqlens.device),
+        "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
     }

@@ -81,6 +81,7 @@ def train(
         stage.batching,
         stage.lengths,
         seed=settings.seed,
+        steps=total,
         batch_size=config.batch_size,
         micro_batch_size=engine.micro_batch_size,
         share=Share(engine.rank, engine.world_size),
@@ -206,6 +207,7 @@ def _loader(
         layout=stage.layout,
         prefetch=settings.prefetch,
         timeout=settings.timeout,
+        tokens=stage.lengths.tokens if stage.lengths is not None and stage.batching.kind == "packed" else None,
     )
 
 

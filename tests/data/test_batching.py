@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from mmkit.config import BatchingConfig
 from mmkit.data.batching import GroupedOrder, Lengths, PackedBatches, Share, deal, make_batches
-from mmkit.data.layout import Layout
-from mmkit.data.order import Position, make_order
+from mmkit.data.layout import Layout, Part
+from mmkit.data.order import Order, Position, make_order
 from mmkit.errors import InputError
 
 
@@ -79,17 +79,42 @@ def test_a_batch_that_leaves_a_process_without_samples_is_refused() -> None:
         packed(batch_size=15, world=2)
 
 
-def grouped(size: int = 500, *, window: int = 10) -> tuple[GroupedOrder, Lengths]:
+def grouped(size: int = 500, *, window: int = 10, steps: int = 200, epoch: bool = True) -> tuple[GroupedOrder, Lengths]:
     known = lengths(size)
-    return GroupedOrder(make_order(Layout.flat(size), 3), known, batch_size=8, seed=3, window=window), known
+    order = make_order(Layout.flat(size), 3)
+    whole = size if epoch else None
+    return GroupedOrder(order, known, batch_size=8, steps=steps, epoch=whole, seed=3, window=window), known
 
 
-def test_grouped_windows_hold_the_samples_of_the_plain_order() -> None:
-    order, _ = grouped()
+def drawn(order: Order, first: int, count: int) -> list[tuple[int, int]]:
+    return sorted((p.epoch, p.index) for p in order.positions(first, count))
+
+
+@pytest.mark.parametrize("window", [1, 10, 64])
+def test_a_grouped_run_draws_what_the_plain_one_draws(window: int) -> None:
     plain = make_order(Layout.flat(500), 3)
-    for window in range(5):
-        key = lambda p: (p.epoch, p.index)  # noqa: E731
-        assert sorted(order.positions(window * 80, 80), key=key) == sorted(plain.positions(window * 80, 80), key=key)
+    # 62 whole batches an epoch and one over its end; the run ends in the middle of the third.
+    for steps in (1, 7, 63, 150):
+        order, _ = grouped(window=window, steps=steps)
+        assert drawn(order, 0, steps * 8) == drawn(plain, 0, steps * 8)
+
+
+def test_a_grouped_epoch_of_a_small_set_has_every_sample_once() -> None:
+    order, _ = grouped(size=100, window=64, steps=50)
+    for epoch in range(3):
+        # Of the batch over the end each epoch has its part.
+        indices = [p.index for p in order.positions(0, 400) if p.epoch == epoch]
+        assert sorted(indices) == list(range(100))
+    batches = [[p.index for p in order.positions(step * 8, 8)] for step in range(50)]
+    assert sum(len(b) - len(set(b)) for b in batches) <= 1 * 4, "no batch pools copies of a sample from several epochs"
+
+
+def test_a_grouped_mixture_by_weight_ends_with_the_run() -> None:
+    parts = (Part(np.asarray([30]), None, 0.5), Part(np.asarray([70]), None, 0.5))
+    plain = make_order(Layout(parts), 3)
+    order = GroupedOrder(plain, lengths(100), batch_size=8, steps=13, epoch=None, seed=3, window=10)
+    assert drawn(order, 0, 13 * 8) == drawn(plain, 0, 13 * 8)
+    assert order.positions(13 * 8, 8) == plain.positions(13 * 8, 8)
 
 
 def test_grouped_batches_are_of_one_modality_and_near_in_length() -> None:
@@ -118,7 +143,7 @@ def test_grouped_positions_join_without_a_gap(start: int, first: int, second: in
 
 def test_every_kind_is_made_from_the_recipe() -> None:
     known = lengths(100)
-    common = {"seed": 1, "batch_size": 8, "micro_batch_size": 4, "share": Share(0, 2)}
+    common = {"seed": 1, "steps": 9, "batch_size": 8, "micro_batch_size": 4, "share": Share(0, 2)}
     seen: list[list[list[Position]]] = []
     for how in (BatchingConfig(), BatchingConfig(kind="grouped"), BatchingConfig(kind="packed", max_tokens=400)):
         batches = make_batches(Layout.flat(100), how, known, **common)  # type: ignore[arg-type]

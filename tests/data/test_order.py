@@ -242,3 +242,17 @@ def test_a_worker_that_dies_is_told_from_a_bug(said: str) -> None:
     assert str(found).startswith("data.workers: a loader worker died (DataLoader worker (pid")
     assert "use fewer; the same command goes on" in str(found) and "\n" not in str(found)
     assert explain_worker(RuntimeError("shapes do not fit")) is None
+
+
+def test_a_replacement_is_no_longer_than_what_it_stands_in_for() -> None:
+    tokens = np.random.default_rng(0).integers(1, 1000, 500).astype(np.int32)
+    bad = frozenset(range(0, 500, 7))
+    guarded = ReplacingSet(Numbers(500, bad), 5, None, tokens)
+    found = {index: guarded[Position(0, index)].sample[0] for index in range(500)}
+    assert all(found[i] == i for i in range(500) if i not in bad)
+    # The very shortest have each other, or one of them could have nothing in its place.
+    floor = np.sort(tokens)[ReplacingSet.SHORTEST - 1]
+    assert all(tokens[found[i]] <= max(tokens[i], floor) for i in bad)
+    assert len({found[i] for i in bad}) > 40
+    shortest = int(tokens.argmin())
+    assert ReplacingSet(Numbers(500, frozenset({shortest})), 5, None, tokens)[Position(0, shortest)].sample[0] != shortest

@@ -29,7 +29,15 @@ KILLS = 11
 STEPS = {1: 200, 2: 120}
 # How far a life gets before it is killed; in turns, so that every kind comes in every drill.
 AIMS = ("rows", "save", "rows", "save", "start", "rows")
-TIMINGS = {"samples_per_second", "data_wait", "memory_gib", "seconds", "save_stall_seconds", "save_write_seconds"}
+TIMINGS = {
+    "samples_per_second",
+    "tokens_per_second",
+    "data_wait",
+    "memory_gib",
+    "seconds",
+    "save_stall_seconds",
+    "save_write_seconds",
+}
 
 
 @pytest.fixture(scope="module")

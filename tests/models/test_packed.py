@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mmkit.errors import InputError
 from mmkit.models.packed import IMPLEMENTATION, allow_packing, packed_arguments, packed_attention
 
 FAMILIES = {
@@ -44,7 +45,7 @@ def test_a_packed_row_equals_its_documents_alone_forward_and_gradient(family):
     weights = torch.randn_like(alone)
     wanted = torch.autograd.grad((alone * weights).sum(), list(model.parameters()))
     allow_packing(model)
-    packed = model(torch.cat(documents, dim=1), use_cache=False, **packed_arguments(seqlens(), max(LENGTHS))).logits
+    packed = model(torch.cat(documents, dim=1), use_cache=False, **packed_arguments(LENGTHS, torch.device("cpu"))).logits
     torch.testing.assert_close(packed, alone)
     for ours, theirs in zip(torch.autograd.grad((packed * weights).sum(), list(model.parameters())), wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -70,7 +71,7 @@ def test_a_document_does_not_see_its_neighbours():
     model = make("llama")
     allow_packing(model)
     ids = torch.randint(50, (1, sum(LENGTHS)))
-    arguments = packed_arguments(seqlens(), max(LENGTHS))
+    arguments = packed_arguments(LENGTHS, torch.device("cpu"))
     before = model(ids, use_cache=False, **arguments).logits
     ids[0, :3] = (ids[0, :3] + 1) % 50
     after = model(ids, use_cache=False, **arguments).logits
@@ -79,14 +80,14 @@ def test_a_document_does_not_see_its_neighbours():
 
 
 def test_positions_begin_anew_in_each_document():
-    assert packed_arguments(seqlens((2, 3)), 3)["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    assert packed_arguments((2, 3), torch.device("cpu"))["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
 
 
 def test_gradient_checkpointing_changes_nothing():
     model = make("llama").train()
     allow_packing(model)
     ids = torch.randint(50, (1, sum(LENGTHS)))
-    arguments = packed_arguments(seqlens(), max(LENGTHS))
+    arguments = packed_arguments(LENGTHS, torch.device("cpu"))
     parameters = list(model.parameters())
     wanted = torch.autograd.grad(model(ids, use_cache=False, **arguments).logits.square().sum(), parameters)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -105,7 +106,7 @@ def test_flash_attention_gives_what_the_documents_give_one_by_one(window, key_he
     key, value = (
         torch.randn(1, key_heads, sum(LENGTHS), 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)
     )
-    how = {"sliding_window": window, "cu_seqlens": seqlens(device="cuda"), "max_seqlen": max(LENGTHS)}
+    how = {"sliding_window": window, "document_lengths": LENGTHS, "cu_seqlens": seqlens(device="cuda")}
     module = torch.nn.Identity()
     flash = packed_attention(module, query, key, value, None, **how)[0]
     wide = [t.detach().float().requires_grad_() for t in (query, key, value)]
@@ -115,3 +116,21 @@ def test_flash_attention_gives_what_the_documents_give_one_by_one(window, key_he
     found = torch.autograd.grad((flash.float() * weights).sum(), (query, key, value))
     for ours, theirs in zip(found, torch.autograd.grad((exact * weights).sum(), wide), strict=True):
         torch.testing.assert_close(ours.float(), theirs, rtol=5e-2, atol=5e-2)
+
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+UNFIT = {
+    # Attention of its own, whatever name it is told.
+    "falcon": {**SMALL, "new_decoder_architecture": False},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "gpt_neo": {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global"], 2]]},
+    # Takes the name and does not hand the documents on.
+    "stablelm": {**SMALL, "intermediate_size": 48, "num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", UNFIT)
+def test_models_through_which_documents_would_see_each_other_are_refused(family):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=50, **UNFIT[family]))
+    with pytest.raises(InputError, match=f"{family} models cannot read packed rows; use grouped"):
+        allow_packing(model)

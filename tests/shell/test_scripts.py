@@ -211,10 +211,13 @@ def test_training_runs_captioner_align_and_fine_tune(calls) -> None:
     code, found, _ = calls("training/run.sh", "runs/other", "data.workers=8", FINETUNE="llava-7b-lora")
     assert code == 0
     stages = ("clipcap-superclass", "llava-7b-align", "llava-7b-lora")
-    assert check_calls(found) == [f"{verb} {stage}" for stage in stages for verb in ("validate", "train")]
-    assert found[3][:4] == ["deepspeed", "--num_gpus", "8", "--no_python"]
-    assert "encoder=runs/other" in found[3] and "run=runs/models-other/llava-align" in found[3]
-    assert {"model=runs/models-other/llava-align", "run=runs/models-other/llava-7b-lora"} <= set(found[5])
+    seen = check_calls(found)
+    # All of them before the first, and each once more when it starts.
+    assert seen[:3] == [f"validate {stage}" for stage in stages]
+    assert seen[3:] == [f"{verb} {stage}" for stage in stages for verb in ("validate", "train")]
+    assert found[6][:4] == ["deepspeed", "--num_gpus", "8", "--no_python"]
+    assert "encoder=runs/other" in found[6] and "run=runs/models-other/llava-align" in found[6]
+    assert {"model=runs/models-other/llava-align", "run=runs/models-other/llava-7b-lora"} <= set(found[8])
 
 
 def test_a_failing_stage_stops_the_script(calls) -> None:
@@ -300,8 +303,34 @@ def test_parts_of_the_pipeline_and_other_models(calls) -> None:
 
 def test_a_dry_run_prints_and_starts_nothing(calls, tmp_path: Path) -> None:
     code, found, _ = calls("training/pipeline.sh", "data.workers=8", DRY_RUN="1", SYSTEM="two words")
-    assert (code, found) == (0, [])
+    # Recipes are looked at, nothing is started.
+    assert code == 0 and found and all(call[:2] == ["mmkit", "validate"] for call in found)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [({"STAGES": "probee align"}, "STAGES has probee"), ({"LAUNCHER": "mpi"}, "LAUNCHER=mpi: use deepspeed, torchrun or slurm")],
+)
+def test_words_that_the_pipeline_does_not_know_are_told_before_anything_runs(calls, words: dict[str, str], message: str) -> None:
+    code, found, stderr = calls("training/pipeline.sh", **words)
+    assert (code, found) == (2, []) and message in stderr
+
+
+def test_the_pipeline_checks_every_recipe_before_the_first_stage(calls) -> None:
+    code, found, _ = calls("training/pipeline.sh", FINETUNE_ARGS="lora.r=8", EVAL_ARGS="tasks.0.limit=5", NGPU="4")
+    assert code == 0
+    first = next(i for i, call in enumerate(found) if "train" in call)
+    checked = [call[2:] for call in found[:first] if call[:2] == ["mmkit", "validate"]]
+    assert ["llava-7b-finetune", "lora.r=8"] in checked and ["vqa-textvqa", "tasks.0.limit=5"] in checked
+    # What the second stage adds is told on the same questions.
+    answered = [call for call in found if "vqa-textvqa" in call and "eval" in call]
+    assert len(answered) == 2 and all("tasks.0.limit=5" in call for call in answered)
+
+
+def test_a_setting_is_no_encoder(calls) -> None:
+    code, found, _ = calls("training/run.sh", "train.micro_batch_size=4", VALIDATE="0")
+    assert code == 0 and "encoder=runs/superclass-vit-l16" in found[0] and "train.micro_batch_size=4" in found[0]
 
 
 def test_evaluation_scores_both_models_and_reports(calls) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -135,3 +136,17 @@ def test_validation_keeps_the_bound(tmp_path):
         [r["val_loss"] for r in pipeline.rows(tmp_path / n / "metrics.jsonl") if "val_loss" in r] for n in ("padded", "packed")
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and all(math.isfinite(v) for v in losses[0])
+
+
+def test_lengths_are_counted_again_when_another_picture_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMKIT_CACHE", str(tmp_path / "cache"))
+    world = tmp_path / "world"
+    shutil.copytree(pipeline.root() / "world", world)
+    items = json.loads((world / "llava_train.json").read_text())
+    pictures = [world / item["image"] for item in items if "image" in item][:2]
+    data = [f"data.train={world}/llava_train.json", "data.max_skipped=0.2", "train.steps=1"]
+    for number, picture in enumerate(pictures):
+        picture.rename(tmp_path / "away")
+        assert pipeline.mmkit(*pipeline.finetune(tmp_path / str(number), *data, *PACKED)) == 0
+        (tmp_path / "away").rename(picture)
+    assert len(list((tmp_path / "cache" / "lengths").iterdir())) == 2

@@ -81,3 +81,16 @@ def test_four_bit_weights_under_zero3_are_refused(tmp_path):
     more = ["tune=lora", "lora.r=4", "lora.quantization=nf4", "train.deepspeed=zero3"]
     done = pipeline.torchrun(*pipeline.finetune(tmp_path / "run", *more))
     assert done.returncode != 0 and "4-bit weights cannot be cut up by ZeRO-3" in done.stderr
+
+
+def test_models_that_read_another_layer_have_other_features(tmp_path):
+    # The recipe of the second stage says nothing of the layer: it is the model's.
+    found = []
+    for layer in ("-2", "-1"):
+        assert pipeline.mmkit(*pipeline.align(tmp_path / f"align{layer}", f"feature_layer={layer}")) == 0
+        more = [f"model={tmp_path}/align{layer}"]
+        assert pipeline.mmkit(*pipeline.finetune(tmp_path / f"kept{layer}", *more, "cache_features=true")) == 0
+        assert pipeline.mmkit(*pipeline.finetune(tmp_path / f"pixels{layer}", *more)) == 0
+        assert pipeline.losses(tmp_path / f"kept{layer}") == pytest.approx(pipeline.losses(tmp_path / f"pixels{layer}"), abs=2e-5)
+        found.append(pipeline.losses(tmp_path / f"kept{layer}"))
+    assert found[0] != found[1] and len(kept(tmp_path / "kept-2")) == 2

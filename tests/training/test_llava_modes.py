@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import SiglipVisionModel
 
 import mmkit
-from mmkit.models.llava import load_mllm
+from mmkit.models.llava import load_mllm, save_mllm
+from mmkit.training import loop
 from tests import pipeline
 from tests.training.test_stages import stop_after
 
@@ -126,6 +127,7 @@ def test_learning_rates_of_projector_and_encoder_are_their_own(tmp_path):
             ["tune=full", "batching.kind=packed", "batching.max_tokens=2000", "train.micro_batch_size=2"],
             "batching.max_tokens in place of",
         ),
+        (["train.val_every=2"], "data.val (what to validate on) and train.val_every (how often) go together"),
         (["liger=true"], "liger's kernels need a GPU"),
     ],
 )
@@ -154,3 +156,39 @@ def test_checkpointing_changes_no_loss_and_keeps_a_frozen_tower_without_a_graph(
             found[on] = pipeline.losses(run)
         assert found["true"] == pytest.approx(found["false"], abs=1e-6)
     assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("mode", ["projector", "full", "lora"])
+def test_what_trains_is_fp32_whatever_the_model_was_stored_in(mode, tmp_path, monkeypatch):
+    parent = tmp_path / "parent"
+    shutil.copytree(pipeline.trained("align"), parent)
+    model, processor, meta = load_mllm(parent / "model")
+    save_mllm(model.to(torch.bfloat16), processor, parent / "model", meta=meta)
+    seen = {}
+    begin = loop._begin
+
+    def looking(stage, *rest):
+        named = stage.objective.named_parameters()
+        seen.update({name: p.dtype for name, p in named if p.requires_grad})
+        return begin(stage, *rest)
+
+    monkeypatch.setattr(loop, "_begin", looking)
+    for precision in ("bf16", "fp32"):
+        run = tmp_path / precision
+        assert pipeline.mmkit(*arguments(mode, run, f"model={parent}", f"train.precision={precision}", "train.steps=1")) == 0
+        assert seen and set(seen.values()) == {torch.float32}
+
+
+def test_more_tokens_than_positions_are_refused_at_the_start(tmp_path, capsys):
+    assert pipeline.mmkit(*arguments("full", tmp_path / "run", "max_length=1024")) == 2
+    assert "max_length 1024 is more than the language model's 512 positions" in capsys.readouterr().err
+
+
+def test_a_frozen_language_model_with_dropout_recomputes_and_drops_nothing(tmp_path):
+    found = {}
+    for on in ("true", "false"):
+        run = tmp_path / on
+        assert pipeline.mmkit(*pipeline.align(run, "llm.config.attention_dropout=0.5", f"grad_checkpointing={on}")) == 0
+        found[on] = pipeline.losses(run)
+    # Without checkpointing the frozen model is in eval mode, where dropout is off.
+    assert found["true"] == pytest.approx(found["false"], abs=1e-5)

@@ -49,8 +49,10 @@ def keep_features(
     told = []
     if extract is not None:
         # The tower's own weights and not its name: both stages of LLaVA have the same one, and so share a file.
-        facts = [_weights(model.model.vision_tower), meta["image_fit"], size, meta["mean"], meta["std"], recipe.feature_layer]
-        facts += [kept, data_fingerprint, recipe.data.limit, recipe.data.max_pixels, recipe.data.max_bytes]
+        facts = [_weights(model.model.vision_tower), meta["image_fit"], size, meta["mean"], meta["std"]]
+        # The model's own layer and not the recipe's, which says nothing of a model that is gone on from.
+        facts += [model.config.vision_feature_layer, model.config.vision_feature_select_strategy, kept]
+        facts += [data_fingerprint, recipe.data.limit, recipe.data.max_pixels, recipe.data.max_bytes]
         shape = tuple(extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
         told = [(hash_text(*map(str, facts), *map(_state, pictures)), shape)]
     # Under ZeRO-3 the others have no weights to ask; they are told where the file is and what it holds.
@@ -106,7 +108,10 @@ def _missing(pixels: Tensor) -> Tensor:
 def _state(picture: Picture) -> str:
     """A picture's file and when it was written: repaired or exchanged pictures must not find the old features."""
     file = Path(picture.path)
-    return f"{picture} {file.stat().st_mtime_ns if file.exists() else 0}"
+    if not file.exists():
+        return f"{picture} missing"
+    found = file.stat()
+    return f"{picture} {found.st_size} {found.st_mtime_ns}"
 
 
 def _weights(module: nn.Module) -> str:

@@ -80,7 +80,7 @@ class LlavaObjective(Objective):
         elif pixels is not None:
             # uint8 travels to the device, normalised there.
             pixels = (pixels.float() / 255.0 - self.pixel_mean) / self.pixel_std
-        rows = {name: batch.get(name) for name in ("attention_mask", "cu_seqlens", "max_seqlen")}
+        rows = {name: batch.get(name) for name in ("attention_mask", "document_lengths")}
         loss_sum, _ = llava_loss_sum(self.model, batch["input_ids"], labels=batch["labels"], pixel_values=pixels, **rows)
         return loss_sum
 
@@ -108,8 +108,17 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         raise InputError(
             "4-bit weights cannot be cut up by ZeRO-3", where="lora.quantization", mend="use train.deepspeed=zero2, or DDP"
         )
-    model, processor, meta, parents = open_model(recipe, dtype=engine.weight_dtype, empty=engine.skeleton)
+    # Without DeepSpeed bf16 is autocast over the weights: frozen ones may be as they are stored, and nothing is cast in fp32.
+    stored = recipe.train.precision == "bf16"
+    dtype = engine.weight_dtype or (None if stored else torch.float32)
+    model, processor, meta, parents = open_model(recipe, dtype=dtype, empty=engine.skeleton)
     set_up(model, recipe)
+    if engine.weight_dtype is None:
+        # A product of a bf16 run is bf16; AdamW on such weights would lose most updates at LLaVA's learning rate.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    _check_positions(model, recipe)
     tokenizer = processor.tokenizer
     meta = {**meta, "tuned": tuned_parts(model, meta)}
 
@@ -139,7 +148,10 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     lengths = None
     if recipe.batching.kind != "plain":
         # The main process first: it counts with all cores, and the others find what it kept.
-        measured = engine.main_first(lambda: _measure(samples, encode, recipe.data, data_fingerprint))
+        # What was left out is part of the key: the same file is other conversations when other pictures are missing.
+        missing = [f"{row.key} {row.reason}" for row in left_out]
+        of = hash_text(data_fingerprint, str(recipe.data.limit), str(recipe.data.sources), *missing)
+        measured = engine.main_first(lambda: _measure(samples, encode, recipe.data, of))
         lengths, layout = _use(measured, samples, layout, left_out)
         available -= len(measured.unusable)
     validation = None
@@ -197,6 +209,21 @@ def _use(measured: Measured, samples: ConversationSamples, layout: Layout, left_
         raise InputError(what, where=source, mend="check template and max_length")
     samples.leave_out([number for number, _ in measured.unusable])
     return Lengths(measured.lengths.tokens[kept], measured.lengths.text_only[kept]), layout.keep(kept)
+
+
+def _check_positions(model: Any, recipe: LlavaRecipe) -> None:
+    """Refuse sequences longer than the language model has positions for.
+
+    Raises:
+        InputError: With both numbers.
+    """
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    if positions is not None and recipe.max_length > positions:
+        raise InputError(
+            f"max_length {recipe.max_length} is more than the language model's {positions} positions",
+            where="max_length",
+            mend=f"use {positions} or less",
+        )
 
 
 def set_up(model: Any, recipe: LlavaRecipe) -> None:
