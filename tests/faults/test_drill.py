@@ -29,7 +29,8 @@ KILLS = 11
 STEPS = {1: 200, 2: 120}
 # How far a life gets before it is killed; in turns, so that every kind comes in every drill.
 AIMS = ("rows", "save", "rows", "save", "start", "rows")
-TIMINGS = {
+TIMINGS = {"samples_per_second", "tokens_per_second", "data_wait", "memory_gib", "seconds"}
+TIMINGS |= {"save_stall_seconds", "save_write_seconds"}
     "samples_per_second",
     "tokens_per_second",
     "data_wait",

@@ -70,15 +70,8 @@ def kept(folder) -> list[int]:
 
 
 def rows(folder) -> list[dict]:
-    timed = (
-        "seconds",
-        "samples_per_second",
-        "tokens_per_second",
-        "data_wait",
-        "memory_gib",
-        "save_stall_seconds",
-        "save_write_seconds",
-    )
+    timed = ("seconds", "samples_per_second", "tokens_per_second", "data_wait", "memory_gib")
+    timed += ("save_stall_seconds", "save_write_seconds")
     return [{k: v for k, v in row.items() if k not in timed} for row in pipeline.rows(folder / "metrics.jsonl")]
 
 
