@@ -31,14 +31,6 @@ STEPS = {1: 200, 2: 120}
 AIMS = ("rows", "save", "rows", "save", "start", "rows")
 TIMINGS = {"samples_per_second", "tokens_per_second", "data_wait", "memory_gib", "seconds"}
 TIMINGS |= {"save_stall_seconds", "save_write_seconds"}
-    "samples_per_second",
-    "tokens_per_second",
-    "data_wait",
-    "memory_gib",
-    "seconds",
-    "save_stall_seconds",
-    "save_write_seconds",
-}
 
 
 @pytest.fixture(scope="module")
