@@ -53,9 +53,10 @@ class _Samples(NamedTuple):
 
 def run(
     *,
-    samples: int = 128,
+    # Several global batches, or there is nothing that mmkit's own grouping could regroup.
+    samples: int = 256,
     micro_batch: int = 16,
-    world_size: int = 8,
+    world_size: int = 4,
     max_tokens: int = 16384,
     max_length: int = 2048,
     width: int = 128,
