@@ -49,21 +49,10 @@ def _check_encoder(recipe: PretrainRecipe) -> None:
     """Build the encoder on the meta device: shapes without memory."""
     import torch
 
-    from mmkit.encoders.vit import build_encoder
+    from mmkit.training.stages.towers import bare_encoder
 
-    encoder = recipe.encoder
     with torch.device("meta"):
-        # Without pretrained: a check must not download weights.
-        built = build_encoder(
-            encoder.architecture,
-            image_size=encoder.image_size,
-            patch_size=encoder.patch_size,
-            model_args=encoder.model_args,
-            layout=encoder.layout,
-        )
-    # Whether patches can be dropped depends on the class of the model, which no schema knows.
-    if encoder.patch_drop:
-        built.check_patch_drop()
+        built = bare_encoder(recipe.encoder)
     if isinstance(recipe, ContrastiveRecipe):
         from mmkit.encoders.text import text_settings
 

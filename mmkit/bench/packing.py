@@ -21,7 +21,7 @@ from mmkit.data.batching import GroupedOrder, Lengths, PackedBatches, Share
 from mmkit.data.conversations import IGNORE_INDEX
 from mmkit.data.layout import Layout
 from mmkit.data.order import make_order
-from mmkit.data.packing import pack_sequences
+from mmkit.data.packing import pack_sequences, pad_sequences
 from mmkit.errors import InputError
 from mmkit.models.lm_loss import use_loss_head
 from mmkit.models.packed import allow_packing, packed_arguments
@@ -248,11 +248,4 @@ def _packed(samples: _Samples, batch: list[int]) -> dict[str, Any]:
 
 def _padded(samples: _Samples, batch: list[int]) -> dict[str, Any]:
     """A row a sample."""
-    longest = max(len(samples.ids[i]) for i in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
-    for row, i in enumerate(batch):
-        length = len(samples.ids[i])
-        ids[row, :length], labels[row, :length] = torch.tensor(samples.ids[i]), torch.tensor(samples.labels[i])
-        mask[row, :length] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return pad_sequences([samples.ids[i] for i in batch], [samples.labels[i] for i in batch], 0)

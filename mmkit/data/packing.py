@@ -1,4 +1,4 @@
-"""Several sequences in one row: no padding, and a note of where each begins (`mmkit.models.packed` keeps them apart)."""
+"""Token sequences as tensors: a padded row for each, or all in one row (`mmkit.models.packed` keeps them apart)."""
 
 from __future__ import annotations
 
@@ -28,3 +28,23 @@ def pack_sequences(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
         "labels": torch.tensor([[label for each in labels for label in [IGNORE_INDEX, *each[1:]]]], dtype=torch.int64),
         "document_lengths": lengths,
     }
+
+
+def pad_sequences(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
+    """A row for each sequence, filled up on the right to the longest.
+
+    Args:
+        ids: Token ids of each sequence, none of them empty.
+        labels: Labels of each, aligned with its ids; -100 where nothing is learnt.
+        pad: What fills the ids. The mask comes from lengths, so any id will do; padding is never learnt, whichever it is.
+
+    Returns:
+        ``input_ids``, ``labels`` and ``attention_mask`` i64[B, T].
+    """
+    lengths = [len(each) for each in ids]
+    rows = torch.full((len(ids), max(lengths)), pad, dtype=torch.int64)
+    learnt, mask = torch.full_like(rows, IGNORE_INDEX), torch.zeros_like(rows)
+    for i, length in enumerate(lengths):
+        rows[i, :length], learnt[i, :length] = torch.tensor(ids[i]), torch.tensor(labels[i])
+        mask[i, :length] = 1
+    return {"input_ids": rows, "attention_mask": mask, "labels": learnt}

@@ -130,6 +130,15 @@ def mapped_features(
     return flat.view(whole)
 
 
+def picture_state(picture: Picture) -> str:
+    """A picture, its file's size and when it was written: repaired or exchanged ones must not find old features."""
+    file = Path(picture.path)
+    if not file.exists():
+        return f"{picture} missing"
+    found = file.stat()
+    return f"{picture} {found.st_size} {found.st_mtime_ns}"
+
+
 def _features(
     loader: DataLoader[Any], extract: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
 ) -> Iterator[Tensor]:

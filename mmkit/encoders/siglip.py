@@ -46,19 +46,8 @@ def build_siglip(encoder: VisionEncoder) -> SiglipVisionModel:
         The transformers model, in eval mode, with the tower's dtype and device; its ``hidden_states`` are the tower's.
     """
     tower = encoder.backbone
-    block = tower.blocks[0]
-    # timm's epsilon and exact GELU must be named: SigLIP's defaults are the tanh form and a pooling head.
-    config = SiglipVisionConfig(
-        hidden_size=encoder.width,
-        intermediate_size=block.mlp.fc1.out_features,
-        num_hidden_layers=len(tower.blocks),
-        num_attention_heads=block.attn.num_heads,
-        image_size=encoder.image_size,
-        patch_size=tower.patch_embed.patch_size[0],
-        hidden_act=activation_name(block.mlp.act),
-        layer_norm_eps=block.norm1.eps,
-        vision_use_head=False,
-    )
+    # Without the pooling head that SigLIP's default has.
+    config = SiglipVisionConfig(**block_settings(encoder), vision_use_head=False)
     model = SiglipVisionModel(config)
     # Releases of transformers differ in whether the tower sits under this prefix.
     prefix = "vision_model." if any(k.startswith("vision_model.") for k in model.state_dict()) else ""
@@ -67,6 +56,23 @@ def build_siglip(encoder: VisionEncoder) -> SiglipVisionModel:
     # transformers builds in float32 on the CPU.
     parameter = next(tower.parameters())
     return model.to(device=parameter.device, dtype=parameter.dtype).eval()
+
+
+def block_settings(encoder: VisionEncoder) -> dict[str, Any]:
+    """Sizes of a tower in the words that SigLIP's and CLIP's configs share."""
+    tower = encoder.backbone
+    block = tower.blocks[0]
+    return {
+        "hidden_size": encoder.width,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "num_hidden_layers": len(tower.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "image_size": encoder.image_size,
+        "patch_size": tower.patch_embed.patch_size[0],
+        # timm's exact GELU and epsilon must be named: the defaults are others.
+        "hidden_act": activation_name(block.mlp.act),
+        "layer_norm_eps": block.norm1.eps,
+    }
 
 
 def layout_difference(encoder: VisionEncoder) -> str | None:

@@ -118,7 +118,7 @@ class VisionEncoder(nn.Module):
         """
         # Here and not in the loader: a uint8 picture is a quarter of the bytes on its way to the device.
         if pixels.dtype == torch.uint8:
-            pixels = (pixels.float() / 255.0 - self.pixel_mean) / self.pixel_std
+            pixels = normalise(pixels, self.pixel_mean, self.pixel_std)
         assert pixels.is_floating_point(), f"pixels must be uint8 or float, not {pixels.dtype}"
         return pixels.to(next(self.backbone.parameters()).dtype)
 
@@ -266,6 +266,11 @@ def build_encoder(
         mean=mean or trained_with.get("mean", CLIP_MEAN),
         std=std or trained_with.get("std", CLIP_STD),
     )
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8[B, 3, H, W] to float32 of mean 0 and deviation 1, by statistics [1, 3, 1, 1] of pixels in 0 to 1."""
+    return (pixels.float() / 255.0 - mean) / std
 
 
 def at_size(encoder: VisionEncoder, image_size: int) -> VisionEncoder:

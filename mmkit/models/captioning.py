@@ -10,7 +10,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mmkit.config import DecodingConfig
 from mmkit.errors import InputError
-from mmkit.models.clipcap import ClipCap, own_stop
+from mmkit.models.clipcap import ClipCap
+from mmkit.models.generation import stop_ids
 
 CaptionEnd = Literal["eos", "period", "none"]
 
@@ -71,7 +72,7 @@ def caption_ids(
 
 def stop_tokens(model: ClipCap, tokenizer: PreTrainedTokenizerBase, how: DecodingConfig) -> list[int]:
     """What ends a caption in writing: the end it was trained with, and with the paper's decoding the full stop too."""
-    ends = own_stop(model.lm)
+    ends = stop_ids(model.lm)
     # mmkit departs from the published code, which knows no end token: a caption that was trained with one may have no full stop.
     return [*ends, *{period_token(tokenizer)} - {*ends}] if how.decoding == "paper" else ends
 

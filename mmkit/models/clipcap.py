@@ -8,7 +8,6 @@ and a frozen language model computes no gradients and no dropout. The vision enc
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mmkit.config import DecodingConfig
 from mmkit.errors import InputError
 from mmkit.models.decoding import bare_settings, saved_settings, search_arguments
-from mmkit.models.llm import load_tokenizer
+from mmkit.models.generation import stop_ids
+from mmkit.models.llm import load_tokenizer, lost_settings, max_positions
 from mmkit.models.mappers import FEATURE_NORMS, FeatureNorm, MLPMapper, TransformerMapper
 from mmkit.models.meta import read_meta, write_meta
 from mmkit.models.paper_beams import length_averaged_beams
 
 MAPPERS = ("mlp", "transformer")
-# With these (Gemma 2, Cohere, Granite) logits are more than a matrix times the last hidden state.
-_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 FEATURE_KINDS = ("pooled", "tokens")
 
 
@@ -114,7 +112,7 @@ class ClipCap(PreTrainedModel):
         # The second case is from_pretrained, which fills the weights in afterwards.
         self.lm = AutoModelForCausalLM.from_config(copy.deepcopy(config.lm_config)) if lm is None else lm
         self.lm.generation_config = bare_settings(self.lm.generation_config)
-        self._plain_head = not any(getattr(self.lm.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_SETTINGS)
+        self._plain_head = not lost_settings(self.lm.config)
         width = self.lm.get_input_embeddings().embedding_dim
         self.norm = FeatureNorm(config.feature_norm, config.feature_dim)
         self.mapper: nn.Module
@@ -245,7 +243,7 @@ class ClipCap(PreTrainedModel):
         Raises:
             InputError: They are.
         """
-        room = _positions(self.lm) - self.config.prefix_length
+        room = max_positions(self.lm.config) - self.config.prefix_length
         if how.max_new_tokens > room:
             what = f"{how.max_new_tokens} new tokens are more than the {room} positions that the prefix leaves"
             raise InputError(what, where="max_new_tokens", mend=f"give at most {room}")
@@ -276,7 +274,7 @@ class ClipCap(PreTrainedModel):
             InputError: More tokens than the language model has positions.
         """
         self.check_room(how)
-        ends = own_stop(self.lm) if stop is None else list(stop)
+        ends = stop_ids(self.lm) if stop is None else list(stop)
         fill = filler(self.lm, ends)
         # Every row has the same P, so a batch needs no padding, and batch 1 equals batch N.
         prefix = self.prefix(features)
@@ -291,12 +289,6 @@ class ClipCap(PreTrainedModel):
         arguments = search_arguments(how, stop=ends, fill=fill, draws=draws)
         # From embeddings, generate returns the new tokens alone.
         return self.lm.generate(inputs_embeds=prefix, attention_mask=mask, synced_gpus=together is not None, **arguments)
-
-
-def _positions(lm: PreTrainedModel) -> int:
-    """Length of the sequences that a language model was made for; beyond it GPT-2 has no position, and others are at a loss."""
-    found = getattr(lm.config, "max_position_embeddings", None)
-    return int(found) if found else sys.maxsize
 
 
 def check_fit(model: ClipCap, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -314,16 +306,10 @@ def check_fit(model: ClipCap, tokenizer: PreTrainedTokenizerBase, max_length: in
     if len(tokenizer) > rows:
         what = f"the tokenizer has {len(tokenizer)} tokens, the language model {rows} embeddings"
         raise InputError(what, where="llm.tokenizer", mend="use the language model's own tokenizer")
-    need, have = model.config.prefix_length + max_length, _positions(model.lm)
+    need, have = model.config.prefix_length + max_length, max_positions(model.lm.config)
     if need > have:
         what = f"prefix_length {model.config.prefix_length} and max_length {max_length} are more than its {have} positions"
         raise InputError(what, where="llm", mend="lower max_length or mapper.prefix_length")
-
-
-def own_stop(lm: PreTrainedModel) -> list[int]:
-    """Tokens that end a text of a language model, by its generation settings."""
-    found = lm.generation_config.eos_token_id
-    return [] if found is None else list(found) if isinstance(found, list) else [found]
 
 
 def filler(lm: PreTrainedModel, stop: Sequence[int]) -> int:
@@ -409,7 +395,7 @@ def save_captioner(
     # Language model included, also where it was frozen: the folder must open without the hub.
     model.save_pretrained(folder, state_dict=state_dict)
     # At the top level: ClipCap itself has none, and the stop token is in there.
-    stop = own_stop(model.lm)
+    stop = stop_ids(model.lm)
     bos = model.lm.generation_config.bos_token_id
     saved_settings(decoding, stop=stop, fill=filler(model.lm, stop), bos=bos).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -19,6 +19,7 @@ from mmkit.config import DecodingConfig
 from mmkit.data.conversations import ConversationError, encode_prompt, stop_tokens
 from mmkit.data.images import Fit, fit_square, mean_colour
 from mmkit.encoders.save import load_encoder, load_tagger
+from mmkit.encoders.vit import normalise
 from mmkit.errors import InputError
 from mmkit.files import read_json
 from mmkit.models.captioning import write_captions
@@ -240,8 +241,7 @@ class Mllm:
     def _values(self, pixels: Tensor) -> Tensor:
         """uint8[P, 3, S, S] normalised, f[P, 3, S, S] in the model's dtype."""
         # Normalised in float32 and rounded once, as in training.
-        values = (pixels.to(self.device).float() / 255.0 - self._mean) / self._std
-        return values.to(self.model.dtype)
+        return normalise(pixels.to(self.device), self._mean, self._std).to(self.model.dtype)
 
 
 def load_model(name: str, device: torch.device | None = None) -> Any:

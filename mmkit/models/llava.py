@@ -23,6 +23,7 @@ from mmkit.data.pieces import IMAGE_MARKER
 from mmkit.errors import InputError
 from mmkit.models.adapters import has_lora
 from mmkit.models.generation import choose_padding, settle_generation
+from mmkit.models.llm import lost_settings
 from mmkit.models.lm_loss import TokenLossHead
 from mmkit.models.meta import read_meta, write_meta
 from mmkit.models.packed import packed_arguments
@@ -40,8 +41,6 @@ from mmkit.models.towers import prefix_tokens
 
 # Towers whose weights lie one level deeper in published checkpoints than in transformers 5.
 _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
-# What LlavaForConditionalGeneration would drop from a language model without a word.
-_LOST_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def _check_llm(llm: PreTrainedModel) -> None:
@@ -54,13 +53,10 @@ def _check_llm(llm: PreTrainedModel) -> None:
     # transformers' class applies a Linear without bias to the last hidden state; anything more would be lost on loading.
     if head is None or getattr(head, "bias", None) is not None:
         raise InputError(f"{type(llm).__name__} has no bias-free output layer, which LLaVA needs", mend="choose another LLM")
-    for name in _LOST_SETTINGS:
-        # Gemma 2, Cohere and Granite have these; at their neutral value nothing is lost.
-        if getattr(llm.config, name, None) not in (None, 1, 1.0):
-            raise InputError(
-                f"{type(llm).__name__} sets {name}, which LlavaForConditionalGeneration drops",
-                mend="choose an LLM without it",
-            )
+    if lost := lost_settings(llm.config):
+        raise InputError(
+            f"{type(llm).__name__} sets {lost[0]}, which LlavaForConditionalGeneration drops", mend="choose an LLM without it"
+        )
 
 
 def _add_image_token(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_token: str) -> int:

@@ -11,6 +11,7 @@ import difflib
 import io
 import logging
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,18 @@ log = logging.getLogger(__name__)
 
 GPT2_EOS = "<|endoftext|>"
 _HUB_MEND = "give a local folder, or download it first (`hf download NAME`) and unset HF_HUB_OFFLINE"
+
+
+def lost_settings(config: Any) -> list[str]:
+    """What makes a language model's logits more than a matrix times its last hidden state (Gemma 2, Cohere, Granite)."""
+    # At their neutral value nothing is lost.
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    return [name for name in names if getattr(config, name, None) not in (None, 1, 1.0)]
+
+
+def max_positions(config: Any) -> int:
+    """Length of the sequences that a language model was made for; beyond it GPT-2 has no position, and others are at a loss."""
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:

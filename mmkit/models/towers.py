@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 from transformers.modeling_utils import PreTrainedModel
 
-from mmkit.encoders.siglip import activation_name, block_difference, block_state, build_siglip, final_norm, is_gated
+from mmkit.encoders.siglip import (
+    activation_name,
+    block_difference,
+    block_settings,
+    block_state,
+    build_siglip,
+    final_norm,
+    is_gated,
+)
 from mmkit.encoders.vit import VisionEncoder
 from mmkit.errors import InputError
 from mmkit.models.timm_tower import wrap_timm
@@ -68,19 +76,8 @@ def prefix_tokens(vision_config: Any) -> int:
 def _clip(encoder: VisionEncoder) -> CLIPVisionModel:
     """CLIP's layout; layer scale, which CLIP has no place for, goes into the weights before it."""
     tower = encoder.backbone
-    block = tower.blocks[0]
-    config = CLIPVisionConfig(
-        hidden_size=encoder.width,
-        intermediate_size=block.mlp.fc1.out_features,
-        num_hidden_layers=len(tower.blocks),
-        num_attention_heads=block.attn.num_heads,
-        image_size=encoder.image_size,
-        patch_size=tower.patch_embed.patch_size[0],
-        hidden_act=activation_name(block.mlp.act),
-        layer_norm_eps=block.norm1.eps,
-        # Of CLIP's projection, which is no part of this model; the width says that there is none.
-        projection_dim=encoder.width,
-    )
+    # The width of a projection that is no part of this model says that there is none.
+    config = CLIPVisionConfig(**block_settings(encoder), projection_dim=encoder.width)
     positions = _positions(tower)
     if tower.patch_embed.proj.bias is not None:
         # CLIP's patches have no bias; added to each patch's position it does the same.

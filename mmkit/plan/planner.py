@@ -21,9 +21,9 @@ from mmkit.config import (
 )
 from mmkit.errors import InputError
 from mmkit.plan.figures import Lengths, Machine, Memory, Plan, Work
-from mmkit.plan.hardware import GIB, find_gpu
+from mmkit.plan.hardware import GIB, Gpu, find_gpu
 from mmkit.plan.samples import count
-from mmkit.plan.states import Sharding, Sizes, States, states
+from mmkit.plan.states import Sharding, Sizes, states
 from mmkit.plan.subjects import Subject, make_subject
 from mmkit.plan.trace import Trace
 from mmkit.recipes import find_deepspeed
@@ -83,7 +83,6 @@ class Planner:
             )
         sizes = Sizes.of(self.subject.objective, persistent=self.sharding.persistent)
         self.sizes = sizes.with_quantised(self.subject.quantised)
-        self.states: States = states(self.sizes, self.sharding, machine.gpus)
         self._key = f"{_shape_keys(recipe)} {cast} {self.autocast} {encoder}"
 
     def trace(self, rows: int, length: int) -> Trace:
@@ -98,7 +97,8 @@ class Planner:
         found = self.trace(micro, self.lengths.longest)
         reserve = RESERVE_BYTES + round(RESERVE_SHARE * self.machine.memory_gib * GIB)
         working = found.peak - found.held
-        return Memory(micro, self.states.gpu, found.saved, working, self.states.update, reserve, self.states.host)
+        held = states(self.sizes, self.sharding, self.machine.gpus, adds_up=micro < self.share)
+        return Memory(micro, held.gpu, found.saved, working, held.update, reserve, held.host)
 
     def fits(self, micro: int) -> bool:
         """Whether a micro-batch fits."""
@@ -237,7 +237,8 @@ def make_plan(
     """
     if isinstance(recipe, ProbeRecipe | EvalRecipe):
         raise InputError(f"stage {recipe.stage} trains nothing", where="stage", mend="plan a training recipe")
-    kind = find_gpu(gpu)
+    # One that is not in the table is known by its two numbers.
+    kind = Gpu(gpu, tflops, tflops, gpu_memory) if tflops and gpu_memory else find_gpu(gpu)
     peak = tflops or (kind.tflops if recipe.train.precision == "bf16" else kind.tflops_fp32)
     machine = Machine(gpus, gpu_memory or kind.memory_gib, peak, mfu, kind.name)
     return Planner(recipe, name, machine, encoder=encoder, lengths=Lengths(tokens or 0, longest or 0)).plan(samples)

@@ -23,13 +23,10 @@ def count(recipe: TrainRecipe) -> int:
     for source in recipe.data.sources:
         _expect(source.path)
     if isinstance(recipe, LlavaRecipe):
-        from mmkit.data.llava_json import read_llava
+        from mmkit.data.message_rows import open_conversations
 
-        # As the file has them: whether their pictures can be read shows only in training.
-        return sum(
-            len(read_llava(s.path, image_root=s.image_root or Path(s.path).parent, unique_ids=False)[0])
-            for s in recipe.data.sources
-        )
+        # As the data have them: whether their pictures can be read shows only in training.
+        return sum(len(open_conversations(s.path, s.type, image_root=s.image_root)[0]) for s in recipe.data.sources)
     from mmkit.data.sources import open_training_pairs
 
     return len(open_training_pairs(recipe.data))

@@ -1,7 +1,8 @@
 """Bytes that a model's weights, gradients and optimizer take on each process, with and without DeepSpeed.
 
-After DeepSpeed 0.19 (runtime/engine.py, runtime/zero/stage_1_and_2.py, stage3.py, runtime/fp16) and mmkit's engine, which gives
-it no ``grad_accum_dtype``: gradients are kept in the model's dtype and become fp32 for the update only.
+After DeepSpeed 0.19 (runtime/engine.py, runtime/zero/stage_1_and_2.py, stage3.py, runtime/fp16) and mmkit's settings of it
+(`mmkit.distributed.settings`): gradients are kept in the model's dtype and become fp32 for the update only, but where a step adds
+up several micro-batches under ZeRO-1 to 3; there they are fp32.
 """
 
 from __future__ import annotations
@@ -139,13 +140,14 @@ class States:
     host: dict[str, int]
 
 
-def states(sizes: Sizes, sharding: Sharding, processes: int) -> States:
+def states(sizes: Sizes, sharding: Sharding, processes: int, *, adds_up: bool = False) -> States:
     """Where the bytes are.
 
     Args:
         sizes: Of the model, in the dtype it computes with.
         sharding: How it is spread.
         processes: N.
+        adds_up: Whether a step has several micro-batches.
 
     Returns:
         Bytes on each process.
@@ -157,18 +159,20 @@ def states(sizes: Sizes, sharding: Sharding, processes: int) -> States:
         # The fp32 weights are what is updated; DDP's buckets are the gradients themselves (gradient_as_bucket_view).
         gpu = {"trainable weights": sizes.trainable_bytes, "gradients": sizes.trainable_bytes, "optimizer": moments}
         return States(_with_rest(gpu, sizes, 1), 0, {})
-    return _zero(sizes, sharding, n, stage, moments)
+    return _zero(sizes, sharding, n, stage, moments, adds_up)
 
 
-def _zero(sizes: Sizes, sharding: Sharding, n: int, stage: int, moments: int) -> States:
+def _zero(sizes: Sizes, sharding: Sharding, n: int, stage: int, moments: int, adds_up: bool) -> States:
     """The bytes of ZeRO stages 0 to 3."""
     narrow = sizes.trainable_bytes < 4 * sizes.trainable
     # Stage 0 in fp32 hands the weights themselves to the optimizer; everything else updates fp32 copies.
     master = 4 * sizes.trainable if stage or narrow else 0
     part = n if stage else 1
+    wide = bool(adds_up and stage)
+    summed = 4 * sizes.trainable if wide else sizes.trainable_bytes
     gpu = {
         "trainable weights": _share(sizes.trainable_bytes, n if stage == 3 else 1),
-        "gradients": _share(sizes.trainable_bytes, n if stage >= 2 else 1),
+        "gradients": _share(summed, n if stage >= 2 else 1),
         "fp32 copy of weights": _share(master, part),
         "optimizer": _share(moments, part),
     }
@@ -181,7 +185,7 @@ def _zero(sizes: Sizes, sharding: Sharding, n: int, stage: int, moments: int) ->
         gathered = min(sharding.live + sharding.prefetch, sizes.total) + min(sizes.small, sizes.total)
         gpu["gathered weights"] = width * min(gathered, sizes.total)
     # Gradients become fp32 beside the narrow ones, stage 3 in groups.
-    update = _share(4 * sizes.trainable, part) if narrow else 0
+    update = _share(4 * sizes.trainable, part) if narrow and not wide else 0
     if stage == 3:
         update = min(update, 4 * sharding.sub_group)
     host: dict[str, int] = {}

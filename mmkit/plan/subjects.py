@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mmkit.config import (
     ClipcapRecipe,
     ContrastiveRecipe,
-    EncoderConfig,
     FinetuneRecipe,
     LlavaRecipe,
     PretrainRecipe,
@@ -31,6 +30,7 @@ from mmkit.plan.known import shape_of
 from mmkit.plan.trace import Trace, fake, trace
 from mmkit.recipes import list_recipes
 from mmkit.training.objective import Batch, Objective
+from mmkit.training.stages.towers import bare_encoder
 
 # Labels of a caption; DataComp's have about ten. Only index vectors depend on it.
 LABELS = 16
@@ -133,21 +133,6 @@ def _blocks(module: torch.nn.Module, prefix: str, name: str) -> dict[str, str]:
     return parts
 
 
-def _pretrained_tower(config: EncoderConfig) -> VisionEncoder:
-    """The tower of a pretraining recipe."""
-    made = build_encoder(
-        config.architecture,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        model_args=config.model_args,
-        layout=config.layout,
-    )
-    if config.patch_drop:
-        made.check_patch_drop()
-    made.set_grad_checkpointing(config.grad_checkpointing)
-    return made
-
-
 def _superclass(recipe: SuperclassRecipe) -> Subject:
     """Tower, label head, chunked loss."""
     from mmkit.encoders.head import SuperClassHead
@@ -155,7 +140,7 @@ def _superclass(recipe: SuperclassRecipe) -> Subject:
     from mmkit.training.stages.superclass import SuperclassObjective, make_loss
 
     vocabulary = CaptionLabels(recipe.data.labels).vocab_size
-    encoder = _pretrained_tower(recipe.encoder)
+    encoder = bare_encoder(recipe.encoder)
     # Without its IDF: two vectors of the vocabulary's size.
     objective = SuperclassObjective(
         encoder, SuperClassHead(encoder.width, vocabulary), None, loss=make_loss(recipe.loss), chunk_rows=recipe.loss.chunk_rows
@@ -176,7 +161,7 @@ def _contrastive(recipe: ContrastiveRecipe) -> Subject:
     from mmkit.training.stages.contrastive import ContrastiveObjective
 
     locked = recipe.stage == "lit"  # type: ignore[attr-defined]
-    encoder = _pretrained_tower(recipe.encoder)
+    encoder = bare_encoder(recipe.encoder)
     kind = recipe.loss.kind or "infonce"
     tower = TextTower(encoder.width, **text_settings(encoder.width, **recipe.text.model_dump()), kind=kind)
     tower.text.set_grad_checkpointing(recipe.encoder.grad_checkpointing)
@@ -206,10 +191,7 @@ def _finetune(recipe: FinetuneRecipe, stand_in: str | None) -> Subject:
 
     encoder = named_encoder(recipe.encoder, stand_in)
     size = recipe.image_size or encoder.image_size
-    if size != encoder.image_size:
-        args = {**encoder.model_args, "img_size": size}
-        backbone = create_backbone(encoder.architecture, args)
-        encoder = VisionEncoder(backbone, architecture=encoder.architecture, model_args=args, image_size=size)
+    encoder = at_size(encoder, size)
     # Without mixing, which draws its numbers on the host; the sharp loss has one term less of [rows, classes].
     objective = FinetuneObjective(encoder, CLASSES, label_smoothing=recipe.label_smoothing)
 
@@ -223,25 +205,12 @@ def _clipcap(recipe: ClipcapRecipe, stand_in: str | None) -> Subject:
     """Mapper and language model on features that are there already."""
     from transformers import AutoModelForCausalLM
 
-    from mmkit.models.clipcap import build_clipcap
-    from mmkit.training.stages.clipcap import ClipcapObjective
+    from mmkit.training.stages.clipcap import ClipcapObjective, make_model
 
     encoder = named_encoder(recipe.encoder, stand_in)
-    mapper = recipe.mapper
-    model = build_clipcap(
-        AutoModelForCausalLM.from_config(shape_of(recipe.llm)),
-        feature_dim=encoder.width,
-        mapper=mapper.kind,
-        prefix_length=mapper.prefix_length,
-        clip_length=mapper.clip_length,
-        feature_kind=mapper.feature_kind,
-        feature_norm=mapper.feature_norm,
-        mapper_layers=mapper.num_layers,
-        mapper_heads=mapper.num_heads,
-        only_mapper=not recipe.tune_llm,
-    )
+    model = make_model(recipe, encoder, AutoModelForCausalLM.from_config(shape_of(recipe.llm)))
     objective = ClipcapObjective(model)
-    feature = (encoder.num_tokens, encoder.width) if mapper.feature_kind == "tokens" else (encoder.width,)
+    feature = (encoder.num_tokens, encoder.width) if recipe.mapper.feature_kind == "tokens" else (encoder.width,)
 
     def batch(rows: int, length: int) -> Batch:
         ids = torch.zeros(rows, length, dtype=torch.int64)
@@ -367,7 +336,7 @@ def named_encoder(name: str, stand_in: str | None = None) -> VisionEncoder:
     shipped = list_recipes()
     maker = load_recipe(shipped[name]) if name in shipped else maker_of(name)
     if isinstance(maker, PretrainRecipe):
-        return _pretrained_tower(maker.encoder.model_copy(update={"grad_checkpointing": False}))
+        return bare_encoder(maker.encoder.model_copy(update={"grad_checkpointing": False}))
     raise InputError(
         "this encoder is not here, and no shipped recipe makes it",
         where=f"encoder {name}",

@@ -11,8 +11,9 @@ from transformers import GenerationConfig
 from mmkit.config import DecodingConfig
 from mmkit.errors import InputError
 from mmkit.models.captioning import caption_ids, end_token, period_token, stop_tokens, write_captions
-from mmkit.models.clipcap import build_clipcap, check_fit, load_captioner, own_stop, save_captioner
+from mmkit.models.clipcap import build_clipcap, check_fit, load_captioner, save_captioner
 from mmkit.models.decoding import choose_decoding, draw_seed
+from mmkit.models.generation import stop_ids
 
 from .tiny import gpt2, llama, tokenizer
 
@@ -347,4 +348,4 @@ def test_the_folder_says_how_captions_are_written(tmp_path):
         assert DecodingConfig(**meta["decoding"]) == DecodingConfig(**keys)
         plain = json.loads((tmp_path / name / "generation_config.json").read_text())
         assert {k: plain.get(k) for k in written} == written and plain["eos_token_id"] == [42]
-        assert own_stop(again.lm) == [42] and not again.lm.generation_config.do_sample
+        assert stop_ids(again.lm) == [42] and not again.lm.generation_config.do_sample

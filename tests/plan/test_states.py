@@ -163,3 +163,11 @@ engine.close()
     found = json.loads(done.stdout.split("FOUND")[1].splitlines()[0])
     planned = states(sizes(32 * 64 + 64, 64 * 16 + 16), Sharding.of(find_deepspeed(stage)), 1).gpu
     assert found == {name: planned[name] for name in found}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_of_several_micro_batches_are_fp32(stage: int) -> None:
+    one, several = (states(sizes(1_000_000), plain(stage), 4, adds_up=adds_up) for adds_up in (False, True))
+    assert several.gpu["gradients"] == 2 * one.gpu["gradients"] and several.update == 0
+    # Stage 0 has no choice.
+    assert states(sizes(1_000_000), plain(0), 4, adds_up=True) == states(sizes(1_000_000), plain(0), 4)

@@ -16,6 +16,7 @@ from mmkit.config import ClipcapRecipe
 from mmkit.data.batching import Lengths
 from mmkit.data.images import decode_image
 from mmkit.data.layout import Layout
+from mmkit.data.packing import pad_sequences
 from mmkit.data.pairs import Pair, PairSource, Picture
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.data.sources import open_pairs, open_training_pairs, options_of
@@ -34,8 +35,8 @@ from mmkit.training.objective import Batch, Monitor, Objective, Sizes, Stage
 from mmkit.training.stages.caption_monitor import CaptionMonitor
 
 logger = logging.getLogger(__name__)
-# Pictures at a time; the result does not depend on it, and the features of all end up in memory anyway.
-EXTRACT_BATCH = 64
+# Pictures whose features are looked at together; the result does not depend on it.
+_LOOK = 64
 
 
 class CaptionedFeatures(NamedTuple):
@@ -69,24 +70,10 @@ class FeatureSamples:
 
 
 def collate_captions(samples: list[CaptionedFeatures]) -> Batch:
-    """``features`` ``[B, ...]``, right-padded ``input_ids``, ``attention_mask`` and ``labels`` i64 ``[B, T]``.
-
-    The mask comes from the true length, so no token id (GPT-2's 0 is "!") is ever taken for padding.
-    """
-    longest = max(len(s.ids) for s in samples)
-    # To the longest of this batch only; any id will do as padding, the mask covers it.
-    ids = torch.zeros(len(samples), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, sample in enumerate(samples):
-        ids[i, : len(sample.ids)] = torch.tensor(sample.ids)
-        mask[i, : len(sample.ids)] = 1
-    return {
-        "features": torch.stack([s.features for s in samples]),
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": ids.masked_fill(mask == 0, -100),
-        "keys": [s.key for s in samples],
-    }
+    """``features`` ``[B, ...]`` and the captions as of `pad_sequences`; all of a caption is learnt."""
+    ids = [s.ids for s in samples]
+    features = torch.stack([s.features for s in samples])
+    return {"features": features, **pad_sequences(ids, ids, 0), "keys": [s.key for s in samples]}
 
 
 class ClipcapObjective(Objective):
@@ -164,7 +151,10 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         held = open_pairs(recipe.data.val, options_of(recipe.data, recipe.data.val_type, recipe.data.val_image_root))
         validation, *_ = samples_of(held, None)
     # After the features: standardising needs their statistics.
-    model = _make_model(recipe, encoder, llm, samples.features)
+    model = make_model(recipe, encoder, llm)
+    if recipe.mapper.feature_norm == "standardize":
+        # Training features only; the rows of unreadable pictures, which are NaN, do not count.
+        model.norm.fit(samples.features)
     check_fit(model, tokenizer, recipe.max_length)
     # The end that it learns, and not what the language model's own settings say: a chat model's may be another.
     model.lm.generation_config.eos_token_id = end_token(tokenizer, recipe.caption_end)
@@ -217,10 +207,10 @@ def _llm_origin(recipe: ClipcapRecipe, llm: PreTrainedModel) -> dict[str, Any]:
     return {"path": name, "fingerprint": resolve_parent("llm", name).fingerprint, **({"commit": commit} if commit else {})}
 
 
-def _make_model(recipe: ClipcapRecipe, encoder: VisionEncoder, llm: PreTrainedModel, features: Tensor) -> ClipCap:
-    """Mapper and language model from the recipe, feature statistics filled in where it asks for them."""
+def make_model(recipe: ClipcapRecipe, encoder: VisionEncoder, llm: PreTrainedModel) -> ClipCap:
+    """Mapper and language model from the recipe; statistics of features that it asks for are still to be filled in."""
     mapper = recipe.mapper
-    model = build_captioner(
+    return build_captioner(
         llm,
         feature_dim=encoder.width,
         mapper=mapper.kind,
@@ -234,10 +224,6 @@ def _make_model(recipe: ClipcapRecipe, encoder: VisionEncoder, llm: PreTrainedMo
         # Another draw than the language model's random weights, which take the seed itself.
         seed=recipe.seed + 1,
     )
-    if mapper.feature_norm == "standardize":
-        # Training features only; the rows of unreadable pictures, which are NaN, do not count.
-        model.norm.fit(features)
-    return model
 
 
 class FeatureWork:
@@ -282,7 +268,7 @@ class FeatureWork:
     def usable(self, features: Tensor) -> tuple[NDArray[np.bool_], list[LeftOut]]:
         """Of which pairs the picture could be read, bool[pairs], and the others with their reason (found by reading again)."""
         # Part by part: the patch tokens of a whole set are no tensor to compute on at once.
-        good = torch.cat([~part.flatten(1).isnan().any(1) for part in features.split(EXTRACT_BATCH)])
+        good = torch.cat([~part.flatten(1).isnan().any(1) for part in features.split(_LOOK)])
         left_out = []
         for pair in self.pairs:
             if not good[self.row[pair.image]]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mmkit.config import LlavaRecipe
 from mmkit.data.images import mean_colour
-from mmkit.data.pairs import Picture
 from mmkit.distributed.engine import Engine
-from mmkit.encoders.mapped import mapped_features
+from mmkit.encoders.mapped import mapped_features, picture_state
+from mmkit.encoders.vit import normalise
 from mmkit.errors import InputError
 from mmkit.files import hash_text
 from mmkit.models.llava import tower_features
@@ -54,7 +54,7 @@ def keep_features(
         facts += [model.config.vision_feature_layer, model.config.vision_feature_select_strategy, kept]
         facts += [data_fingerprint, recipe.data.limit, recipe.data.max_pixels, recipe.data.max_bytes]
         shape = tuple(extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
-        told = [(hash_text(*map(str, facts), *map(_state, pictures)), shape)]
+        told = [(hash_text(*map(str, facts), *map(picture_state, pictures)), shape)]
     # Under ZeRO-3 the others have no weights to ask; they are told where the file is and what it holds.
     key, shape = engine.gather(told)[0]
     features = engine.main_first(
@@ -86,7 +86,7 @@ class _Extract:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        values = (pixels.to(self.engine.device, non_blocking=True).float() / 255.0 - self.mean) / self.std
+        values = normalise(pixels.to(self.engine.device, non_blocking=True), self.mean, self.std)
         # As in training, so that a kept feature is the one that training would have computed.
         with self.engine.autocast():
             return tower_features(self.model, values.to(self.tower.dtype))
@@ -103,15 +103,6 @@ def _missing(pixels: Tensor) -> Tensor:
         where="cache_features",
         mend="put the run on a disk that all machines share, or set cache_features=false",
     )
-
-
-def _state(picture: Picture) -> str:
-    """A picture's file and when it was written: repaired or exchanged pictures must not find the old features."""
-    file = Path(picture.path)
-    if not file.exists():
-        return f"{picture} missing"
-    found = file.stat()
-    return f"{picture} {found.st_size} {found.st_mtime_ns}"
 
 
 def _weights(module: nn.Module) -> str:

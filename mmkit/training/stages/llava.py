@@ -19,10 +19,12 @@ from mmkit.data.message_rows import Opened, open_conversations
 from mmkit.data.remote import default_cache
 from mmkit.data.skipped import LeftOut
 from mmkit.distributed.engine import Engine
+from mmkit.encoders.vit import normalise
 from mmkit.errors import InputError
 from mmkit.files import hash_text, new_folder
 from mmkit.models.adapters import freeze_for, merge_lora, set_train_mode
 from mmkit.models.llava import llava_loss_sum, save_mllm
+from mmkit.models.llm import max_positions
 from mmkit.models.lm_loss import apply_liger, use_loss_head
 from mmkit.models.packed import allow_packing
 from mmkit.models.projectors import VisionLanguageModel
@@ -79,7 +81,7 @@ class LlavaObjective(Objective):
             pixels = self.pixel_mean.new_zeros(0, *self.kept) if pixels is None else pixels
         elif pixels is not None:
             # uint8 travels to the device, normalised there.
-            pixels = (pixels.float() / 255.0 - self.pixel_mean) / self.pixel_std
+            pixels = normalise(pixels, self.pixel_mean, self.pixel_std)
         rows = {name: batch.get(name) for name in ("attention_mask", "document_lengths")}
         loss_sum, _ = llava_loss_sum(self.model, batch["input_ids"], labels=batch["labels"], pixel_values=pixels, **rows)
         return loss_sum
@@ -102,15 +104,14 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     Raises:
         InputError: As the parts raise it, or too many conversations are unusable.
     """
-    # In what it computes with: DeepSpeed's bf16 would round fp32 weights anyway, at twice the memory of the host. Under ZeRO-3
-    # only one process reads them.
     if engine.cuts_up and recipe.lora.quantization is not None:
         raise InputError(
             "4-bit weights cannot be cut up by ZeRO-3", where="lora.quantization", mend="use train.deepspeed=zero2, or DDP"
         )
-    # Without DeepSpeed bf16 is autocast over the weights: frozen ones may be as they are stored, and nothing is cast in fp32.
-    stored = recipe.train.precision == "bf16"
-    dtype = engine.weight_dtype or (None if stored else torch.float32)
+    # In what it computes with: DeepSpeed's bf16 would round fp32 weights anyway, at twice the memory of the host. Without
+    # DeepSpeed bf16 is autocast over the weights: frozen ones may be as they are stored, and in fp32 nothing is cast.
+    dtype = engine.weight_dtype or (None if recipe.train.precision == "bf16" else torch.float32)
+    # Under ZeRO-3 only one process reads them.
     model, processor, meta, parents = open_model(recipe, dtype=dtype, empty=engine.skeleton)
     set_up(model, recipe)
     if engine.weight_dtype is None:
@@ -148,10 +149,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     lengths = None
     if recipe.batching.kind != "plain":
         # The main process first: it counts with all cores, and the others find what it kept.
-        # What was left out is part of the key: the same file is other conversations when other pictures are missing.
-        missing = [f"{row.key} {row.reason}" for row in left_out]
-        of = hash_text(data_fingerprint, str(recipe.data.limit), str(recipe.data.sources), *missing)
-        measured = engine.main_first(lambda: _measure(samples, encode, recipe.data, of))
+        measured = engine.main_first(lambda: _measure(samples, encode, recipe.data, data_fingerprint, left_out))
         lengths, layout = _use(measured, samples, layout, left_out)
         available -= len(measured.unusable)
     validation = None
@@ -186,12 +184,15 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     )
 
 
-def _measure(samples: ConversationSamples, encode: ConversationEncoder, data: DataConfig, data_fingerprint: str) -> Measured:
+def _measure(
+    samples: ConversationSamples, encode: ConversationEncoder, data: DataConfig, fingerprint: str, left_out: list[LeftOut]
+) -> Measured:
     """The length of every conversation, counted once and kept."""
-    fingerprint = (data_fingerprint, str(data.limit), encode.fingerprint())
-    return conversation_lengths(
-        samples.items, encode, cache=Path(data.cache) if data.cache else default_cache(), fingerprint=fingerprint
-    )
+    # What was left out is part of the key: the same file is other conversations when other pictures are missing.
+    missing = (f"{row.key} {row.reason}" for row in left_out)
+    of = hash_text(fingerprint, str(data.limit), str(data.sources), *missing)
+    cache = Path(data.cache) if data.cache else default_cache()
+    return conversation_lengths(samples.items, encode, cache=cache, fingerprint=(of, encode.fingerprint()))
 
 
 def _use(measured: Measured, samples: ConversationSamples, layout: Layout, left_out: list[LeftOut]) -> tuple[Lengths, Layout]:
@@ -217,8 +218,8 @@ def _check_positions(model: Any, recipe: LlavaRecipe) -> None:
     Raises:
         InputError: With both numbers.
     """
-    positions = getattr(model.config.text_config, "max_position_embeddings", None)
-    if positions is not None and recipe.max_length > positions:
+    positions = max_positions(model.config.text_config)
+    if recipe.max_length > positions:
         raise InputError(
             f"max_length {recipe.max_length} is more than the language model's {positions} positions",
             where="max_length",

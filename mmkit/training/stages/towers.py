@@ -43,3 +43,14 @@ def make_encoder(config: EncoderConfig, *, seed: int) -> tuple[VisionEncoder, li
         encoder.check_patch_drop()  # here and not in the first step, after the data have been read
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     return encoder, parents
+
+
+def bare_encoder(config: EncoderConfig) -> VisionEncoder:
+    """The tower without the weights it starts from, for checks and plans that look at shapes; make it on the meta device.
+
+    Raises:
+        InputError: As `make_encoder`, but for what is wrong with weights.
+    """
+    # Without them nothing is downloaded and nothing read.
+    plain = config.model_copy(update={"pretrained": False, "init": None})
+    return make_encoder(plain, seed=0)[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmkit.data.conversations import EncodedConversation
 from mmkit.data.images import Fit, decode_image, fit_square
 from mmkit.data.items import Conversation, ConversationSet, JoinedConversations
-from mmkit.data.packing import pack_sequences
+from mmkit.data.packing import pack_sequences, pad_sequences
 from mmkit.data.pairs import Picture
 from mmkit.data.skipped import SampleError
 from mmkit.training.objective import Batch
@@ -113,8 +113,7 @@ def collate_conversations(samples: list[Turned], *, pad: int, packed: bool) -> B
 
     Returns:
         ``pixels`` uint8[P, 3, S, S] or kept features f[P, N, D], of the samples' pictures in order, or None; ``cut``, how many
-        samples were cut to fit; and the sequences: packed as of `pack_sequences`, else right-padded ``input_ids``, ``labels`` and
-        ``attention_mask`` i64[B, T]. The mask comes from lengths: a pad or unk id inside a text is a token like any other.
+        samples were cut to fit; and the sequences as of `pack_sequences` or `pad_sequences`.
     """
     # No black pictures for text-only rows, as LLaVA adds them: the tower would compute them for nothing.
     pictures = [pixels for s in samples for pixels in s.pixels]
@@ -123,21 +122,5 @@ def collate_conversations(samples: list[Turned], *, pad: int, packed: bool) -> B
         "keys": [s.key for s in samples],
         "cut": sum(s.encoded.cut for s in samples),
     }
-    if packed:
-        return {**pack_sequences([s.encoded.input_ids for s in samples], [s.encoded.labels for s in samples]), **common}
-    return {**_padded(samples, pad), **common}
-
-
-def _padded(samples: list[Turned], pad: int) -> Batch:
-    """A row for each sample, to the length of the longest."""
-    longest = max(len(s.encoded.input_ids) for s in samples)
-    ids = torch.full((len(samples), longest), pad, dtype=torch.int64)
-    # Padding is never learnt, whichever id it has: with unk or the end token as padding the id cannot tell.
-    labels = torch.full_like(ids, -100)
-    mask = torch.zeros_like(ids)
-    for i, sample in enumerate(samples):
-        length = len(sample.encoded.input_ids)
-        ids[i, :length] = torch.tensor(sample.encoded.input_ids)
-        labels[i, :length] = torch.tensor(sample.encoded.labels)
-        mask[i, :length] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    ids, labels = [s.encoded.input_ids for s in samples], [s.encoded.labels for s in samples]
+    return {**(pack_sequences(ids, labels) if packed else pad_sequences(ids, labels, pad)), **common}
