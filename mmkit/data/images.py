@@ -25,6 +25,8 @@ Fit = Literal["squash", "crop", "pad"]
 Pixels = NDArray[np.uint8]
 # Transparent pixels are shown on white, as a browser would show them.
 BACKGROUND = (255, 255, 255)
+# CLIP's mean colour, with which LLaVA pads.
+PAD_COLOUR = (122, 116, 104)
 # Formats that picture sets hold. Pillow knows 40 more, some of which start a program (EPS) or have no bound on their time.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # What Pillow raises on damaged files: seen on mutated JPEG, PNG, TIFF, WebP, AVIF and on broken EXIF blocks.
@@ -180,7 +182,7 @@ def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def fit_square(image: Image.Image, size: int, *, fit: Fit, fill: tuple[int, int, int] = (122, 116, 104)) -> Pixels:
+def fit_square(image: Image.Image, size: int, *, fit: Fit, fill: tuple[int, int, int] = PAD_COLOUR) -> Pixels:
     """The evaluation view of a picture: a square of ``size`` pixels, bicubic.
 
     Args:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmkit.data.images import Fit, Pixels, decode_image, fit_square
+from mmkit.data.images import PAD_COLOUR, Fit, Pixels, decode_image, fit_square
 from mmkit.data.labelled import LabelledSource
 from mmkit.data.loader import one_thread
 from mmkit.data.skipped import SampleError
@@ -26,21 +26,31 @@ from mmkit.errors import InputError
 log = logging.getLogger(__name__)
 
 
-class _Squares(Dataset["Pixels | str"]):
+class Squares(Dataset["Pixels | str"]):
     """Decoded pictures; of one that cannot be used the reason, for an exception of a worker would arrive as a traceback."""
 
-    def __init__(self, source: LabelledSource, *, size: int, fit: Fit, max_pixels: int) -> None:
-        self.source, self.size, self.fit, self.max_pixels = source, size, fit, max_pixels
+    def __init__(
+        self,
+        read: Callable[[int], bytes],
+        count: int,
+        *,
+        size: int,
+        fit: Fit,
+        max_pixels: int,
+        fill: tuple[int, int, int] = PAD_COLOUR,
+    ) -> None:
+        """Take what gives the bytes of a picture by number (it must pickle), how many there are, and how they become squares."""
+        self.read, self.count, self.size, self.fit, self.max_pixels, self.fill = read, count, size, fit, max_pixels, fill
 
     def __len__(self) -> int:
-        return len(self.source)
+        return self.count
 
     def __getitem__(self, index: int) -> Pixels | str:
         try:
-            image = decode_image(self.source.pictures.read(index), max_pixels=self.max_pixels)
+            image = decode_image(self.read(index), max_pixels=self.max_pixels)
         except SampleError as error:
             return str(error)
-        return fit_square(image, self.size, fit=self.fit)
+        return fit_square(image, self.size, fit=self.fit, fill=self.fill)
 
 
 def pixel_batches(
@@ -73,7 +83,7 @@ def pixel_batches(
     indices = range(len(source)) if indices is None else indices
     # DataLoader returns batches in the sampler's order, whichever worker is first.
     loader: DataLoader[Pixels | str] = DataLoader(
-        _Squares(source, size=size, fit=fit, max_pixels=max_pixels),
+        Squares(source.pictures.read, len(source), size=size, fit=fit, max_pixels=max_pixels),
         batch_size=batch_size,
         sampler=indices,
         num_workers=workers,

@@ -6,6 +6,7 @@ The patch tokens of COCO's 118,000 pictures take 45 GB in bfloat16 at 196 x 1024
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import math
@@ -17,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from mmkit.data.images import Fit, Pixels, decode_image, fit_square
+from mmkit.data.images import Fit, Pixels
 from mmkit.data.loader import one_thread
 from mmkit.data.pairs import Picture
-from mmkit.data.skipped import SampleError
+from mmkit.encoders.features import Squares
 from mmkit.errors import InputError
 from mmkit.files import disk_trouble, read_json, sync, write_json
 
@@ -31,31 +32,18 @@ logger = logging.getLogger(__name__)
 _BATCH = 64
 
 
-class _Squares(Dataset["Pixels | None"]):
-    """Pictures as squares; None for one that cannot be used."""
-
-    def __init__(self, pictures: Sequence[Picture], *, size: int, fit: Fit, fill: Any, max_pixels: int, max_bytes: int) -> None:
-        self.pictures, self.size, self.fit, self.fill = pictures, size, fit, fill
-        self.max_pixels, self.max_bytes = max_pixels, max_bytes
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Pixels | None:
-        try:
-            image = decode_image(self.pictures[index].read(self.max_bytes), max_pixels=self.max_pixels)
-        except SampleError:
-            return None
-        return fit_square(image, self.size, fit=self.fit, fill=self.fill)
+def _read(pictures: Sequence[Picture], max_bytes: int, index: int) -> bytes:
+    """The bytes of a picture by number."""
+    return pictures[index].read(max_bytes)
 
 
-def _stack(squares: list[Pixels | None]) -> tuple[Tensor, list[int]]:
+def _stack(squares: list[Pixels | str]) -> tuple[Tensor, list[int]]:
     """uint8[B, 3, S, S], black where there is no picture, and the places of those."""
-    shape = next((square.shape for square in squares if square is not None), None)
-    bad = [place for place, square in enumerate(squares) if square is None]
+    shape = next((square.shape for square in squares if not isinstance(square, str)), None)
+    bad = [place for place, square in enumerate(squares) if isinstance(square, str)]
     # Of a batch without any picture nothing will be kept, so its size does not matter.
     blank = torch.zeros(shape or (3, 1, 1), dtype=torch.uint8)
-    return torch.stack([blank if square is None else torch.from_numpy(square) for square in squares]), bad
+    return torch.stack([blank if isinstance(square, str) else torch.from_numpy(square) for square in squares]), bad
 
 
 def mapped_features(
@@ -103,7 +91,9 @@ def mapped_features(
     # The note is written last: with it and the right length the file is whole.
     if not (note.is_file() and path.is_file() and path.stat().st_size == size_bytes and read_json(note) == facts):
         logger.info("extracting features of %d pictures (%.1f GiB)", len(pictures), size_bytes / 2**30)
-        squares = _Squares(pictures, size=size, fit=fit, fill=fill, max_pixels=max_pixels, max_bytes=max_bytes)
+        # A function of the module: where processes are not forked, it must pickle.
+        read = functools.partial(_read, pictures, max_bytes)
+        squares = Squares(read, len(pictures), size=size, fit=fit, max_pixels=max_pixels, fill=fill)
         loader: DataLoader[Any] = DataLoader(
             squares,
             batch_size=_BATCH,
