@@ -184,6 +184,8 @@ def test_samples_are_counted_asked_for_or_given(tmp_path: Path) -> None:
 def test_wrong_wishes_are_refused() -> None:
     with pytest.raises(InputError, match="h100"):
         plan("superclass-vit-b16", *TINY, gpu="tpu")
+    own = plan("superclass-vit-b16", *TINY, gpu="tpu", tflops=200.0, gpu_memory=95.0)
+    assert (own.machine.name, own.machine.tflops, own.machine.memory_gib) == ("tpu", 200.0, 95.0)
     with pytest.raises(InputError, match="trains nothing"):
         plan("vqa-textvqa")
     with pytest.raises(InputError, match="model=null"):
