@@ -234,7 +234,7 @@ def score(
     from mmkit.files import write_json
 
     # Text becomes numbers here; the Python function takes them as they are and is as strict.
-    chosen = parse_settings(_settings(settings))
+    chosen = parse_settings(task, _settings(settings))
     found = run(task, predictions, annotations, questions, **chosen)
     for metric, value in found["metrics"].items():
         low, high = found["ci95"].get(metric, (None, None))  # none with bootstrap=0, or where no resample gave a value

@@ -178,7 +178,6 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, stage: str, override: str
         ("llava", ["encoder=null", "llm=null"], "either `model`"),
         ("eval", ["tasks=[]"], "at least 1"),
         ("eval", ["tasks.0.ocr=reference"], "ocr is a setting of textvqa, not of coco-caption"),
-        ("eval", ["tasks.0.task=vqav2"], "vqav2 needs `questions`"),
         ("eval", ["tasks.9.limit=5"], "list index out of range"),
         ("eval", ["tasks.x=5"], "check the override"),
         ("probe", ["probes=[linear,svm]"], "probes.1='svm'"),

@@ -12,6 +12,7 @@ from PIL import Image
 
 import mmkit
 from mmkit.data.images import fit_square
+from mmkit.errors import InputError
 from mmkit.models.inference import _pixels
 
 WITHOUT_MMKIT = """
@@ -62,7 +63,7 @@ def test_score_takes_rows_and_refuses_unknown_settings():
     rows = [{"image_id": i, "caption": f"a dog number {i}"} for i in (1, 2)]
     found = mmkit.score("coco-caption", rows, annotations)
     assert found["metrics"]["Bleu_4"] == pytest.approx(1.0, abs=1e-6) and found["n"] == 2
-    with pytest.raises(TypeError, match="tokeniser"):
+    with pytest.raises(InputError, match=r"unknown setting 'tokeniser'; did you mean tokenizer\?"):
         mmkit.score("coco-caption", rows, annotations, tokeniser="none")
 
 

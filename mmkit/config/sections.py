@@ -369,10 +369,10 @@ class LabelledDataConfig(Section):
 class TaskConfig(Section):
     """One task of an evaluation."""
 
-    task: Literal["coco-caption", "vqav2", "textvqa"]
-    annotations: str
+    task: str = Field(description="suite, as in `mmkit score`: coco-caption, vqav2, textvqa, ...")
+    annotations: str | None = Field(None, description="official file or folder; null: a test set whose answers the server keeps")
     questions: str | None = None
-    image_root: str
+    image_root: str | None = Field(None, description="folder of the pictures, where the data set's table does not carry them")
     image_name: str | None = Field(None, description="file name from the image id where the files do not say, e.g. {:012d}.jpg")
     prompt: str = "{question}"
     # Off, as in lmms-eval. LLaVA's published 58.2 has the data set's OCR tokens in the prompt: another task.
@@ -383,8 +383,6 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> TaskConfig:
-        if self.task == "vqav2" and self.questions is None:
-            raise ValueError("vqav2 needs `questions`")
         # Beside another score it would claim a condition that never held.
         if self.ocr != "none" and self.task != "textvqa":
             raise ValueError(f"ocr is a setting of textvqa, not of {self.task}")

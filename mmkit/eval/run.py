@@ -10,11 +10,13 @@ from typing import Any
 from PIL import Image
 
 from mmkit.config import EvalRecipe, TaskConfig
-from mmkit.data.images import ImageRef, decode_image
+from mmkit.data.images import decode_image
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.errors import InputError
+from mmkit.eval.examples import Example, Id
 from mmkit.eval.score import score
-from mmkit.eval.tasks import Example, load_task, result_rows, shuffle_pictures
+from mmkit.eval.suites import find_suite
+from mmkit.eval.tasks import load_task, shuffle_pictures
 from mmkit.files import hash_file, hash_text, write_json
 from mmkit.models.inference import Predictor, load_model
 from mmkit.run import Parent, Run, append_jsonl, one_process, resolve_parent
@@ -78,10 +80,10 @@ def _run_task(
     seconds = time.monotonic() - began
     results = run.path / "results" / f"{name}.json"
     # Scored from the written file, not from memory: the score is that of what can be handed to an evaluation server.
-    write_json(results, result_rows(task.task, predictions))
+    find_suite(task.task).write_results(results, examples, predictions)
     # With a limit most ids lack a result on purpose; without one a missing id stays an error.
     subset = task.limit is not None
-    found = score(task.task, results, Path(task.annotations), task.questions, allow_missing=subset, **task.settings)
+    found = score(task.task, results, Path(str(task.annotations)), task.questions, allow_missing=subset, **task.settings)
     generation = task.generation
     found["settings"] |= {
         # One prompt for all captions is shown as it was asked; questions differ, so theirs is shown as a template.
@@ -102,9 +104,9 @@ def _run_task(
         {
             "task": name,
             "id": truth.id,
-            "image": str(truth.image),
+            "image": truth.images[0].name,
             # Differs from "image" in a blind run; the report shows both.
-            "image_shown": str(seen.image),
+            "image_shown": seen.images[0].name,
             "prompt": seen.prompt if model.kind == "mllm" else "",
             "question": truth.question,
             "prediction": predictions[truth.id],
@@ -119,7 +121,7 @@ def _run_task(
     return found
 
 
-def generate(examples: list[Example], model: Predictor, task: TaskConfig, recipe: EvalRecipe, run: Run) -> dict[int, str]:
+def generate(examples: list[Example], model: Predictor, task: TaskConfig, recipe: EvalRecipe, run: Run) -> dict[Id, str]:
     """Predictions by id, in the order of the examples.
 
     Batches are formed by prompt length, so that little is padded. An unreadable picture is listed in skipped.jsonl and its
@@ -131,7 +133,7 @@ def generate(examples: list[Example], model: Predictor, task: TaskConfig, recipe
     # Length in characters stands for that in tokens; the id makes the batches the same in every run.
     order = sorted(examples, key=lambda e: (len(e.prompt), e.id))
     size = task.generation.batch_size
-    predictions: dict[int, str] = {}
+    predictions: dict[Id, str] = {}
     lost = 0  # of this task alone: the limit is a share of its examples
     for start in range(0, len(order), size):
         batch, images = [], []
@@ -140,7 +142,7 @@ def generate(examples: list[Example], model: Predictor, task: TaskConfig, recipe
                 images.append(_open(example, recipe))
                 batch.append(example)
             except SampleError as error:
-                run.skip([LeftOut(str(example.image), str(example.id), str(error))])
+                run.skip([LeftOut(example.images[0].name, str(example.id), str(error))])
                 predictions[example.id] = ""
                 lost += 1
         # After every batch: a wrong image_root ends the run at once, not after the last picture.
@@ -163,4 +165,4 @@ def generate(examples: list[Example], model: Predictor, task: TaskConfig, recipe
 
 def _open(example: Example, recipe: EvalRecipe) -> Image.Image:
     """The picture of an example."""
-    return decode_image(ImageRef(str(example.image)).read(recipe.max_bytes), max_pixels=recipe.max_pixels)
+    return decode_image(example.images[0].read(recipe.max_bytes), max_pixels=recipe.max_pixels)

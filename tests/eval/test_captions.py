@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkit.eval.score import CAPTION_METRICS, score
+from mmkit.eval.score import score
 from mmkit.eval.scorers.bleu import bleu_counters, bleu_from_statistics, bleu_statistics, ngram_counts
 from mmkit.eval.scorers.cider import cider_d
 from mmkit.eval.scorers.rouge import lcs_length, rouge_l
+from mmkit.eval.suites.captions import METRICS
 
 EXACT = 1e-9
 WORDS = st.lists(st.sampled_from(list("abcdef")), max_size=12).map(" ".join)
@@ -37,8 +38,8 @@ def coco(references: dict[str, list[str]], hypotheses: dict[str, str]) -> tuple[
 
 def check(result: dict[str, Any], expected: dict[str, Any]) -> None:
     """Corpus values, BLEU counters and every image's values, to 1e-9."""
-    assert list(result["metrics"]) == list(CAPTION_METRICS)
-    for name in CAPTION_METRICS:
+    assert list(result["metrics"]) == list(METRICS)
+    for name in METRICS:
         assert result["metrics"][name] == pytest.approx(expected["corpus"][name], abs=EXACT), name
     counters = result["settings"]["bleu_counters"]
     for name in ("test_length", "reference_length", "guess", "correct"):
@@ -46,7 +47,7 @@ def check(result: dict[str, Any], expected: dict[str, Any]) -> None:
     assert counters["ratio"] == pytest.approx(expected["bleu_counts"]["ratio"], abs=1e-12)
     assert {str(row["id"]) for row in result["per_sample"]} == set(expected["per_image"])
     for row in result["per_sample"]:
-        for name in CAPTION_METRICS:
+        for name in METRICS:
             assert row[name] == pytest.approx(expected["per_image"][str(row["id"])][name], abs=EXACT), (row["id"], name)
 
 

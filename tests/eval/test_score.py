@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkit.errors import InputError
-from mmkit.eval.score import TASKS, parse_settings, score
+from mmkit.eval.score import parse_settings, score
 from mmkit.eval.scorers import formats
+from mmkit.eval.suites import suite_names
 
 
 def annotations(images: int = 3) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def test_wrong_textvqa_annotations(data: Any, part: str) -> None:
 @pytest.mark.parametrize(
     ("task", "given_", "parts"),
     [
-        ("coco-captions", {}, ["'coco-captions'", "did you mean coco-caption?", *TASKS]),
+        ("coco-captions", {}, ["'coco-captions'", "did you mean coco-caption?", *suite_names()]),
         ("coco-caption", {"tokenizer": "pyton"}, ["'pyton'", "did you mean python?", "java", "none"]),
         ("coco-caption", {"rule": "official"}, ["rule does not apply to coco-caption"]),
         ("coco-caption", {"bootstrap": -1}, ["bootstrap", "-1"]),
@@ -247,15 +248,16 @@ def test_unknown_settings(task: str, given_: dict[str, Any], parts: list[str]) -
 
 def test_settings_of_a_command_line() -> None:
     words = {"tokenizer": "none", "bootstrap": "20", "seed": "3", "allow_missing": "True"}
-    assert parse_settings(words) == {"tokenizer": "none", "bootstrap": 20, "seed": 3, "allow_missing": True}
+    assert parse_settings("coco-caption", words) == {"tokenizer": "none", "bootstrap": 20, "seed": 3, "allow_missing": True}
     for word, part in (
         ({"tokeniser": "none"}, "did you mean tokenizer?"),
+        ({"rule": "2017"}, "rule does not apply to coco-caption"),
         ({"bootstrap": "1e3"}, "whole number"),
         ({"bootstrap": "²"}, "whole number"),
         ({"allow_missing": "1"}, "true or false"),
     ):
         with pytest.raises(InputError) as caught:
-            parse_settings(word)
+            parse_settings("coco-caption", word)
         assert part in str(caught.value)
 
 

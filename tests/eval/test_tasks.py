@@ -8,7 +8,9 @@ import pytest
 
 from mmkit.config import TaskConfig
 from mmkit.errors import InputError
-from mmkit.eval.tasks import Example, load_task, result_rows, shuffle_pictures
+from mmkit.eval.examples import Example, Picture
+from mmkit.eval.suites import find_suite
+from mmkit.eval.tasks import load_task, shuffle_pictures
 
 
 def config(task: str, **more) -> TaskConfig:
@@ -25,7 +27,7 @@ def config(task: str, **more) -> TaskConfig:
 
 def test_captions_are_one_example_a_picture():
     examples = load_task(config("coco-caption"))
-    assert [e.image for e in examples] == pipeline.pictures() and all(len(e.references) == 5 for e in examples)
+    assert [Path(e.images[0].name) for e in examples] == pipeline.pictures() and all(len(e.references) == 5 for e in examples)
     assert {(e.prompt, e.question) for e in examples} == {("Describe the picture.", None)}
     assert {e.prompt for e in load_task(config("coco-caption", prompt="Describe it."))} == {"Describe it."}
 
@@ -34,10 +36,10 @@ def test_questions_become_prompts():
     config_ = config("vqav2", prompt="{question}\nShort answer.")
     examples = load_task(config_)
     asked = {q["question_id"]: q for q in json.loads(Path(config_.questions).read_text())["questions"]}
-    assert len(examples) == len(asked) and len({e.image for e in examples}) > 1
+    assert len(examples) == len(asked) and len({e.images for e in examples}) > 1
     for e in examples:
         assert e.question == asked[e.id]["question"] and e.prompt == f"{e.question}\nShort answer."
-        assert e.image.name == f"{asked[e.id]['image_id']:012d}.jpg" and len(e.references) == 10
+        assert Path(e.images[0].name).name == f"{asked[e.id]['image_id']:012d}.jpg" and len(e.references) == 10
 
 
 def test_ocr_tokens_go_on_a_line_after_the_question():
@@ -75,10 +77,10 @@ def test_blind_leaves_no_picture_in_its_place():
     examples = load_task(config("vqav2"))
     shown = shuffle_pictures(examples, 0)
     assert [e.id for e in shown] == [e.id for e in examples] and [e.prompt for e in shown] == [e.prompt for e in examples]
-    assert all(a.image != b.image for a, b in zip(examples, shown, strict=True))
+    assert all(a.images != b.images for a, b in zip(examples, shown, strict=True))
     # All questions about a picture see the same other one, and every picture is shown.
-    other = {a.image: b.image for a, b in zip(examples, shown, strict=True)}
-    assert all(other[a.image] == b.image for a, b in zip(examples, shown, strict=True))
+    other = {a.images: b.images for a, b in zip(examples, shown, strict=True)}
+    assert all(other[a.images] == b.images for a, b in zip(examples, shown, strict=True))
     assert set(other.values()) == set(other)
     assert shuffle_pictures(examples, 0) == shown != shuffle_pictures(examples, 1)
 
@@ -86,15 +88,22 @@ def test_blind_leaves_no_picture_in_its_place():
 @pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize("seed", range(5))
 def test_blind_for_any_seed(count, seed):
-    examples = [Example(i, Path(f"{i % count}.jpg"), "", None, []) for i in range(2 * count)]
-    assert all(a.image != b.image for a, b in zip(examples, shuffle_pictures(examples, seed), strict=True))
+    examples = [Example(i, (Picture(f"{i % count}.jpg"),), "", None, []) for i in range(2 * count)]
+    assert all(a.images != b.images for a, b in zip(examples, shuffle_pictures(examples, seed), strict=True))
 
 
 def test_blind_needs_two_pictures():
     with pytest.raises(InputError, match="blind needs at least two pictures"):
-        shuffle_pictures([Example(1, Path("a.jpg"), "", None, []), Example(2, Path("a.jpg"), "", None, [])], 0)
+        shuffle_pictures([Example(1, (Picture("a.jpg"),), "", None, []), Example(2, (Picture("a.jpg"),), "", None, [])], 0)
 
 
 def test_result_rows_are_the_official_ones():
-    assert result_rows("coco-caption", {3: "a dog"}) == [{"image_id": 3, "caption": "a dog"}]
-    assert result_rows("vqav2", {3: "yes"}) == result_rows("textvqa", {3: "yes"}) == [{"question_id": 3, "answer": "yes"}]
+    asked = [Example(3, (), "", None, [])]
+    assert find_suite("coco-caption").rows(asked, {3: "a dog"}) == [{"image_id": 3, "caption": "a dog"}]
+    for name in ("vqav2", "textvqa"):
+        assert find_suite(name).rows(asked, {3: "yes"}) == [{"question_id": 3, "answer": "yes"}]
+
+
+def test_vqav2_needs_its_questions():
+    with pytest.raises(InputError, match=r"vqav2 needs questions; give questions=PATH"):
+        load_task(config("vqav2", questions=None))
