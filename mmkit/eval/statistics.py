@@ -8,7 +8,7 @@ Everything is a function of sums over samples, so one resample is one weighted s
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -230,6 +230,7 @@ def paired_permutation(
     total, as_far = 2**count if exact else resamples, 0
     # As many patterns at a time as fit 32 MB: VQAv2 has 40,504 pictures.
     step = max(1, 2**22 // max(1, count))
+    flips: NDArray[Any]
     for start in range(0, total, step):
         rows = min(step, total - start)
         if exact:
