@@ -1,4 +1,4 @@
-"""``mmkit bench vqa-metrics``: official scoring of a whole VQA v2 validation set against the official loop, written out plainly."""
+"""``mmkit bench vqa-metrics``: official scoring of a VQA v2 validation set against the official loop, written out plainly."""
 
 from __future__ import annotations
 

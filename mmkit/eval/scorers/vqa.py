@@ -78,6 +78,7 @@ RULE_SOURCES = {
     "2017": "GT-Vision-Lab/VQA a4f1afd (before 2021-03-11)",
     "always": "lmms-eval 0.7.2 vqav2_val",
     "m4c": "facebookresearch/mmf m4c_evaluators.py",
+    "vizwiz": "VizWiz API vqaEval.py (Qing Li)",
 }
 
 

@@ -15,7 +15,12 @@ from mmkit.eval.suites.suite import Suite
 
 GROUP = "mmkit.suites"
 # Name -> module below this package; its SUITE is the suite.
-BUILT_IN = {"coco-caption": "captions", "vqav2": "vqav2", "textvqa": "textvqa"}
+BUILT_IN = {
+    "coco-caption": "captions",
+    "vqav2": "vqav2",
+    "textvqa": "textvqa",
+    "vizwiz": "vizwiz",
+}
 
 
 def suite_names() -> list[str]:
