@@ -44,6 +44,7 @@ ImageRoot = Annotated[Path | None, typer.Option(help="Folder that image names ar
 ImageKey = Annotated[str, typer.Option(help="Key or column of the picture, as data.image.")]
 CaptionKey = Annotated[str, typer.Option(help="Key or column of the caption, as data.caption.")]
 Streaming = Annotated[bool, typer.Option("--streaming", help="Read the files behind a Hugging Face data set, as data.streaming.")]
+_SUITES = "coco-caption, vqav2, textvqa, vizwiz, gqa, scienceqa, pope, mme, mmbench, mmmu, generic (your own), or a plug-in's."
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; without it one for each core.")]
 
 
@@ -221,12 +222,12 @@ def _done(run: Run, product: str) -> None:
 
 @app.command()
 def score(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="coco-caption, vqav2 or textvqa.")],
-    predictions: Annotated[Path, typer.Option(help="Official result file.")],
-    annotations: Annotated[Path, typer.Option(help="Official annotation file.")],
-    questions: Annotated[Path | None, typer.Option(help="VQA v2 question file.")] = None,
+    task: Annotated[str, typer.Argument(metavar="TASK", help=_SUITES)],
+    predictions: Annotated[Path, typer.Option(help="Result file, as the task's evaluator takes it.")],
+    annotations: Annotated[Path, typer.Option(help="Official annotation file or folder; of generic, your questions.")],
+    questions: Annotated[Path | None, typer.Option(help="Question file, where the task has one apart.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the scores as JSON.")] = None,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. tokenizer=none rule=2017")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. rule=2017 metric=anls")] = None,
 ) -> None:
     """Official scoring of a result file, without a model."""
     from mmkit.eval.score import parse_settings

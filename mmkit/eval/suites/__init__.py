@@ -20,6 +20,8 @@ BUILT_IN = {
     "vqav2": "vqav2",
     "textvqa": "textvqa",
     "vizwiz": "vizwiz",
+    "gqa": "gqa",
+    "generic": "generic",
 }
 
 
