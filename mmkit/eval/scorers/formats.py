@@ -287,7 +287,7 @@ def check_results(data: Any, name: str, *, key: str, text: str, of: type = int) 
     odd = [row[key] for row in data if type(row) is dict and type(row.get(key)) is other]
     if odd:
         what = f'"{key}" is a {"string" if of is int else "number"} in {len(odd)} of {len(data)} rows: {listed(map(repr, odd))}'
-        mend = "write ids as whole numbers, without quotes" if of is int else "write ids as texts, in quotes"
+        mend = "write ids as whole numbers, without quotes" if of is int else "write ids as texts"
         raise InputError(what, where=name, mend=mend)
     check_rows(data, {key: of, text: str}, kind="row", key=key, name=name)
     refuse_repeated([row[key] for row in data], kind=key.removesuffix("_id"), name=name)
