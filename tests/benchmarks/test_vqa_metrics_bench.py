@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,6 @@ def test_both_sides_agree() -> None:
 
 
 def test_the_peer_is_the_official_rule(shared: Path) -> None:
-    import json
-
     stem = str(shared / "scoring/vqa_cases_a_")
     found = plain_evaluation(Path(f"{stem}annotations.json"), Path(f"{stem}results.json"))
     expected = json.loads(Path(f"{stem}expected.json").read_text())["per_question"]
