@@ -32,6 +32,19 @@ class VqaQuestion(NamedTuple):
     question: str = ""
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection for a while: it would look at millions of new objects again and again, at twice the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        # What is read has no cycles, so that nothing waits for the collector meanwhile.
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def listed(items: Iterable[object]) -> str:
     """Name at most five things and say how many more there are."""
     names = [str(item) for item in items]
@@ -113,19 +126,6 @@ def _parse(text: str, name: str, *, cut: bool | None = None) -> Any:
     # A file of brackets alone reaches the parser's recursion limit; that is the file's fault, not a bug.
     except RecursionError:
         raise InputError("nested too deeply for an annotation file", where=name, mend="check the file") from None
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No garbage collection for a while: it would look at millions of new objects again and again, at twice the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        # What is parsed has no cycles, so that nothing waits for the collector meanwhile.
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _json_error(text: str, error: json.JSONDecodeError, name: str) -> InputError:
@@ -328,6 +328,7 @@ def match_results(results: Mapping[Any, str], known: Collection[Any], *, kind: s
     return scored
 
 
+@_collector_paused()
 def read_vqa(annotations: Source, questions: Source | None = None) -> dict[int, VqaQuestion]:
     """Read VQAv2 annotations and, where given, check them against their questions.
 
