@@ -190,9 +190,9 @@ def _tables(root: Path, known: Mapping[str, Question], by_text: Mapping[tuple[st
             image, text, truth, response = columns
             place = (subtask, Path(image).stem, bare_question(text))
             key = _next(by_text.get(place, []), found, f"{subtask}/{image} {text!r}")
+            add_answer(found, key, Found(where, response))
             if key in known and _yes_no(truth, where) != known[key].answer:
                 what = f"ground truth {truth} of question {key} is {known[key].answer} in the annotations"
                 raise InputError(what, where=where, mend="give the two of one version")
-            add_answer(found, key, Found(where, response))
     refuse_unknown(found, known, "the benchmark")
     return found

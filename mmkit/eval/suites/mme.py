@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -115,18 +114,20 @@ def score_mme(task: str, predictions: Source, annotations: Source, questions: So
     known = read_benchmark(annotations)
     found = read_mme_answers(predictions, known)
     ids, texts = match_answers(found, known, predictions, allow_missing=s.allow_missing)
-    ids, halves = _whole_pairs(ids, known)
-    if not ids:
-        raise InputError("no picture has answers to both its questions", where=task, mend="add the missing answers")
     parsed = [MME_RULES[rule](texts[key]) for key in ids]
     right = [float(known[key].answer == answer) for key, answer in zip(ids, parsed, strict=True)]
-    subtasks = [subtask for subtask in SUBTASKS if any(known[key].subtask == subtask for key in ids)]
-    counters = _counters([known[key] for key in ids], right, subtasks)
+    pairs = _whole_pairs(ids, known, right)
+    if not pairs:
+        raise InputError("no picture has answers to both its questions", where=task, mend="add the missing answers")
+    subtasks = [subtask for subtask in SUBTASKS if any(pair.startswith(f"{subtask}/") for pair in pairs)]
+    counters = _counters(pairs, subtasks)
     groups = [group for group, names in GROUPS.items() if set(names) & set(subtasks)]
 
     def statistic(sums: Floats) -> Floats:
         points = _points(sums)
-        return np.stack([points[:, [name in GROUPS[group] for name in subtasks]].sum(axis=1) for group in groups], axis=1)
+        # cumsum adds one after the other, as the official program does: the same to the last digit.
+        parts = [points[:, [name in GROUPS[group] for name in subtasks]].cumsum(axis=1) for group in groups]
+        return np.stack([part[:, -1] for part in parts], axis=1)
 
     metrics = dict(zip(groups, statistic(counters.sum(axis=0, keepdims=True))[0].tolist(), strict=True))
     # A row a picture, so that its two questions are drawn together.
@@ -146,26 +147,22 @@ def score_mme(task: str, predictions: Source, annotations: Source, questions: So
             **coverage(len(ids), len(known), s),
         },
         per_sample=sample_rows(ids, [answer or "other" for answer in parsed], {"accuracy": right}),
-        notes=[*notes, *_notes(subtasks, halves)],
+        notes=[*notes, *_notes(subtasks, len(ids) - 2 * len(pairs))],
         answers=counts,
         breakdown={"subtask": _breakdown(subtasks, counters.sum(axis=0))},
     )
 
 
-def _whole_pairs(ids: Sequence[str], known: Mapping[str, Question]) -> tuple[list[str], int]:
-    """The ids whose picture has both answers, and how many others there are: accuracy+ is not defined for half a pair."""
-    answered: dict[str, int] = {}
-    for key in ids:
-        answered[known[key].pair] = answered.get(known[key].pair, 0) + 1
-    whole = [key for key in ids if answered[known[key].pair] == 2]
-    return whole, len(ids) - len(whole)
-
-
-def _counters(asked: Sequence[Question], right: Sequence[float], subtasks: Sequence[str]) -> Floats:
-    """f64[P, 3 S]: right answers, pairs wholly right, and pictures (always one) of each picture, in its subtask's columns."""
+def _whole_pairs(ids: Sequence[str], known: Mapping[str, Question], right: Sequence[float]) -> dict[str, list[float]]:
+    """Picture -> what its two questions score; without pictures of a single answer, for which accuracy+ is not defined."""
     pairs: dict[str, list[float]] = {}
-    for question, value in zip(asked, right, strict=True):
-        pairs.setdefault(question.pair, []).append(value)
+    for key, value in zip(ids, right, strict=True):
+        pairs.setdefault(known[key].pair, []).append(value)
+    return {pair: values for pair, values in pairs.items() if len(values) == 2}
+
+
+def _counters(pairs: Mapping[str, Sequence[float]], subtasks: Sequence[str]) -> Floats:
+    """f64[P, 3 S]: right answers, pairs wholly right, and pictures (always one) of each picture, in its subtask's columns."""
     out = np.zeros((len(pairs), 3 * len(subtasks)))
     for row, (pair, values) in enumerate(pairs.items()):
         start = 3 * subtasks.index(pair.partition("/")[0])
@@ -177,7 +174,7 @@ def _points(sums: Floats) -> Floats:
     """f64[B, 3 S] counters -> f64[B, S] points of each subtask; NaN where a draw holds none of its pictures."""
     right, both, pictures = sums[:, 0::3], sums[:, 1::3], sums[:, 2::3]
     with np.errstate(invalid="ignore"):
-        return 100 * right / (2 * pictures) + 100 * both / pictures
+        return right / (2 * pictures) * 100 + both / pictures * 100
 
 
 def _breakdown(subtasks: Sequence[str], sums: Floats) -> dict[str, dict[str, float]]:
@@ -203,7 +200,7 @@ def _notes(subtasks: Sequence[str], halves: int) -> list[str]:
         if (lacking := [name for name in names if name not in subtasks]) and len(lacking) < len(names)
     ]
     if halves:
-        notes.append(f"{halves} answers are left out: their pictures' other question has none")
+        notes.append(f"{halves} answers give no points: their pictures' other question has none")
     return notes
 
 

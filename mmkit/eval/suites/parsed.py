@@ -20,8 +20,9 @@ def part_means(values: Mapping[str, Floats], clusters: Sequence[Hashable], s: Se
         s: Gives number and seed of the resamples.
 
     Returns:
-        Metric -> mean, and f64[M, 2] intervals or None.
+        Metric -> mean, and f64[M, 2] intervals or None; a metric without any sample is left out.
     """
+    values = {name: column for name, column in values.items() if not np.isnan(column).all()}
     stacked = np.stack(list(values.values()), axis=1)
     columns = np.concatenate([np.nan_to_num(stacked), ~np.isnan(stacked)], axis=1)
     means = ratio_of_sums(columns.sum(axis=0, keepdims=True))[0]
