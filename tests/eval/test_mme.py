@@ -236,13 +236,14 @@ def test_faults_of_the_benchmark(tmp_path: Path) -> None:
 def test_examples_ask_as_llava_does(tmp_path: Path) -> None:
     root = benchmark(tmp_path)
     short = "Answer the question using a single word or phrase."
-    asked = load(root, prompt=f"{{stem}}\n{short}")
+    asked = load(root, prompt=f"{{question}}\n{short}")
     assert [e.id for e in asked[:3]] == ["existence/0000.jpg/1", "existence/0000.jpg/2", "existence/0001.png/1"]
     assert asked[1].prompt == f"Is it not 0?\n{short}" and asked[1].question == f"Is it not 0? {END}"
     assert asked[1].references == ["no"] and asked[1].type == "existence"
     assert asked[0].images == asked[1].images and Path(asked[0].images[0].name) == root / "existence/0000.jpg"
     assert Path(asked[-1].images[0].name) == root / "artwork/images/0002.jpg"
-    assert load(root)[0].prompt == f"Is it 0?{END}"
+    assert [e.prompt for e in load(root, prompt="{question}{ending}")] == [e.question for e in asked]
+    assert load(root)[0].prompt == "Is it 0?"
     # Pictures may lie elsewhere in the same layout.
     other = benchmark(tmp_path / "other")
     assert Path(load(root, image_root=str(other))[0].images[0].name) == other / "existence/0000.jpg"

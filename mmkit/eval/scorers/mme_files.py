@@ -33,9 +33,15 @@ class Question(NamedTuple):
         return f"{self.subtask}/{self.image}"
 
 
+def split_ending(text: str) -> tuple[str, str]:
+    """A question, and its ending with the spaces before it; the two joined are the text."""
+    question = _ENDINGS.sub("", text)
+    return question, text[len(question) :]
+
+
 def bare_question(text: str) -> str:
-    """A question without its ending and with single spaces."""
-    return " ".join(_ENDINGS.sub("", text).split())
+    """A question without its ending and with single spaces, by which questions and answers are paired."""
+    return " ".join(split_ending(text)[0].split())
 
 
 def _lines(path: Path) -> list[tuple[str, list[str]]]:

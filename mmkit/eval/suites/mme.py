@@ -22,11 +22,11 @@ from mmkit.eval.scorers.mme_files import (
     PERCEPTION,
     SUBTASKS,
     Question,
-    bare_question,
     picture_folder,
     picture_names,
     read_benchmark,
     read_mme_answers,
+    split_ending,
 )
 from mmkit.eval.scorers.yesno import MME_RULES
 from mmkit.eval.statistics import Floats, bootstrap_ci
@@ -43,8 +43,8 @@ def examples(config: TaskConfig) -> list[Example]:
 
     Args:
         config: ``annotations`` is the benchmark's folder; the pictures lie there too, or below ``image_root`` in the same layout.
-            In the prompt, ``{question}`` is the question as it is and ``{stem}`` the one without "Please answer yes or no.",
-            which LLaVA replaces by its own ending.
+            In the prompt, ``{question}`` is the question without "Please answer yes or no.", which LLaVA replaces by its own
+            ending; ``{ending}`` is that sentence with the spaces before it.
 
     Raises:
         InputError: Broken files, or a question without its picture.
@@ -60,7 +60,8 @@ def examples(config: TaskConfig) -> list[Example]:
         name = names[question.subtask].get(Path(question.image).stem)
         if name is None:
             raise InputError(f"no picture of question {key}", where=folder, mend="give image_root=FOLDER of the benchmark")
-        prompt = fill_prompt(config, question=question.text, stem=bare_question(question.text))
+        text, ending = split_ending(question.text)
+        prompt = fill_prompt(config, question=text, ending=ending)
         found.append(Example(key, (Picture(str(folder / name)),), prompt, question.text, [question.answer], question.subtask))
     return found
 
