@@ -253,7 +253,7 @@ def test_broken_tables(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert "no rows" in refusal(answers(), path)
     path.write_bytes(b"\xff\xfe")
-    assert "byte 0 is not UTF-8" in refusal(answers(), path)
+    assert "a byte that is not UTF-8" in refusal(answers(), path)
     assert "cannot read the table" in refusal(answers(), tmp_path / "none.tsv")
     assert "row 1: a row is no dictionary" in refusal(answers(), [1])
     assert "the table is dict" in refusal(answers(), {})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import csv
-import io
 import string
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,12 @@ class TableRow:
         return self.cell("l2-category") or self.cell("L2-category")
 
 
-def read_table(source: Source) -> list[TableRow]:
+def read_table(source: Source, *, images: bool = True) -> list[TableRow]:
     """Read the table.
 
     Args:
         source: The TSV, or its rows as dictionaries.
+        images: Keep the pictures, which are nearly all of a table.
 
     Returns:
         Rows in the order of the file.
@@ -77,67 +78,73 @@ def read_table(source: Source) -> list[TableRow]:
         InputError: Missing, empty or cut off; no column ``index``, ``question`` or ``A``; a repeated or odd index; a row without
             options; a rotation of a question that is not there.
     """
-    if isinstance(source, (str, Path)):
-        name, records = str(source), _records(Path(source))
-    elif isinstance(source, list):
-        name = "annotations"
-        odd = next((n for n, row in enumerate(source, start=1) if not isinstance(row, dict)), None)
-        if odd:
-            raise InputError("a row is no dictionary", where=f"{name}: row {odd}", mend="give column -> text")
-        records = [
-            (f"{name}: row {n}", {key: "" if value is None else str(value) for key, value in row.items()})
-            for n, row in enumerate(source, start=1)
-        ]
-    else:
-        raise InputError(f"the table is {type(source).__name__}", where="annotations", mend="give the TSV, or a list of rows")
-    if not records:
+    name = str(source) if isinstance(source, (str, Path)) else "annotations"
+    rows: list[TableRow] = []
+    # Row by row, so that the text of pictures that nobody wants is never all in memory.
+    with _long_fields():
+        for where, record in _records(Path(source)) if isinstance(source, (str, Path)) else _loaded(source):
+            lacking = [column for column in ("index", "question", "A") if column not in record]
+            if lacking:
+                what = f"no column {', '.join(lacking)}; this is no MMBench table"
+                raise InputError(what, where=name, mend="give mmbench_dev_20230712.tsv or its like")
+            rows.append(_row(where, record, images))
+    if not rows:
         raise InputError("the table has no rows", where=name, mend="fetch it again")
-    lacking = [column for column in ("index", "question", "A") if column not in records[0][1]]
-    if lacking:
-        raise InputError(
-            f"no column {', '.join(lacking)}; this is no MMBench table", where=name, mend="give mmbench_dev_20230712.tsv"
-        )
-    rows = [_row(where, record) for where, record in records]
     _check(rows)
     return rows
 
 
-def _records(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """``(file:line, column -> text)`` of a TSV, quoted as pandas reads it."""
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let the csv module read pictures: its limit of 128 KiB a field is one setting for the whole process."""
+    limit = csv.field_size_limit(sys.maxsize)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _loaded(source: object) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows that a notebook has loaded, as texts."""
+    if not isinstance(source, list):
+        raise InputError(f"the table is {type(source).__name__}", where="annotations", mend="give the TSV, or a list of rows")
+    for number, row in enumerate(source, start=1):
+        where = f"annotations: row {number}"
+        if not isinstance(row, dict):
+            raise InputError("a row is no dictionary", where=where, mend="give column -> text")
+        yield where, {str(key): "" if value is None else str(value) for key, value in row.items()}
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """``(file:line, column -> text)`` of a TSV, quoted as pandas reads it."""
+    line = 1
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t", strict=True)
+            header = next(reader, [])
+            for cells in reader:
+                line = reader.line_num
+                if len(cells) != len(header):
+                    what = f"{len(cells)} columns, where the first line has {len(header)}"
+                    raise InputError(what, where=f"{path}:{line}", mend="fetch the table again; is it cut off?")
+                yield f"{path}:{line}", dict(zip(header, cells, strict=True))
     except OSError as error:
         raise InputError(f"cannot read the table: {error.strerror}", where=path, mend="check the path") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"byte {error.start} is not UTF-8", where=path, mend="fetch it again") from None
-    # A picture is longer than the csv module's default of 128 KiB a field, which is one setting for the whole process.
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
-        header = next(reader, [])
-        records = []
-        for cells in reader:
-            where = f"{path}:{reader.line_num}"
-            if len(cells) != len(header):
-                what = f"{len(cells)} columns, where the first line has {len(header)}"
-                raise InputError(what, where=where, mend="fetch the table again; is it cut off?")
-            records.append((where, dict(zip(header, cells, strict=True))))
+        what = f"after line {line} comes a byte that is not UTF-8 ({error.reason})"
+        raise InputError(what, where=path, mend="fetch it again") from None
     except csv.Error as error:
-        raise InputError(
-            f"no table ({error})", where=f"{path}:{reader.line_num}", mend="fetch it again; is it cut off?"
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
-    return records
+        what = f"after line {line} it is no table ({error})"
+        raise InputError(what, where=f"{path}:{line}", mend="fetch it again; is it cut off?") from None
 
 
-def _row(where: str, record: Mapping[str, str]) -> TableRow:
+def _row(where: str, record: Mapping[str, str], images: bool) -> TableRow:
     """A row with a whole number for its index, and options."""
     text = record["index"].strip().removesuffix(".0")
     if not (text.isascii() and text.isdigit()):
         raise InputError(f"index {text!r:.30} is no whole number", where=where, mend="fetch the table again")
     cells = {name: value for name, value in record.items() if name != "image"}
-    row = TableRow(where, int(text), cells, record.get("image", ""))
+    row = TableRow(where, int(text), cells, record.get("image", "") if images else "")
     if not row.options:
         raise InputError(f"question {row.index} has no options", where=where, mend="fetch the table again")
     return row

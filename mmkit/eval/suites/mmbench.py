@@ -125,7 +125,7 @@ def score_mmbench(task: str, predictions: Source, annotations: Source, questions
         InputError: See the readers; a row without an answer; or answers and rows that do not match.
     """
     refuse_questions(questions, task)
-    table = read_table(annotations)
+    table = read_table(annotations, images=False)
     truths = {row.index: answer_of(row) for row in table}
     found = read_mmbench_answers(predictions, table)
     ids, texts = match_answers(found, truths, predictions, allow_missing=s.allow_missing, kind="row")
