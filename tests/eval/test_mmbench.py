@@ -104,6 +104,10 @@ def test_circular_needs_every_rotation(tmp_path: Path) -> None:
         "l2-category": {"perception": {"accuracy": 0.5, "n": 2}},
     }
     assert found["n"] == 5 and found["settings"]["questions"] == 2 and found["settings"]["rotations"] == 3
+    # One row a question carries the headline figure: rows that compare systems mean the same as the metric.
+    assert [r.get("accuracy") for r in found["per_sample"]] == [1, 0, None, None, None]
+    assert [r.get("accuracy_vanilla") for r in found["per_sample"]] == [1, 1, None, None, None]
+    assert [r["correct"] for r in found["per_sample"]] == [1, 1, 1, 1, 0]
     # Of the two questions either may be drawn twice, always with all its rotations.
     assert found["ci95"] == {"accuracy": [0, 1], "accuracy_vanilla": [1, 1]}
     found = score("mmbench", answers(_1="B"), table)

@@ -93,6 +93,7 @@ def test_all_questions_and_those_with_a_picture(tmp_path: Path) -> None:
         ("7", "A", 0),
         ("9", "", 0),
     ]
+    assert [row.get("accuracy_img") for row in found["per_sample"]] == [1, 1, None, None]
     assert found["breakdown"] == {
         "subject": {
             "natural": {"accuracy": 0.5, "n": 2},

@@ -23,6 +23,7 @@ from mmkit.eval.scorers.answer_files import match_answers
 from mmkit.eval.scorers.choice import infer_option
 from mmkit.eval.scorers.formats import Source
 from mmkit.eval.scorers.mmbench_table import TableRow, answer_of, pictures, read_mmbench_answers, read_table
+from mmkit.eval.statistics import Floats
 from mmkit.eval.suites.parsed import breakdown, count_answers, part_means, sample_rows
 from mmkit.eval.suites.suite import Predictions, Suite, question_rows
 from mmkit.files import Writing, new_file
@@ -161,7 +162,9 @@ def score_mmbench(task: str, predictions: Source, annotations: Source, questions
         metrics,
         intervals,
         settings=settings,
-        per_sample=sample_rows([row.index for row in rows], [letter or "" for letter in letters], {"accuracy": right}),
+        per_sample=sample_rows(
+            [row.index for row in rows], [letter or "" for letter in letters], _sample_scores(rows, right, hits)
+        ),
         notes=notes,
         answers=counts,
         breakdown={
@@ -177,6 +180,20 @@ def _circular(rows: Sequence[TableRow], right: Sequence[float]) -> dict[int, flo
     for row, value in zip(rows, right, strict=True):
         hits[row.base] = min(value, hits.get(row.base, 1.0))
     return hits
+
+
+def _sample_scores(rows: Sequence[TableRow], right: Sequence[float], hits: Mapping[int, float]) -> dict[str, Floats]:
+    """``correct`` of every row; the two accuracies on one row a question, so that their means are the metrics."""
+    seen: set[int] = set()
+    out = np.full((len(rows), 3), np.nan)
+    for line, row, value in zip(out, rows, right, strict=True):
+        line[0] = value
+        if row.base not in seen:
+            line[1] = hits[row.base]
+            seen.add(row.base)
+        if row.index == row.base:
+            line[2] = value
+    return dict(zip(("correct", "accuracy", "accuracy_vanilla"), out.T, strict=True))
 
 
 def _incomplete(table: Sequence[TableRow], rows: Sequence[TableRow]) -> int:

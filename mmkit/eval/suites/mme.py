@@ -147,7 +147,7 @@ def score_mme(task: str, predictions: Source, annotations: Source, questions: So
             "seed": s.seed,
             **coverage(len(ids), len(known), s),
         },
-        per_sample=sample_rows(ids, [answer or "other" for answer in parsed], {"accuracy": right}),
+        per_sample=sample_rows(ids, [answer or "other" for answer in parsed], {"accuracy": np.array(right)}),
         notes=[*notes, *_notes(subtasks, len(ids) - 2 * len(pairs))],
         answers=counts,
         breakdown={"subtask": _breakdown(subtasks, counters.sum(axis=0))},

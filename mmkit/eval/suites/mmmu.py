@@ -208,7 +208,7 @@ def score_mmmu(task: str, predictions: Source, annotations: Source, questions: S
         metrics,
         intervals,
         settings=settings,
-        per_sample=sample_rows(ids, [letter or "" for letter, _ in results], {"accuracy": right.tolist()}),
+        per_sample=sample_rows(ids, [letter or "" for letter, _ in results], parts),
         notes=notes,
         answers=counts,
         breakdown=_breakdown(ids, known, right.tolist()),

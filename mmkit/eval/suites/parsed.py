@@ -72,16 +72,17 @@ def count_answers(
     return {**counts, "unparsed": unparsed, "defaulted": defaulted}, notes
 
 
-def sample_rows(ids: Sequence[Any], parsed: Sequence[str], scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+def sample_rows(ids: Sequence[Any], parsed: Sequence[str], scores: Mapping[str, Floats]) -> list[dict[str, Any]]:
     """The ``per_sample`` part of a score: id, what was parsed out of the answer, and its scores.
 
     Args:
         ids: N ids.
         parsed: N texts.
-        scores: Metric -> N values.
+        scores: Metric -> f64[N]; NaN where a sample is no part of that metric, whose name its row then lacks.
     """
-    columns = [[float(value) for value in values] for values in scores.values()]
-    return [
-        {"id": key, "parsed": text, **dict(zip(scores, row, strict=True))}
-        for key, text, *row in zip(ids, parsed, *columns, strict=True)
-    ]
+    rows: list[dict[str, Any]] = [{"id": key, "parsed": text} for key, text in zip(ids, parsed, strict=True)]
+    for name, values in scores.items():
+        for row, value in zip(rows, values.tolist(), strict=True):
+            if not np.isnan(value):
+                row[name] = value
+    return rows

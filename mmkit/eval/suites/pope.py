@@ -117,7 +117,7 @@ def score_pope(task: str, predictions: Source, annotations: Source, questions: S
         metrics,
         intervals,
         settings=settings,
-        per_sample=sample_rows(ids, [answer or "" for answer in parsed], {"accuracy": right}),
+        per_sample=sample_rows(ids, [answer or "" for answer in parsed], {"accuracy": np.array(right)}),
         notes=notes,
         answers=counts,
         breakdown={"split": _breakdown(splits, counters.sum(axis=0))},

@@ -234,7 +234,7 @@ def _score(
         metrics,
         intervals,
         settings=settings,
-        per_sample=sample_rows(list(known), [letter or "" for letter in letters], {"accuracy": right.tolist()}),
+        per_sample=sample_rows(list(known), [letter or "" for letter in letters], parts),
         notes=notes,
         answers=counts,
         breakdown=_breakdown(problems, right.tolist()),
