@@ -111,6 +111,9 @@ def test_lmms_rule_takes_exact_words_only(tmp_path: Path) -> None:
     assert found["answers"]["unparsed"] == 2 and found["answers"]["defaulted"] == 0
     assert found["metrics"]["accuracy"] == 0.5 and found["metrics"]["yes_ratio"] == 0.25
     assert [row["parsed"] for row in found["per_sample"]] == ["yes", "no", "", ""]
+    # As in lmms-eval, what is neither word is no miss: F1 is 1 on half the answers, and the score says so.
+    assert found["metrics"]["f1"] == 1
+    assert any("precision, recall and F1 leave them out" in note for note in found["settings"]["notes"])
     assert score("pope", rows, labels, bootstrap=0)["metrics"]["accuracy"] == 1
     assert "did you mean lmms" in refusal(rows, labels, rule="lmm")
 

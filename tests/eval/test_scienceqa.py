@@ -134,6 +134,8 @@ def test_a_letter_beyond_the_choices_is_wrong_and_not_unparsed() -> None:
 def test_forms_of_answers_agree(tmp_path: Path) -> None:
     root = world(tmp_path)
     by_rows = score("scienceqa", llava(tmp_path / "a.jsonl", SAID), root)
+    # Whatever the file is called.
+    assert score("scienceqa", llava(tmp_path / "a.json", SAID), root) == by_rows
     result = {"acc": 50.0, "correct": 2, "count": 4, "results": {"4": 0, "5": 2, "7": 0, "9": -1}, "outputs": SAID}
     (tmp_path / "result.json").write_text(json.dumps(result))
     assert score("scienceqa", tmp_path / "result.json", root) == by_rows

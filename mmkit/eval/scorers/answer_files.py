@@ -45,9 +45,11 @@ def read_rows(source: Source, label: str) -> Union[list[Row], dict[str, Any]]:
     Raises:
         InputError: Missing, empty, not UTF-8, not JSON, cut off, or rows that are no objects.
     """
+    # Suites that take folders have looked before; to the others a folder is a slip that open() would call a permission.
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         what = f"this is a folder, not a file of {label}"
         raise InputError(what, where=source, mend="give the file")
+    # By content: an ending tells nothing, and whole files and lines need different messages.
     lines = _json_lines(source) if isinstance(source, (str, Path)) else None
     if lines is not None:
         return [_row(where, _line(text, where, last)) for where, text, last in lines]
@@ -63,14 +65,17 @@ def read_rows(source: Source, label: str) -> Union[list[Row], dict[str, Any]]:
 def _json_lines(path: Union[str, Path]) -> list[tuple[str, str, bool]] | None:
     """``(file:line, text, is the last)`` of a file of JSON lines; None where it is something else (`load_json` says what)."""
     try:
+        # Read twice where it is no file of lines, which costs less than one wrong message.
         text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return None
     # Not splitlines: it breaks at U+2028 as well, which may stand inside a JSON string.
     lines = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    # A single object may be a row or a whole answer file; the caller knows which.
     if len(lines) < 2 or not lines[0][1].lstrip().startswith("{"):
         return None
     try:
+        # An indented JSON file begins with "{", too, but its first line is no object.
         json.loads(lines[0][1])
     except (json.JSONDecodeError, RecursionError):
         return None
@@ -82,6 +87,7 @@ def _line(text: str, where: str, last: bool) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
+        # Only the last line can be half a line.
         cut = "; the file looks cut off" if last else ""
         raise InputError(f"not JSON ({error}){cut}", where=where, mend="copy or write the file again, whole") from None
 
@@ -121,12 +127,14 @@ def field(row: Row, names: Sequence[str], kind: type, *, who: str = "") -> Any:
     Raises:
         InputError: None is there, or its type is wrong.
     """
+    # The first name that is there, even if its value is wrong: another field must not stand in for it unseen.
     found = [name for name in names if name in row.data]
     about = f"{who} " if who else ""
     if not found:
         needs = " or ".join(f'"{name}"' for name in names)
         raise InputError(f"{about}has no {needs}", where=row.where, mend=f"every row needs {needs}")
     value = row.data[found[0]]
+    # True is a whole number to Python, and would be question 1.
     if not isinstance(value, kind) or isinstance(value, bool):
         of = "a text" if kind is str else "a whole number"
         raise InputError(f'{about}has "{found[0]}" {value!r:.40}, not {of}', where=row.where, mend=f"write {of}")
@@ -140,6 +148,7 @@ def text_id(row: Row, names: Sequence[str]) -> str:
         InputError: There is none, or it is neither.
     """
     found = [name for name in names if name in row.data]
+    # ScienceQA's ids are digits, which some programs write as numbers.
     if found and isinstance(row.data[found[0]], int) and not isinstance(row.data[found[0]], bool):
         return str(row.data[found[0]])
     return str(field(row, names, str))
@@ -161,6 +170,7 @@ def read_answers(source: Source, ids: Sequence[str], key: Callable[[Row, Sequenc
     """
     found: dict[Any, Found] = {}
     for row in answer_rows(source, ids):
+        # The id first, so that whatever else is wrong with the row is said with it.
         name = key(row, ids)
         add_answer(found, name, Found(row.where, field(row, TEXTS, str, who=f"question {name}")))
     return found
@@ -184,6 +194,7 @@ def refuse_unknown(found: Mapping[Any, Found], known: Collection[Any], name: str
     Raises:
         InputError: There are some; with the place of the first.
     """
+    # Never dropped in silence: unknown ids are the sign of another split or version.
     unknown = [key for key in found if key not in known]
     if unknown:
         what = f"answers to {len(unknown)} unknown questions: {listed(unknown)}"
@@ -209,6 +220,7 @@ def match_answers(
     Raises:
         InputError: See `mmkit.eval.scorers.formats.match_results`.
     """
+    # From here on ids and texts alone matter; the places were for the messages above.
     texts = {key: answer.text for key, answer in found.items()}
     name = str(source) if isinstance(source, (str, Path)) else "predictions"
     return match_results(texts, known, kind=kind, name=name, allow_missing=allow_missing), texts

@@ -53,6 +53,7 @@ def lmms_letter(text: str) -> str | None:
     Returns:
         A capital letter, which need not be one of the question's, or None.
     """
+    # Either case, where LLaVA wants a capital; but no sentence is searched for its answer.
     if len(text) == 1 and text.upper() in LETTERS:
         return text.upper()
     if len(text) >= 2 and text[0].isupper() and text[1] == ".":
@@ -96,6 +97,7 @@ def _option_text(answer: str, options: Mapping[str, str]) -> str | None:
     # A long answer mentions options that it does not choose.
     if len(answer) > 2 * sum(len(text) for text in options.values()):
         return None
+    # Part of a word counts, as in the original: "reddish" names red.
     lower = answer.lower()
     found = [letter for letter, text in options.items() if text.lower() in lower]
     return found[0] if len(found) == 1 else None

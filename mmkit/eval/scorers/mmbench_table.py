@@ -140,6 +140,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _row(where: str, record: Mapping[str, str], images: bool) -> TableRow:
     """A row with a whole number for its index, and options."""
+    # pandas writes whole numbers as 5.0 where a column has gaps.
     text = record["index"].strip().removesuffix(".0")
     if not (text.isascii() and text.isdigit()):
         raise InputError(f"index {text!r:.30} is no whole number", where=where, mend="fetch the table again")
@@ -158,6 +159,7 @@ def _check(rows: Sequence[TableRow]) -> None:
             what = f"index {row.index} comes twice (first: {seen[row.index].where})"
             raise InputError(what, where=row.where, mend="keep one row for each")
         seen[row.index] = row
+    # Circular accuracy of a question without its first row would have no category to count in.
     for row in rows:
         if row.base not in seen:
             what = f"row {row.index} is a rotation of question {row.base}, which the table lacks"
@@ -174,6 +176,7 @@ def answer_of(row: TableRow) -> str:
     if not answer:
         what = f"question {row.index} has no answer; a test set's are with its server"
         raise InputError(what, where=row.where, mend="send the submission file there, or give the dev table")
+    # An answer that no letter can name would be wrong whatever a model says.
     if answer not in row.options:
         what = f"question {row.index} has answer {answer!r:.20}, none of {', '.join(row.options)}"
         raise InputError(what, where=row.where, mend="fetch the table again")
@@ -203,6 +206,7 @@ def pictures(rows: Sequence[TableRow]) -> dict[int, bytes]:
 def _decode(holder: TableRow, row: TableRow) -> bytes:
     """The bytes of a picture."""
     try:
+        # Line breaks inside base64 are allowed; anything else is a broken cell.
         data = base64.b64decode("".join(holder.image.split()), validate=True)
     except binascii.Error:
         data = b""
@@ -241,6 +245,7 @@ def read_mmbench_answers(source: Source, rows: Sequence[TableRow]) -> dict[Any, 
 def _sheet(path: Path) -> list[Row]:
     """The rows of a workbook's first sheet; an empty prediction is an empty text."""
     try:
+        # read_only streams the rows; data_only takes a formula's value.
         book = load_workbook(path, read_only=True, data_only=True)
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror or error})", where=path, mend="check the path") from None
@@ -251,6 +256,7 @@ def _sheet(path: Path) -> list[Row]:
     book.close()
     if len(lines) < 2:
         raise InputError("the sheet has no rows", where=path, mend="write the columns index and prediction")
+    # By name: programs put the two columns in different places.
     header = [str(name) for name in lines[0]]
     lacking = [name for name in ("index", "prediction") if name not in header]
     if lacking:

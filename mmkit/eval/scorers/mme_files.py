@@ -56,6 +56,7 @@ def _lines(path: Path) -> list[tuple[str, list[str]]]:
         raise InputError(f"cannot be read ({error.strerror})", where=path, mend="check the path") from None
     except UnicodeDecodeError as error:
         raise InputError(f"byte {error.start} is not UTF-8", where=path, mend="save the file as UTF-8") from None
+    # Not splitlines, which breaks at characters that a response may hold.
     rows = [(f"{path}:{n}", line.rstrip("\r").split("\t")) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not rows:
         raise InputError("the file is empty", where=path, mend="write or fetch it again")
@@ -85,6 +86,7 @@ def read_benchmark(source: Source) -> dict[str, Question]:
         InputError: No subtask, a picture without exactly two questions, or broken lines.
     """
     root = Path(source) if isinstance(source, (str, Path)) else None
+    # A single file would be one subtask, and its points no MME score.
     if root is None or not root.is_dir():
         raise InputError(
             "MME's annotations are a folder", where=source if root else "annotations", mend="give MME_Benchmark_release"
@@ -95,6 +97,7 @@ def read_benchmark(source: Source) -> dict[str, Question]:
             pairs.setdefault((subtask, question.image), []).append((where, question))
     if not pairs:
         raise InputError("no folder and no text file of a subtask", where=root, mend=f"known subtasks: {', '.join(SUBTASKS)}")
+    # The official tool pairs lines by order and stops at an odd number; by picture the culprit has a name.
     for (subtask, image), found in pairs.items():
         if len(found) != 2:
             what = f"{len(found)} questions about {subtask}/{image}, not two"
@@ -105,6 +108,7 @@ def read_benchmark(source: Source) -> dict[str, Question]:
 def _subtask(root: Path, subtask: str) -> Iterable[tuple[str, Question]]:
     """``(file:line, question)`` of a subtask, in either layout; nothing where it is in neither."""
     table, folder = root / f"{subtask}.txt", root / subtask
+    # A text file wins: in a folder of results there are no pictures to look for.
     if table.is_file():
         for where, columns in _lines(table):
             if len(columns) < 3:
@@ -112,6 +116,7 @@ def _subtask(root: Path, subtask: str) -> Iterable[tuple[str, Question]]:
                 raise InputError(what, where=where, mend="separate them by tabs; is the file cut off?")
             yield where, Question(subtask, columns[0], columns[1], _yes_no(columns[2], where))
     elif folder.is_dir():
+        # Five subtasks keep texts and pictures apart, nine together.
         texts = folder / "questions_answers_YN"
         pictures = picture_names(root, subtask)
         for file in sorted((texts if texts.is_dir() else folder).glob("*.txt")):
@@ -119,6 +124,7 @@ def _subtask(root: Path, subtask: str) -> Iterable[tuple[str, Question]]:
                 if len(columns) != 2:
                     what = f"{len(columns)} columns, not question and answer"
                     raise InputError(what, where=where, mend="separate them by a tab; is the file cut off?")
+                # Scoring needs no pictures, so a guess at the name will do; asking refuses it.
                 image = pictures.get(file.stem, f"{file.stem}.jpg")
                 yield where, Question(subtask, image, columns[0], _yes_no(columns[1], where))
 
@@ -160,6 +166,7 @@ def read_mme_answers(source: Source, known: Mapping[str, Question]) -> dict[Any,
         return _tables(Path(source), known, by_text)
     found: dict[Any, Found] = {}
     for row in answer_rows(source, ("question_id",)):
+        # mmkit's own ids first; only what is none of them may be LLaVA's.
         key = text_id(row, ("question_id",))
         if key not in known and "prompt" in row.data:
             key = _llava_id(row, key, by_text, found)
@@ -183,6 +190,7 @@ def _next(keys: list[str], found: Mapping[Any, Found], unknown: str) -> str:
 def _tables(root: Path, known: Mapping[str, Question], by_text: Mapping[tuple[str, str, str], list[str]]) -> dict[Any, Found]:
     """Answers of the evaluation tool's text files."""
     found: dict[Any, Found] = {}
+    # Only subtasks that the annotations have: a result folder may hold more.
     subtasks = list(dict.fromkeys(question.subtask for question in known.values()))
     absent = [subtask for subtask in subtasks if not (root / f"{subtask}.txt").is_file()]
     if len(absent) == len(subtasks):

@@ -41,10 +41,12 @@ def parse_choice(response: str, options: Mapping[str, str]) -> str | None:
     for mark in _MARKS:
         response = response.strip(mark)
     response = f" {response} "
+    # Brackets win over bare letters wherever they stand: "B, not (A)" is A.
     for shape in ("({})", " {} "):
         places = {letter: response.rfind(shape.format(letter)) for letter in options}
         if max(places.values()) >= 0:
             return _last(places)
+    # The official length test; below it an option's text would be found in passing.
     if len(response.split()) <= _SHORT:
         return None
     lower = response.lower()
@@ -81,6 +83,7 @@ def parse_open(response: str) -> list[Value]:
     Returns:
         Texts and numbers without repeats, in the order they were found.
     """
+    # The texts themselves stay candidates beside the numbers in them.
     parts = _key_parts(response)
     numbers = [number for part in parts for pattern in _NUMBERS for number in pattern.findall(part)]
     values = [value for text in [*parts, *numbers] for value in normalise_value(text)]
@@ -94,6 +97,7 @@ def _key_parts(response: str) -> list[str]:
     found = []
     for index, line in enumerate(lines):
         words = (*_BEFORE_RESULT, "=") if index == len(lines) - 1 else _BEFORE_RESULT
+        # What follows the last place of each word.
         tails = [line.split(word)[-1].strip() for word in words if word in line]
         key = _shortest(tails)
         if key and key not in _TRIVIAL:
@@ -118,6 +122,7 @@ def open_correct(gold: Union[str, Sequence[str]], candidates: Sequence[Value]) -
         gold: The answer, or all accepted ones.
         candidates: From `parse_open`.
     """
+    # Gold goes through the same normalising as the answer, so 12.970 equals 12.97.
     answers = [value for text in ([gold] if isinstance(gold, str) else gold) for value in normalise_value(text)]
     texts = [value for value in answers if isinstance(value, str)]
     return any(

@@ -74,6 +74,7 @@ def read_truth(source: Source, split: str, *, pictures: bool = False) -> dict[st
                 raise InputError(f"question {key} comes twice", where=where, mend="keep one table a subject")
             found[key] = truth
         return found
+    # The answer file of the official repository: ids, kinds and answers, nothing to ask with.
     data, name = load_json(source, "annotations")
     if not isinstance(data, dict) or not data:
         raise InputError("no answers by id in it", where=name, mend="give answer_dict_val.json, or the data set's folder")
@@ -91,6 +92,7 @@ def read_truth(source: Source, split: str, *, pictures: bool = False) -> dict[st
 
 def _table_rows(folder: Path, split: str, pictures: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(file: row n, row)`` of a split's tables, by path."""
+    # At any depth: the hub's layout has a folder a subject, copies often one table.
     paths = sorted(folder.rglob(f"{split}-*.parquet"))
     if not paths:
         what = f"no {split}-*.parquet below it"
@@ -114,6 +116,7 @@ def _table_rows(folder: Path, split: str, pictures: bool) -> Iterator[tuple[str,
 
 def _truth(where: str, row: Mapping[str, Any]) -> tuple[str, Truth]:
     """Id and question of a table's row."""
+    # Checked before use, since a null in a table gives no error until much later.
     odd = [key for key in ("id", "question", "answer", "question_type") if not isinstance(row[key], str)]
     who = row["id"] if isinstance(row["id"], str) else "a row"
     if odd:
@@ -122,6 +125,7 @@ def _truth(where: str, row: Mapping[str, Any]) -> tuple[str, Truth]:
     if options is None or (row["question_type"] == CHOICE and not options):
         what = f"{who} has options {row['options']!r:.40}, not a list of texts"
         raise InputError(what, where=where, mend="download the table again")
+    # The data set has no letters; A, B, C in order of the options are the official ones.
     letters = {chr(ord("A") + n): option for n, option in enumerate(options)}
     answer = row["answer"]
     # The test split writes "?" for what its server keeps.
@@ -139,6 +143,7 @@ def _texts(value: Any) -> list[str] | None:
     """A list of texts, or its Python spelling as MMMU's tables have it; None where it is neither."""
     if isinstance(value, str):
         try:
+            # The tables hold Python's spelling of a list; literal_eval runs nothing.
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
@@ -148,6 +153,7 @@ def _texts(value: Any) -> list[str] | None:
 
 def _picture(where: str, who: str, number: int, value: Any) -> Picture:
     """A picture of a row, named by question and number."""
+    # Tables of the hub's image type hold a struct, older ones the bytes alone.
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes) or not data:
         what = f"image_{number} of {who} has no bytes"
@@ -170,6 +176,7 @@ def read_responses(source: Source, known: Mapping[str, Truth]) -> tuple[dict[str
         InputError: No file, fields missing or of the wrong type, repeated or unknown ids.
     """
     found: dict[str, Found] = {}
+    # Ids are unique across subjects, so files of a folder simply add up.
     for part in _parts(source):
         rows = read_rows(part, "predictions")
         if isinstance(rows, dict) and not any(key in rows for key in _IDS):

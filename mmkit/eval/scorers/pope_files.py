@@ -35,10 +35,12 @@ def _files(source: Source, label: str) -> dict[str, Source]:
     if not isinstance(source, (str, Path)):
         what = f"loaded {label} are {type(source).__name__}, not rows by split"
         raise InputError(what, where=label, mend=f"give {{split: rows}} with splits of {', '.join(SPLITS)}")
+    # From here on it is a path: the split can only be in the names.
     path = Path(source)
     paths = sorted(p for p in path.iterdir() if p.suffix in {".json", ".jsonl"}) if path.is_dir() else [path]
     found: dict[str, Source] = {}
     for file in paths:
+        # Official names are coco_pope_SPLIT.json; models' answers are named in all sorts of ways around the split.
         split = _split_in(file.name)
         # Other files of the folder (other data sets' labels name the same splits, and are met below).
         if split is None and path.is_dir():
@@ -75,6 +77,7 @@ def read_labels(source: Source) -> dict[str, Label]:
         if not isinstance(rows, list):
             raise InputError("labels are rows, this is one object", where=file, mend="give the official JSON lines")
         for row in rows:
+            # Ids start at 1 in every split, which is why the split is part of ours.
             number = field(row, ("question_id",), int)
             key, who = f"{split}/{number}", f"question {number}"
             if key in found:
@@ -113,6 +116,7 @@ def read_pope_answers(source: Source, known: Mapping[str, Label], questions: Sou
         parts = {splits[0] if len(splits) == 1 else "": source}
     found: dict[Any, Found] = {}
     for split, part in parts.items():
+        # Either may be all that a row has to show what it answers.
         rows = answer_rows(part, ("question_id", "question"))
         if all("question_id" not in row.data for row in rows):
             _in_order(rows, split, known, found)
@@ -137,6 +141,7 @@ def _category(row: Row, split: str, splits: list[str]) -> str:
     """The split of a row: its own word, or that of its file."""
     if "category" not in row.data and split:
         return split
+    # Guessing a split from the id alone would score a third of the answers against the wrong labels.
     named = row.data.get("category")
     if named not in SPLITS or (split and named != split):
         what = f"question {row.data['question_id']} has " + (f'"category" {named!r:.20}' if named else 'no "category"')
@@ -174,6 +179,7 @@ def _llava_answers(source: Source, known: Mapping[str, Label], questions: Source
     rows = read_rows(questions, "questions")
     if not isinstance(rows, list):
         raise InputError("LLaVA's questions are rows, this is one object", where="questions", mend="give llava_pope_test.jsonl")
+    # Picture and question together are unique within a split; LLaVA's ids are its own.
     by_question = {(label.split, label.image, label.text.strip()): key for key, label in known.items()}
     keys: dict[Any, str] = {}
     for row in rows:

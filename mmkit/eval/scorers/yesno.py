@@ -45,6 +45,7 @@ def mme_official(text: str) -> str | None:
     Args:
         text: The answer, as it is. "know" and "none" are no.
     """
+    # Not stripped, as in the original: with two spaces in front "yes" is out of sight.
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else None
 
@@ -70,6 +71,7 @@ def pope_figures(counters: Floats) -> Floats:
         f64[B, 5], the columns of `FIGURES`. Where nobody said yes, precision, recall and F1 are 0 (the official program divides
         by zero); NaN where there is no sample at all.
     """
+    # Counters of any number of draws at once: the corpus and its resamples share one formula.
     tp, fp, tn, fn, n = counters.T
     # maximum: 0 / 1 where the true quotient is 0 / 0. Counters are whole numbers, so nothing else changes.
     precision, recall = tp / np.maximum(tp + fp, 1), tp / np.maximum(tp + fn, 1)

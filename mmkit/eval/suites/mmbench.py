@@ -84,8 +84,10 @@ def submit(folder: Path, asked: Sequence[Example], predictions: Predictions) -> 
         predictions: Answer of each example, by id.
     """
     tables = [e for e in asked if isinstance(e, TableExample)]
+    # In the table's own order, as LLaVA's converter leaves them.
     columns = [name for name in tables[0].cells if name not in _DROPPED]
     columns.insert(_PREDICTION_AT, "prediction")
+    # Rows are written as they come; cells of a whole table would take far more memory than its text.
     book = Workbook(write_only=True)
     sheet = book.create_sheet()
     sheet.append(columns)
@@ -127,12 +129,14 @@ def score_mmbench(task: str, predictions: Source, annotations: Source, questions
     """
     refuse_questions(questions, task)
     table = read_table(annotations, images=False)
+    # All answers are looked at before any file of predictions, so that a test table is told at once.
     truths = {row.index: answer_of(row) for row in table}
     found = read_mmbench_answers(predictions, table)
     ids, texts = match_answers(found, truths, predictions, allow_missing=s.allow_missing, kind="row")
     rows = [row for row in table if row.index in texts]
     letters = [infer_option(texts[row.index], row.options) for row in rows]
     right = [float(truths[row.index] == letter) for row, letter in zip(rows, letters, strict=True)]
+    # A question, not a row, is what circular accuracy counts and the bootstrap draws.
     hits = _circular(rows, right)
     bases = {row.index: row for row in table if row.index == row.base}
     vanilla = {row.index: value for row, value in zip(rows, right, strict=True) if row.index == row.base}

@@ -51,6 +51,7 @@ def examples(config: TaskConfig) -> list[Example]:
     """
     annotations = required(config, "annotations")
     root = Path(config.image_root or annotations)
+    # Folders are listed once a subtask, not once a question.
     known = read_benchmark(annotations)
     names = {subtask: picture_names(root, subtask) for subtask in {question.subtask for question in known.values()}}
     found = []
@@ -74,6 +75,7 @@ def submit(folder: Path, asked: Sequence[Example], predictions: Predictions) -> 
         asked: What was asked.
         predictions: Answer of each example, by id.
     """
+    # Complete or absent: half of the subtasks would give a sum that looks like a score.
     with new_folder(folder / "mme") as temporary:
         for subtask in dict.fromkeys(e.type for e in asked):
             lines = [
@@ -117,6 +119,7 @@ def score_mme(task: str, predictions: Source, annotations: Source, questions: So
     ids, texts = match_answers(found, known, predictions, allow_missing=s.allow_missing)
     parsed = [MME_RULES[rule](texts[key]) for key in ids]
     right = [float(known[key].answer == answer) for key, answer in zip(ids, parsed, strict=True)]
+    # Points need whole pairs; the rows of single answers are still shown.
     pairs = _whole_pairs(ids, known, right)
     if not pairs:
         raise InputError("no picture has answers to both its questions", where=task, mend="add the missing answers")
@@ -173,6 +176,7 @@ def _counters(pairs: Mapping[str, Sequence[float]], subtasks: Sequence[str]) -> 
 
 def _points(sums: Floats) -> Floats:
     """f64[B, 3 S] counters -> f64[B, S] points of each subtask; NaN where a draw holds none of its pictures."""
+    # Columns of one subtask stand together, so every third is of one kind.
     right, both, pictures = sums[:, 0::3], sums[:, 1::3], sums[:, 2::3]
     with np.errstate(invalid="ignore"):
         return right / (2 * pictures) * 100 + both / pictures * 100

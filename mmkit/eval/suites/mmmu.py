@@ -85,6 +85,7 @@ def place_pictures(prompt: str, images: Mapping[int, Picture]) -> tuple[str, tup
         The prompt and its pictures in the order of their places. A picture named twice is shown twice; pictures that no marker
         names go to the front.
     """
+    # Of the finished prompt: options name pictures, too.
     order = [int(number) for number in _MARKER.findall(prompt) if int(number) in images]
     unnamed = [number for number in images if number not in order]
     text = _MARKER.sub(lambda found: "<image>" if int(found[1]) in images else found[0], prompt)
@@ -109,6 +110,7 @@ def examples(config: TaskConfig) -> list[Example]:
         raise InputError("questions and pictures are in the data set's folder", where=source, mend="give the folder of MMMU/MMMU")
     found: list[Example] = []
     for key, truth in read_truth(source, s.choice("split", SPLITS, "validation"), pictures=True).items():
+        # The answer file calls open questions short-answer, the tables open; only the other kind has one name.
         is_choice = truth.kind == CHOICE
         prompt, images = place_pictures(
             fill_prompt(config, question=question_text(truth), ending=ENDINGS[is_choice]), truth.images
@@ -148,6 +150,7 @@ def submit(folder: Path, asked: Sequence[Example], predictions: Predictions) -> 
         asked: Examples of this suite.
         predictions: Answer of each example, by id.
     """
+    # Letters where one is found, since the server compares them and parses nothing.
     letters = {
         str(e.id): parse_choice(predictions[e.id], _lettered(e.options))
         for e in asked
@@ -177,6 +180,7 @@ def score_mmmu(task: str, predictions: Source, annotations: Source, questions: S
     refuse_questions(questions, task)
     split = s.choice("split", SPLITS, "validation")
     known = read_truth(annotations, split)
+    # Refused before the predictions are read: no file of answers can mend it.
     hidden = [key for key, truth in known.items() if not truth.gold]
     if hidden:
         what = f"{len(hidden)} questions have no answer: {listed(hidden)}"
@@ -185,6 +189,7 @@ def score_mmmu(task: str, predictions: Source, annotations: Source, questions: S
     matched, texts = match_answers(found, known, predictions, allow_missing=s.allow_missing)
     # Subjects by name and questions by number: the order in which the official program draws.
     ids = sorted(matched, key=split_id)
+    # Judged once; the official figure below only redraws what found no letter.
     results = [_judge(key, known[key], found[key], parsed) for key in ids]
     right = np.array([float(correct) for _, correct in results])
     parts = {"accuracy": right}
@@ -218,6 +223,7 @@ def score_mmmu(task: str, predictions: Source, annotations: Source, questions: S
 def _judge(key: str, truth: Truth, answer: Found, parsed: bool) -> tuple[str | None, bool]:
     """What was parsed out of an answer (None: no letter) and whether it is right."""
     if truth.kind != CHOICE:
+        # Parsed files hold open answers as texts, so these are parsed here either way.
         candidates = parse_open(answer.text)
         gold = truth.gold if isinstance(truth.gold, str) else list(truth.gold)
         return " | ".join(map(str, candidates)), open_correct(gold, candidates)
@@ -241,6 +247,7 @@ def _official(
     ids: Sequence[str], known: Mapping[str, Truth], found: Mapping[str, Found], results: Sequence[tuple[str | None, bool]]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """f64[N]: right or wrong with the official random letters; one generator for all subjects, as in one process."""
+    # A generator of its own: the official module-level one gives the same letters, but could be used up by others.
     rng = random.Random(SEED)
     out = []
     for key, (letter, correct) in zip(ids, results, strict=True):

@@ -23,6 +23,7 @@ def part_means(values: Mapping[str, Floats], clusters: Sequence[Hashable], s: Se
         Metric -> mean, and f64[M, 2] intervals or None; a metric without any sample is left out.
     """
     values = {name: column for name, column in values.items() if not np.isnan(column).all()}
+    # As totals and counts: a resample changes how many samples of a part there are.
     stacked = np.stack(list(values.values()), axis=1)
     columns = np.concatenate([np.nan_to_num(stacked), ~np.isnan(stacked)], axis=1)
     means = ratio_of_sums(columns.sum(axis=0, keepdims=True))[0]
@@ -45,6 +46,7 @@ def breakdown(values: Sequence[float], labels: Sequence[str], order: Sequence[st
     for value, label in zip(values, labels, strict=True):
         if label:
             groups.setdefault(label, []).append(value)
+    # The official order where there is one, so that tables read like the papers'.
     names = [*(name for name in order if name in groups), *sorted(groups.keys() - set(order))]
     return {name: {"accuracy": sum(groups[name]) / len(groups[name]), "n": len(groups[name])} for name in names}
 
@@ -64,6 +66,7 @@ def count_answers(
     Returns:
         The ``answers`` part of a score, and the warnings.
     """
+    # A sentence is fine for a rule that looks for a word in it.
     counts, notes = answer_shapes(answers, long_words=LONG_ANSWER_WORDS if exact else None)
     # Counted under every rule, warned of only where it matters.
     counts["long"] = sum(len(answer.split()) > LONG_ANSWER_WORDS for answer in answers)

@@ -90,12 +90,14 @@ def score_pope(task: str, predictions: Source, annotations: Source, questions: S
     known = read_labels(annotations)
     found = read_pope_answers(predictions, known, questions)
     ids, texts = match_answers(found, known, predictions, allow_missing=s.allow_missing)
+    # In the order of the label files, whatever the order of the answers.
     labels = [known[key] for key in ids]
     parsed = [POPE_RULES[rule](texts[key]) for key in ids]
     splits = [split for split in SPLITS if any(row.split == split for row in labels)]
     counters = _counters(labels, parsed, splits)
     figures = _figures(counters.sum(axis=0, keepdims=True))[0]
     metrics = dict(zip(_names(splits), figures.tolist(), strict=True))
+    # All splits ask about the same 500 pictures, so a picture brings its questions of every split along.
     clusters = [row.image for row in labels]
     intervals = bootstrap_ci(counters, _figures, clusters=clusters, resamples=s.bootstrap, seed=s.seed) if s.bootstrap else None
     counts, notes = _notes([texts[key] for key in ids], parsed, rule, splits, counters.sum(axis=0))
@@ -139,6 +141,7 @@ def _counters(labels: Sequence[Label], parsed: Sequence[str | None], splits: Seq
 
 def _figures(sums: Floats) -> Floats:
     """f64[B, 5 S] counters -> f64[B, 5 + 5 S]: the means over the splits, then the figures of each split."""
+    # Papers report the mean of the splits' F1, which is not the F1 of all answers pooled.
     each = [pope_figures(part) for part in np.split(sums, sums.shape[1] // len(COUNTERS), axis=1)]
     return np.concatenate([np.mean(each, axis=0), *each], axis=1)
 
@@ -166,7 +169,9 @@ def _notes(
 ) -> tuple[Mapping[str, int], list[str]]:
     """Counts of odd answers, and what a reader should know."""
     defaulted = sum(map(pope_defaulted, texts)) if rule == "official" else 0
-    counts, notes = count_answers(texts, unparsed=parsed.count(None), defaulted=defaulted, exact=rule == "lmms")
+    # lmms-eval counts a miss only where "no" was said, so F1 can be high where hardly anything was answered.
+    means = "are counted as wrong in accuracy; precision, recall and F1 leave them out, as in lmms-eval"
+    counts, notes = count_answers(texts, unparsed=parsed.count(None), defaulted=defaulted, exact=rule == "lmms", means=means)
     if defaulted:
         notes.append(f"{defaulted} of {len(texts)} answers say neither yes nor no in their first sentence and count as yes")
     if len(splits) < len(SPLITS):

@@ -18,7 +18,7 @@ from mmkit.config import TaskConfig
 from mmkit.errors import InputError
 from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings, coverage, make_score, nearest, refuse_questions
-from mmkit.eval.scorers.answer_files import Found, match_answers, read_answers, refuse_unknown
+from mmkit.eval.scorers.answer_files import Found, match_answers, read_answers, read_rows, refuse_unknown
 from mmkit.eval.scorers.choice import LETTERS, SCIENCEQA_RULES
 from mmkit.eval.scorers.formats import Source, listed, load_json
 from mmkit.eval.suites.parsed import breakdown, count_answers, part_means, sample_rows
@@ -26,6 +26,7 @@ from mmkit.eval.suites.suite import Suite, question_rows
 
 EVALUATORS = {"llava": "LLaVA eval_science_qa.py, c121f04", "lmms": "lmms-eval scienceqa, 0.7"}
 SUBSETS = ("all", "img")
+_IDS = ("question_id", "id")
 SUBJECTS = {"natural science": "natural", "social science": "social", "language science": "language"}
 
 
@@ -75,6 +76,7 @@ def read_problems(source: Source, split: str) -> dict[str, Problem]:
     Raises:
         InputError: A file or the split is missing, a question of the split is, or a field is missing or wrong.
     """
+    # A folder and its main file mean the same: both files lie side by side.
     path = Path(source) if isinstance(source, (str, Path)) else None
     if path is not None and path.is_dir():
         path = path / "problems.json"
@@ -85,6 +87,7 @@ def read_problems(source: Source, split: str) -> dict[str, Problem]:
     missing = [i for i in ids if i not in problems]
     if missing:
         raise InputError(f"no problem {listed(missing)} of split {split}", where=name, mend="give the two files of one release")
+    # Of the split alone: a fault in a problem that nobody scores here is no reason to stop.
     faults = [f"problem {i} {fault}" for i in ids if (fault := _fault(problems[i]))]
     if faults:
         raise InputError(listed(faults), where=name, mend="fetch problems.json again")
@@ -105,6 +108,7 @@ def _split_ids(path: Path, split: str) -> list[str]:
         raise InputError("this is no pid_splits.json", where=name, mend="fetch it again")
     if split not in splits:
         raise InputError(f"no split {split!r}", where=name, mend=nearest(split, splits))
+    # Texts, as the keys of problems.json: JSON has no other keys.
     ids = [str(i) for i in splits[split]]
     if not ids or len(set(ids)) < len(ids):
         what = f"split {split} names a problem twice" if ids else f"split {split} is empty"
@@ -150,6 +154,7 @@ def examples(config: TaskConfig) -> list[Example]:
     Raises:
         InputError: Broken files, an unknown split or subset, or a picture's name that cannot be made.
     """
+    # Asked about what is scored: split and subset are read from one place.
     s = Settings({key: str(value) for key, value in config.settings.items()})
     problems = read_problems(required(config, "annotations"), s.options.get("split", "test"))
     return [
@@ -167,11 +172,10 @@ def examples(config: TaskConfig) -> list[Example]:
 
 def _read_predictions(source: Source) -> dict[Any, Found]:
     """Answers by id: rows, or a result file's ``outputs``."""
-    whole = source
-    if isinstance(source, (str, Path)) and Path(source).suffix == ".json":
-        whole, _ = load_json(source, "predictions")
-    if not isinstance(whole, dict) or "question_id" in whole:
-        return read_answers(source, ("question_id", "id"))
+    # Result files are one object, answer files are rows, of which a single one is an object as well.
+    whole = read_rows(source, "predictions")
+    if isinstance(whole, list) or any(key in whole for key in _IDS):
+        return read_answers(source, _IDS)
     name = str(source) if isinstance(source, (str, Path)) else "predictions"
     outputs = whole.get("outputs")
     if not isinstance(outputs, dict) or not outputs:
@@ -220,8 +224,10 @@ def _score(
     """The score object of matched answers."""
     problems = list(known.values())
     letters = [SCIENCEQA_RULES[rule](texts[i]) for i in known]
+    # Compared as letters: one beyond the choices equals no answer.
     right = np.array([LETTERS[p.answer] == letter for p, letter in zip(problems, letters, strict=True)], dtype=np.float64)
     pictured = np.array([bool(p.image) for p in problems])
+    # The figure that papers call IMG stands beside the one over all questions.
     parts = {"accuracy": right}
     if more["subset"] == "all" and pictured.any():
         parts["accuracy_img"] = np.where(pictured, right, np.nan)
