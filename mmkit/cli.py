@@ -16,8 +16,9 @@ import mmkit
 from mmkit.bench import BENCHMARKS
 from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, dump_recipe, load_recipe
 from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError, LostError, StoppedError
+from mmkit.eval.names import BUILT_IN
 from mmkit.files import disk_trouble
-from mmkit.recipes import copy_recipe, describe, find_recipe, list_recipes
+from mmkit.recipes import copy_recipe, describe, find_recipe, list_recipes, list_tasks
 from mmkit.run import Run
 
 EXIT_INTERRUPTED = 130  # the shell's own code for Ctrl-C
@@ -44,7 +45,6 @@ ImageRoot = Annotated[Path | None, typer.Option(help="Folder that image names ar
 ImageKey = Annotated[str, typer.Option(help="Key or column of the picture, as data.image.")]
 CaptionKey = Annotated[str, typer.Option(help="Key or column of the caption, as data.caption.")]
 Streaming = Annotated[bool, typer.Option("--streaming", help="Read the files behind a Hugging Face data set, as data.streaming.")]
-_SUITES = "coco-caption, vqav2, textvqa, vizwiz, gqa, scienceqa, pope, mme, mmbench, mmmu, generic (your own), or a plug-in's."
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; without it one for each core.")]
 
 
@@ -222,7 +222,7 @@ def _done(run: Run, product: str) -> None:
 
 @app.command()
 def score(
-    task: Annotated[str, typer.Argument(metavar="TASK", help=_SUITES)],
+    task: Annotated[str, typer.Argument(metavar="TASK", help=f"{', '.join(BUILT_IN)}, or a plug-in's.")],
     predictions: Annotated[Path, typer.Option(help="Result file, as the task's evaluator takes it.")],
     annotations: Annotated[Path, typer.Option(help="Official annotation file or folder; of generic, your questions.")],
     questions: Annotated[Path | None, typer.Option(help="Question file, where the task has one apart.")] = None,
@@ -463,8 +463,8 @@ def _settings(items: list[str] | None) -> dict[str, str]:
 
 @app.command("ls")
 def list_() -> None:
-    """List the shipped recipes."""
-    shipped = list_recipes()
+    """List the shipped recipes, then the tasks of evaluations."""
+    shipped = list_recipes() | list_tasks()
     width = max(map(len, shipped), default=0)
     for name, path in shipped.items():
         _say(f"{name:{width}}  {describe(path)}")

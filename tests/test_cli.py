@@ -18,8 +18,8 @@ import mmkit
 import mmkit.cli
 import mmkit.commands
 from mmkit.errors import LostError, StoppedError
-from mmkit.eval.suites import BUILT_IN
-from mmkit.recipes import list_recipes
+from mmkit.eval.names import BUILT_IN
+from mmkit.recipes import list_recipes, list_tasks
 
 # Every command, its arguments and its options. A change here is a change for users: CHANGELOG, README, deprecation.
 # fmt: off
@@ -165,7 +165,7 @@ def test_the_argument_that_deepspeed_adds_is_no_option(call: Call) -> None:
 def test_ls_and_copy(call: Call, tmp_path: Path) -> None:
     code, out, _ = call("ls")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == list(list_recipes())
+    assert [line.split()[0] for line in out.splitlines()] == [*list_recipes(), *list_tasks()]
     target = tmp_path / "mine.yaml"
     assert call("copy", "demo-superclass", target) == (0, f"written: {target}\n", "")
     assert target.read_text() == list_recipes()["demo-superclass"].read_text()
