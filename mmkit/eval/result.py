@@ -140,23 +140,6 @@ def masked_means(values: Floats, masks: Mapping[str, Floats], clusters: Sequence
     return metrics, intervals
 
 
-def breakdown(values: Sequence[float], labels: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Accuracy and number of samples of each label.
-
-    Args:
-        values: N scores.
-        labels: N labels; samples without one ("") are left out.
-
-    Returns:
-        Label -> ``{"accuracy", "n"}``, sorted by label.
-    """
-    groups: dict[str, list[float]] = {}
-    for value, label in zip(values, labels, strict=True):
-        if label:
-            groups.setdefault(label, []).append(value)
-    return {label: {"accuracy": sum(group) / len(group), "n": len(group)} for label, group in sorted(groups.items())}
-
-
 def answer_shapes(
     answers: Sequence[str],
     *,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmkit.eval.result import answer_shapes, breakdown
+from mmkit.eval.result import answer_shapes
 from mmkit.eval.score import score
 
 SENTENCE = "The word on the sign is clearly stop."
@@ -46,7 +46,3 @@ def test_short_answers_need_no_word() -> None:
     assert answer_shapes([SENTENCE], long_words=None)[0]["long"] == 0
     counts, notes = answer_shapes(["x"], unparsed=1)
     assert counts["unparsed"] == 1 and notes == ["1 of 1 answers could not be parsed and count as wrong"]
-
-
-def test_breakdown_leaves_out_what_has_no_label() -> None:
-    assert breakdown([1.0, 0.5, 0.0], ["b", "a", ""]) == {"a": {"accuracy": 0.5, "n": 1}, "b": {"accuracy": 1.0, "n": 1}}

@@ -228,20 +228,21 @@ def with_row(**fields: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("data", "part"),
     [
-        ([], "no rows in the file"),
-        ({"questions": []}, "questions are a list of rows, this is dict"),
-        ([3], "row 1 is int, not an object"),
-        (with_row(id=None), 'row 2 (id None) has no "id" that is a whole number or a text'),
-        (with_row(id=True), 'row 2 (id True) has no "id"'),
-        (with_row(question=None), 'row 2 (id 2) has no text "question"'),
-        (with_row(type=3), 'row 2 (id 2) has a "type" that is no text'),
+        ([], "no rows in the file of questions"),
+        ({"questions": []}, "one object without id is no file of questions"),
+        ([3], "questions: row 1: a row is int, not an object"),
+        ([{"question": "?"}], 'row 1: no "id"; give each'),
+        (with_row(id=None), 'row 2: no "id" that is a whole number or a text, but None'),
+        (with_row(id=True), 'row 2: no "id" that is a whole number or a text, but True'),
+        (with_row(question=None), 'row 2: question 2 has no text "question"'),
+        (with_row(type=3), 'row 2: question 2 has a "type" that is no text'),
         (with_row(image="a", images=["b"]), 'has both "image" and "images"'),
-        (with_row(image=3), "row 2 (id 2) has pictures that are not"),
-        (with_row(images="a.jpg"), "row 2 (id 2) has pictures that are not"),
-        (with_row(answers=[]), 'row 2 (id 2) has no list "answers" of one text or more'),
+        (with_row(image=3), "row 2: question 2 has pictures that are not"),
+        (with_row(images="a.jpg"), "row 2: question 2 has pictures that are not"),
+        (with_row(answers=[]), 'row 2: question 2 has no list "answers" of one text or more'),
         (with_row(answers="x"), 'has no list "answers"'),
         (with_row(answers=[1]), 'has no list "answers"'),
-        (with_row(id=1), "more than one row for question 1 (rows 1, 2)"),
+        (with_row(id=1), "questions: row 2: a second question 1 (the first: questions: row 1)"),
     ],
 )
 def test_broken_questions(data: Any, part: str) -> None:
@@ -253,10 +254,11 @@ def test_broken_questions(data: Any, part: str) -> None:
 @pytest.mark.parametrize(
     ("data", "part"),
     [
-        ([], "no rows in the file"),
-        ([{"id": 1}], "row 1 (id 1) is no object with an id and a text"),
-        ([{"prediction": "x"}], "row 1 is no object with an id and a text"),
-        ([ANSWERS[0], ANSWERS[0]], "more than one row for question 1 (rows 1, 2)"),
+        ([], "no rows in the file of predictions"),
+        ([{"id": 1}], 'predictions: row 1: question 1 has no "answer" or "text" or "prediction"'),
+        ([{"id": 1, "prediction": 3}], 'row 1: question 1 has "prediction" 3, not a text'),
+        ([{"prediction": "x"}], 'row 1: no "id"'),
+        ([ANSWERS[0], ANSWERS[0]], "predictions: row 2: a second answer to question 1 (the first: predictions: row 1)"),
     ],
 )
 def test_broken_predictions(data: Any, part: str) -> None:
@@ -291,7 +293,7 @@ def test_metrics_that_do_not_fit_the_answers() -> None:
         ('{"id": 1, "prediction": "x"}\n{"id": 2, "predic', ["p.jsonl:2", "looks cut off"]),
         (
             '{"id": 1, "prediction": "x"}\n{"id": 2,, "prediction": "y"}\n{"id": 3, "prediction": "z"}\n',
-            ["p.jsonl:2", "column 10"],
+            ["p.jsonl:2", "not JSON"],
         ),
         ('[{"id": 1, "prediction": "x"}, {"id": 2, "pre', ["p.jsonl:1:", "looks cut off"]),
         (" \n", ["p.jsonl", "the file is empty"]),

@@ -194,6 +194,13 @@ def test_faults_are_named(results: Any, annotations: Any, part: str) -> None:
     assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_an_id_that_comes_twice_is_named(tmp_path: Path) -> None:
+    text = json.dumps(truth())
+    (tmp_path / "q.json").write_text(text.replace('"q2"', '"q1"'))
+    with pytest.raises(InputError, match=r"q\.json: more than one row for key q1 \(rows 1, 2\)"):
+        read_gqa(tmp_path / "q.json")
+
+
 def test_a_cut_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "q.json").write_text(json.dumps(truth())[:-30])
     with pytest.raises(InputError, match=r"q\.json:1:\d+: .*looks cut off"):

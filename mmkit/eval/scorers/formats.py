@@ -5,6 +5,7 @@ Each reader takes a path or the data already loaded (a notebook's lists and dict
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -52,28 +53,13 @@ def listed(items: Iterable[object]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def read_text(source: str | Path, label: str) -> str:
-    """The text of a file.
-
-    Raises:
-        InputError: It is missing or not UTF-8.
-    """
-    try:
-        # utf-8-sig: editors on Windows put a byte order mark in front.
-        return Path(source).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        what = f"cannot read the {label} file: {error.strerror}"
-        raise InputError(what, where=source, mend="check the path") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"byte {error.start} is not UTF-8", where=source, mend="save the file as UTF-8") from None
-
-
-def load_json(source: Source, label: str) -> tuple[Any, str]:
+def load_json(source: Source, label: str, *, unique: bool = False) -> tuple[Any, str]:
     """Read JSON from a path, or pass loaded data through.
 
     Args:
         source: A path, or data already loaded.
         label: What to call loaded data in messages.
+        unique: Refuse an object that has a key twice, for files whose keys are ids; Python would take the last.
 
     Returns:
         The data and the name to use for it in messages.
@@ -83,49 +69,31 @@ def load_json(source: Source, label: str) -> tuple[Any, str]:
     """
     if not isinstance(source, (str, Path)):
         return source, label
-    return _parse(read_text(source, label), str(source)), str(source)
-
-
-def load_rows(source: Source, label: str) -> tuple[list[Any], str]:
-    """Read a JSON list or JSON lines, whatever the file's ending says.
-
-    Args:
-        source: A path, or data already loaded.
-        label: What to call loaded data in messages.
-
-    Returns:
-        The rows, at least one, and the name to use for the file in messages.
-
-    Raises:
-        InputError: See `load_json`, with the line of JSON lines; or there is no list, or an empty one.
-    """
-    if isinstance(source, (str, Path)):
-        text, name = read_text(source, label), str(source)
-        # A list cannot start a line of JSON lines, whose rows are objects. Not splitlines: it breaks at U+2028, too.
-        lines = [] if text.lstrip().startswith("[") else [(n, x) for n, x in enumerate(text.split("\n"), 1) if x.strip()]
-        data = [_parse(line, f"{name}:{n}", cut=n == lines[-1][0]) for n, line in lines] if lines else _parse(text, name)
-    else:
-        data, name = source, label
-    if not isinstance(data, list) or not data:
-        what = "no rows in the file" if data == [] else f"{label} are a list of rows, this is {type(data).__name__}"
-        raise InputError(what, where=name, mend="write a JSON list of objects, or an object on each line")
-    return data, name
-
-
-def _parse(text: str, name: str, *, cut: bool | None = None) -> Any:
-    """JSON of a file, or of one of its lines, of which only the last (``cut``) may be cut off."""
+    name = str(source)
+    try:
+        # utf-8-sig: editors on Windows put a byte order mark in front.
+        text = Path(source).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read the {label} file: {error.strerror}", where=name, mend="check the path") from None
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start} is not UTF-8"
+        raise InputError(what, where=name, mend="save the file as UTF-8") from None
     try:
         with _collector_paused():
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=functools.partial(_unique_keys, name) if unique else None), name
     except json.JSONDecodeError as error:
-        if cut is None:
-            raise _json_error(text, error, name) from None
-        ending = "; the file looks cut off" if cut else ""
-        what = f"not JSON (column {error.colno}: {error.msg}){ending}"
-        raise InputError(what, where=name, mend="write one JSON object on each line") from None
+        raise _json_error(text, error, name) from None
     # A file of brackets alone reaches the parser's recursion limit; that is the file's fault, not a bug.
     except RecursionError:
         raise InputError("nested too deeply for an annotation file", where=name, mend="check the file") from None
+
+
+def _unique_keys(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a file whose keys may come once only."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        refuse_repeated([key for key, _ in pairs], kind="key", name=name)
+    return found
 
 
 def _json_error(text: str, error: json.JSONDecodeError, name: str) -> InputError:

@@ -70,7 +70,7 @@ def read_gqa(source: Source, *, answers: bool = True) -> dict[str, GqaQuestion]:
     Raises:
         InputError: Not such an object, fields missing or of the wrong type.
     """
-    data, name = load_json(source, "annotations" if answers else "questions")
+    data, name = load_json(source, "annotations" if answers else "questions", unique=True)
     if not isinstance(data, dict) or not data:
         what = "no questions in the file" if data == {} else f"GQA questions are an object by id, this is {type(data).__name__}"
         raise InputError(what, where=name, mend="give e.g. testdev_balanced_questions.json")

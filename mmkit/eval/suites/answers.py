@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from mmkit.eval.result import LONG_ANSWER_WORDS, Score, Settings, answer_shapes, breakdown, coverage, make_score, masked_means
+from mmkit.eval.result import LONG_ANSWER_WORDS, Score, Settings, answer_shapes, coverage, make_score, masked_means
 from mmkit.eval.scorers import formats
 from mmkit.eval.scorers.formats import VqaQuestion
 from mmkit.eval.statistics import Floats
+from mmkit.eval.suites.parsed import breakdown
 
 # Part of the questions -> the label of a question in it; a question without a label ("") is in none.
 Labels = Mapping[str, Callable[[VqaQuestion], str]]

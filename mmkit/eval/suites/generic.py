@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +13,15 @@ from mmkit.errors import InputError
 from mmkit.eval.examples import Example, Id, fill_prompt, picture_file, required
 from mmkit.eval.result import LONG_ANSWER_WORDS, Score, Settings, refuse_questions
 from mmkit.eval.scorers import own
-from mmkit.eval.scorers.formats import ANSWERS, Source, VqaQuestion, listed, load_rows, refuse_repeated
+from mmkit.eval.scorers.answer_files import Row, answer_rows, read_answers
+from mmkit.eval.scorers.formats import ANSWERS, Source, VqaQuestion, listed
 from mmkit.eval.suites.answers import score_answers
 from mmkit.eval.suites.suite import Predictions, Suite
 
 _SHAPE = '{"id": 1, "image": "a.jpg", "question": "...", "answers": ["..."]}'
 
 
-class Row(NamedTuple):
+class Question(NamedTuple):
     """One question of the user's file."""
 
     id: Id
@@ -30,7 +31,7 @@ class Row(NamedTuple):
     type: str
 
 
-def read_questions(source: Source, *, answers: bool = True) -> dict[Id, Row]:
+def read_questions(source: Source, *, answers: bool = True) -> dict[Id, Question]:
     """Read a user's questions.
 
     Args:
@@ -41,32 +42,39 @@ def read_questions(source: Source, *, answers: bool = True) -> dict[Id, Row]:
         Id -> question, in file order.
 
     Raises:
-        InputError: Fields missing or of the wrong type, or ids that come twice.
+        InputError: Fields missing or of the wrong type, or ids that come twice; with file, line or row, and id.
     """
-    rows, name = load_rows(source, "questions")
-    faults = [f"row {n}{_who(row)} {fault}" for n, row in enumerate(rows, start=1) if (fault := _fault(row, answers))]
-    if faults:
-        raise InputError(listed(faults), where=name, mend=f"write rows such as {_SHAPE}")
-    refuse_repeated([row["id"] for row in rows], kind="question", name=name)
-    return {row["id"]: _row(row, answers) for row in rows}
+    found: dict[Id, tuple[str, Question]] = {}
+    for row in answer_rows(source, ("id",), "questions"):
+        key = own_id(row, ("id",))
+        fault = _fault(row.data, answers)
+        if fault:
+            raise InputError(f"question {key} {fault}", where=row.where, mend=f"write rows such as {_SHAPE}")
+        if key in found:
+            what = f"a second question {key} (the first: {found[key][0]})"
+            raise InputError(what, where=row.where, mend="give each an id of its own")
+        found[key] = row.where, _question(key, row.data, answers)
+    return {key: question for key, (_, question) in found.items()}
 
 
-def _who(row: object) -> str:
-    """The id of a row, for a message."""
-    return f" (id {row['id']!r:.40})" if isinstance(row, dict) and "id" in row else ""
+def own_id(row: Row, names: Sequence[str]) -> Id:
+    """The id of a row: a whole number or a text, as the user has it.
+
+    Raises:
+        InputError: There is none, or it is neither.
+    """
+    value = row.data.get(names[0])
+    # True is a whole number to Python.
+    if not isinstance(value, (int, str)) or isinstance(value, bool):
+        what = (
+            f'no "{names[0]}" that is a whole number or a text, but {value!r:.40}' if names[0] in row.data else f'no "{names[0]}"'
+        )
+        raise InputError(what, where=row.where, mend="give each question an id")
+    return value
 
 
-def _is_id(value: object) -> bool:
-    """A whole number or a text; True is an int to Python."""
-    return isinstance(value, (int, str)) and not isinstance(value, bool)
-
-
-def _fault(row: Any, answers: bool) -> str | None:
-    """What is wrong with a row."""
-    if not isinstance(row, dict):
-        return f"is {type(row).__name__}, not an object"
-    if not _is_id(row.get("id")):
-        return 'has no "id" that is a whole number or a text'
+def _fault(row: Mapping[str, Any], answers: bool) -> str | None:
+    """What is wrong with a question."""
     if not isinstance(row.get("question"), str):
         return 'has no text "question"'
     if not isinstance(row.get("type", ""), str):
@@ -87,10 +95,10 @@ def _texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _row(row: dict[str, Any], answers: bool) -> Row:
+def _question(key: Id, row: Mapping[str, Any], answers: bool) -> Question:
     """A checked row."""
     images = row["images"] if "images" in row else [row["image"]] if row.get("image") is not None else []
-    return Row(row["id"], tuple(images), row["question"], row["answers"] if answers else [], row.get("type", ""))
+    return Question(key, tuple(images), row["question"], row["answers"] if answers else [], row.get("type", ""))
 
 
 def examples(config: TaskConfig) -> list[Example]:
@@ -129,28 +137,20 @@ def rows(asked: Sequence[Example], predictions: Predictions) -> list[dict[str, A
     return [{"id": e.id, "prediction": predictions[e.id]} for e in asked]
 
 
-def read_predictions(source: Source) -> tuple[dict[Id, str], str]:
+def read_predictions(source: Source) -> dict[Id, str]:
     """Read answers.
 
     Args:
-        source: JSON list or JSON lines of ``{"id", "prediction"}``; other fields are passed over.
+        source: JSON list or JSON lines of ``{"id", "prediction"}``, such as a run's predictions.jsonl of one task; "answer",
+            "text" and "response" are other names of the text.
 
     Returns:
-        Id -> answer, and the name of the file for messages.
+        Id -> answer.
 
     Raises:
-        InputError: Fields missing or of the wrong type, or ids that come twice.
+        InputError: See `mmkit.eval.scorers.answer_files.read_answers`.
     """
-    found, name = load_rows(source, "predictions")
-    faults = [
-        f"row {n}{_who(row)} is no object with an id and a text"
-        for n, row in enumerate(found, start=1)
-        if not isinstance(row, dict) or not _is_id(row.get("id")) or not isinstance(row.get("prediction"), str)
-    ]
-    if faults:
-        raise InputError(listed(faults), where=name, mend='write rows such as {"id": 1, "prediction": "..."}')
-    refuse_repeated([row["id"] for row in found], kind="question", name=name)
-    return {row["id"]: row["prediction"] for row in found}, name
+    return {key: answer.text for key, answer in read_answers(source, ("id",), own_id).items()}
 
 
 def score_generic(task: str, predictions: Source, annotations: Source, questions: Source | None, s: Settings) -> Score:
@@ -180,7 +180,8 @@ def score_generic(task: str, predictions: Source, annotations: Source, questions
         raise InputError(f"tolerance does not apply to metric={name}", where="tolerance", mend="leave it out, or metric=numeric")
     asked = read_questions(annotations)
     _check_fit(asked, name, str(annotations) if isinstance(annotations, (str, Path)) else "annotations")
-    results, file = read_predictions(predictions)
+    results = read_predictions(predictions)
+    file = str(predictions) if isinstance(predictions, (str, Path)) else "predictions"
     _refuse_other_kind(results, asked, file)
     known = {
         key: VqaQuestion(key, "\n".join(row.images) or f"question {key}", [{"answer": a} for a in row.answers], row.type)
@@ -213,7 +214,7 @@ def _tolerance(s: Settings) -> float:
     return value
 
 
-def _check_fit(asked: dict[Id, Row], metric: str, name: str) -> None:
+def _check_fit(asked: dict[Id, Question], metric: str, name: str) -> None:
     """Refuse answers that a metric cannot use: it would score them as wrong, whatever the model says."""
     if metric in own.TEN_ANSWERS:
         odd = [f"question {key} has {len(row.answers)}" for key, row in asked.items() if len(row.answers) != ANSWERS]
@@ -227,7 +228,7 @@ def _check_fit(asked: dict[Id, Row], metric: str, name: str) -> None:
             raise InputError(what, where=name, mend="use another metric, or leave those questions out")
 
 
-def _refuse_other_kind(results: dict[Id, str], asked: dict[Id, Row], name: str) -> None:
+def _refuse_other_kind(results: dict[Id, str], asked: dict[Id, Question], name: str) -> None:
     """Say so where ids are numbers in one file and texts in the other: they look the same in a list of unknown ones."""
     kinds = {str(key): key for key in asked}
     odd = [key for key in results if key not in asked and str(key) in kinds]
