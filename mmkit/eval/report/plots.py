@@ -128,6 +128,8 @@ def _inline(svg: str) -> str:
     # A page that allows no style but its own (by hash) ignores style attributes; the same as attributes of SVG is no style.
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' style="([^"]*)"', _attributes, svg)
+    # matplotlib numbers its groups in every drawing anew; nothing refers to them.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     # Hidden from screen readers, since title and legend are text of the page.
     svg = re.sub(r"<svg[^>]*>", f'<svg {box.group()} aria-hidden="true" focusable="false">', svg, count=1)
     # HTML knows no namespaces, and the ink takes the page's colour, light or dark.

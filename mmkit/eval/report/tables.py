@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -93,6 +94,23 @@ class Table:
     rows: list[tuple[str, list[tuple[Column, Cell]]]]
     references: list[tuple[str, list[tuple[Column, Cell]]]]
 
+    @property
+    def variants(self) -> list[str]:
+        """What is to be known of each column's task."""
+        return [group.variant for group in self.groups for _ in group.columns]
+
+
+def apart_lines(tables: Sequence[Table]) -> list[str]:
+    """Figures that do not compare with the first of their column, and why; a line for each system and task."""
+    lines = [
+        f"{label}, {column.task}: {'; '.join(cell.apart)}"
+        for table in tables
+        for label, cells in table.rows
+        for column, cell in cells
+        if cell.apart
+    ]
+    return list(dict.fromkeys(lines))
+
 
 def task_columns(rows: Sequence[Row]) -> list[tuple[str, list[Column]]]:
     """Tasks in order of first mention, each with the headline metrics that any row has, variants apart."""
@@ -113,17 +131,22 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
         variants = list(dict.fromkeys(column.variant for column in columns))
         for variant in variants:
             # OCR always, since a figure with it says nothing of one without; the rule where it is not the same for all.
-            told = [f"{name} {value}" for name, value in variant if name == "OCR" or len(variants) > 1]
+            told = [
+                f"{name} {value}" for name, value in variant if name == "OCR" or not all((name, value) in v for v in variants)
+            ]
             groups.append(Group(task, ", ".join(told), [c for c in columns if c.variant == variant]))
     return groups
 
 
-def score_tables(rows: Sequence[Row], marks: Mapping[tuple[str, Column], str] | None = None) -> list[Table]:
+def score_tables(
+    rows: Sequence[Row], marks: Mapping[tuple[str, Column], str] | None = None, *, key: str = "score"
+) -> list[Table]:
     """The table of scores, cut between tasks into as many tables as keep it narrow.
 
     Args:
         rows: Systems; the first is the one that differences refer to.
         marks: (system, column) -> ``*`` for differences that a test found to be real.
+        key: Begins the cells' names, which are anchors on a page that has several kinds of tables.
 
     Returns:
         The tables; keys of cells are distinct over all of them.
@@ -134,7 +157,7 @@ def score_tables(rows: Sequence[Row], marks: Mapping[tuple[str, Column], str] | 
         if parts[-1] and sum(len(g.columns) for g in parts[-1]) + len(group.columns) > COLUMNS_PER_TABLE:
             parts.append([])
         parts[-1].append(group)
-    return [_table(part, rows, marks or {}, f"t{i}") for i, part in enumerate(parts) if part]
+    return [_table(part, rows, marks or {}, f"{key}{i}") for i, part in enumerate(parts) if part]
 
 
 def column_score(row: Row, column: Column) -> Score | None:
@@ -214,7 +237,7 @@ def warnings_of(score: Score) -> list[str]:
     for kind, meaning in (("unparsed", "no answer was found in"), ("defaulted", "a default was counted for")):
         count = score.answers.get(kind, 0)
         # The suite may have put it in words already.
-        if count and not any(str(count) in note for note in score.notes):
+        if count and not any(re.search(rf"\b{count} of {total}\b", note) for note in score.notes):
             lines.append(f"{meaning} {count} of {total} texts")
     return lines
 

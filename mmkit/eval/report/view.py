@@ -17,7 +17,7 @@ from mmkit.eval.report.lineage import Lineage, build_lineage
 from mmkit.eval.report.pictures import Picture
 from mmkit.eval.report.runs import Run, Score
 from mmkit.eval.report.systems import Condition, Row, system_rows
-from mmkit.eval.report.tables import Column, Table, score_tables
+from mmkit.eval.report.tables import Column, Table, apart_lines, score_tables
 from mmkit.eval.report.viewer import Viewer, build_viewer
 
 REASONS = 8  # distinct reasons listed per run; the JSON has all
@@ -97,6 +97,11 @@ class Report:
     lineage: Lineage
 
     @property
+    def apart(self) -> list[str]:
+        """Figures that do not compare with the first of their column, in words."""
+        return apart_lines(self.tables)
+
+    @property
     def missing_pictures(self) -> list[Picture]:
         """Pictures that could not be shown, each once."""
         found = [*self.gallery.missing(), *(p for p in self.viewer.pictures if p.missing)]
@@ -134,7 +139,7 @@ def assemble(collection: Collection, *, title: str, gallery: int, thumbnail: int
         not_compared=without,
         conditions=conditions(rows),
         probe_rows=probes,
-        probes=score_tables(probes),
+        probes=score_tables(probes, key="probe"),
         probe_conditions=conditions(probes),
         panels=panels_of(collection, rows),
         gallery=pictures,

@@ -151,7 +151,7 @@
     const asked = make(whole ? 'h3' : 'p', 'question', s[QUESTION] || 'Caption');
     asked.dir = 'auto';
     const words = make('div', '', asked, truths(s, whole), answers(s, whole), make('p', 'note', link, type ? `, ${type}` : ''));
-    if (whole && data.prompts[s[PROMPT]]) words.append(make('p', 'note', 'Prompt:'), make('pre', '', data.prompts[s[PROMPT]]));
+    if (whole && data.prompts[s[PROMPT]]) words.append(make('p', 'note', `Prompt of ${data.systems[s[ANSWERS].findIndex(Boolean)]}:`), make('pre', '', data.prompts[s[PROMPT]]));
     const frame = make('figure', '', picture(s[PICTURE], whole));
     if (whole) frame.append(make('figcaption', '', data.pictures[s[PICTURE]][0]));
     return make('article', whole ? 'sample whole' : 'sample', frame, words);
