@@ -20,17 +20,22 @@ from mmkit.eval.report.systems import Condition, Row, system_rows
 from mmkit.eval.report.tables import Column, Table, apart_lines, score_tables
 from mmkit.eval.report.viewer import Viewer, build_viewer
 
+SKIPPED_LISTED = 50  # skipped samples named one by one for each run; skipped.jsonl has all
 REASONS = 8  # distinct reasons listed per run; the JSON has all
 MISSING_LISTED = 20  # pictures named one by one; the JSON has all
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Samples a run left out, by reason, most frequent first; `total` is what its manifest counts."""
+    """Samples a run left out, by reason, most frequent first; `total` is what its manifest counts.
+
+    `samples` are the first `SKIPPED_LISTED` of them: source, key, reason.
+    """
 
     run: str
     total: int
     reasons: list[tuple[str, int]]
+    samples: list[tuple[str, str, str]]
 
     @property
     def listed(self) -> int:
@@ -100,6 +105,17 @@ class Report:
     def apart(self) -> list[str]:
         """Figures that do not compare with the first of their column, in words."""
         return apart_lines(self.tables)
+
+    @property
+    def sources(self) -> list[tuple[str, str, str, str, str]]:
+        """Every published figure in words: system, task and metric, figure, source, conditions."""
+        lines = []
+        for table in self.tables:
+            cells = [(label, c, cell) for label, line in table.references for c, cell in line if cell.key]
+            for label, c, cell in cells:
+                told = dict(cell.conditions)
+                lines.append((label, f"{c.task}, {c.heading} {c.unit}", cell.text, told["Source"], told["Conditions"]))
+        return list(dict.fromkeys(lines))
 
     @property
     def missing_pictures(self) -> list[Picture]:
@@ -243,7 +259,13 @@ def skipped_of(run: Run) -> Skipped:
     """Count a run's left-out samples by reason."""
     reasons = Counter(str(row.get("reason", "no reason given")) for row in run.skipped)
     # The manifest's count holds even where a kill cut the list short.
-    return Skipped(run.name, int(run.manifest.get("skipped") or len(run.skipped)), reasons.most_common())
+    total = int(run.manifest.get("skipped") or len(run.skipped))
+    samples = [(_text(row, "source"), _text(row, "key"), _text(row, "reason")) for row in run.skipped[:SKIPPED_LISTED]]
+    return Skipped(run.name, total, reasons.most_common(), samples)
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    return str(row.get(key) or "")
 
 
 def duration(seconds: float) -> str:

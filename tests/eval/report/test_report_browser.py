@@ -163,6 +163,11 @@ def test_a_link_opens_its_sample(page_file: Path, opened: Open) -> None:
     assert " ".join(direct.locator(".sample.whole").inner_text().split()) == words
     page.click("#pager >> text=Previous")
     until(page, "document.getElementById('count').textContent === 'Sample 1 of 28'")
+    # The arrow keys turn it, too.
+    page.keyboard.press("ArrowRight")
+    until(page, "document.getElementById('count').textContent === 'Sample 2 of 28'")
+    page.keyboard.press("ArrowLeft")
+    until(page, "document.getElementById('count').textContent === 'Sample 1 of 28'")
     page.click("#pager >> text=All samples")
     assert page.locator("#filters").is_visible() and page.locator("[name=task]").input_value() == "textvqa-val"
     missing = opened(page.url.split("#")[0] + "#sample=vqav2/none")

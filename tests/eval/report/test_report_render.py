@@ -41,6 +41,8 @@ class Page(html.parser.HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
             assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+        # Cells are words apart, whatever stands between their tags.
+        self.text += " " if tag in ("td", "th", "summary") else ""
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "script":
@@ -111,8 +113,37 @@ def test_json_holds_the_figures(world: list[Path], tmp_path: Path) -> None:
     assert [d["verdict"] for d in found["differences"]] == ["lower"] * 4
     assert [c["stage"] for c in found["curves"]] == ["superclass", "clipcap", "llava", "llava, step 2"]
     assert len(found["gallery"]) == 3 and len(found["runs"]) == 15
+    assert found["columns"][0] == {"task": "coco-caption", "variant": "", "metrics": ["CIDEr", "Bleu_4"]}
+    speed = found["speed"][0]["curves"][0]
+    assert set(speed) == {"system", "run", "samples_per_second", "data_wait"} and len(speed["data_wait"]) == 60
+    assert found["data"][0] == {"run": "superclass-encoder", "fingerprint": "d" * 32, "samples": None, "facts": ""}
     skipped = next(s for s in found["skipped"] if s["run"] == "superclass-captions")
     assert skipped == {"run": "superclass-captions", "total": 3, "reasons": {"the file is empty": 2, "cut off": 1}}
+
+
+def test_published_figures_warnings_and_types_are_on_the_page(rich: list[Path], tmp_path: Path) -> None:
+    page = assert_self_contained(build_report(rich, tmp_path / "out", gallery=3).read_text())
+    words = " ".join(page.text.split())
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    for part in (
+        "LLaVA-1.5 7B textvqa-val, Accuracy % 58.2 LLaVA MODEL_ZOO val, with OCR",
+        "SuperClass, textvqa-val: 3 of 28 answers have more than 5 words and can hardly match",
+        "a part only, textvqa-val: 10 samples, the first row has 28",
+        "with OCR, textvqa-val: not compared with SuperClass, OCR is reference, there none",
+        "empty 0 (0.0 %), long 3 (10.7 %), unparsed 2 (7.1 %), defaulted 0 (0.0 %)",
+        "textvqa-val by question type Question type n SuperClass random frozen with OCR a part only what 14 50.0 50.0 50.0 50.0",
+        "Samples that superclass-captions skipped Sample Source Reason 7 a.tar the file is empty",
+    ):
+        assert part in words, part
+    for part in (
+        "_LLaVA-1.5 7B, published_",
+        "_58.2_",
+        "58.2 as published in LLaVA MODEL\\_ZOO, val",
+        "(!) SuperClass",
+        "≠",
+    ):
+        assert part in markdown, part
+    assert_tables(markdown, tables=8)
 
 
 def test_markdown_tables_are_whole(world: list[Path], tmp_path: Path) -> None:

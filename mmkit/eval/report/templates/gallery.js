@@ -245,6 +245,12 @@
   form.elements.q.addEventListener('input', (event) => go({ q: event.target.value, page: '1' }));
   form.addEventListener('submit', (event) => event.preventDefault());
   form.addEventListener('reset', (event) => { event.preventDefault(); go({ ...EMPTY }); });
+  // A single sample is turned like a page, unless somebody is typing.
+  addEventListener('keydown', (event) => {
+    const side = { ArrowLeft: 'Previous', ArrowRight: 'Next' }[event.key];
+    if (!side || !form.hidden || event.altKey || event.ctrlKey || event.metaKey || !viewer.contains(document.activeElement)) return;
+    [...pager.querySelectorAll('button')].find((b) => b.textContent === side && !b.disabled)?.click();
+  });
   addEventListener('hashchange', route);
   $('sampled').remove();
   for (const element of [viewer, pager, count, $('drawn')]) element.hidden = false;
