@@ -18,6 +18,7 @@ from mmkit.eval.report.runs import Run
 
 SMALL = 160  # px: up to here a picture is shown enlarged, pixel by pixel, instead of being re-encoded with losses
 WIDEST = 320  # px: longer sides are scaled down before inlining
+UNLOGGED = "picture not logged"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _open(name: str, run: Run) -> Image.Image | str:
     path = next((p for p in (name, os.path.join(run.path, name)) if os.path.isfile(p)), None)  # noqa: PTH113, PTH118
     if path is None:
         # Results of another program do not carry their pictures.
-        return f"{run.imported.split()[0]} logs no pictures" if run.imported else "file not found"
+        return UNLOGGED if run.imported else "file not found"
     try:
         # The loader's own decoder: what is shown is what the model saw. Encoding anew below also drops what the page must
         # not carry (GPS position, embedded previews, trailing bytes).

@@ -14,7 +14,7 @@ from mmkit.eval.report.curves import Panel, panels_of
 from mmkit.eval.report.differences import Difference, differences
 from mmkit.eval.report.gallery import Gallery, build_gallery
 from mmkit.eval.report.lineage import Lineage, build_lineage
-from mmkit.eval.report.pictures import Picture
+from mmkit.eval.report.pictures import UNLOGGED, Picture
 from mmkit.eval.report.runs import Run, Score
 from mmkit.eval.report.systems import Condition, Row, system_rows
 from mmkit.eval.report.tables import Column, Table, apart_lines, score_tables
@@ -119,9 +119,9 @@ class Report:
 
     @property
     def missing_pictures(self) -> list[Picture]:
-        """Pictures that could not be shown, each once."""
+        """Pictures that could not be shown, each once; an import, which has none, is a note instead."""
         found = [*self.gallery.missing(), *(p for p in self.viewer.pictures if p.missing)]
-        return list({p.name: p for p in found}.values())
+        return list({p.name: p for p in found if p.missing != UNLOGGED}.values())
 
 
 def assemble(collection: Collection, *, title: str, gallery: int, thumbnail: int, seed: int) -> Report:
@@ -165,7 +165,7 @@ def assemble(collection: Collection, *, title: str, gallery: int, thumbnail: int
         data=[use for run in everything if (use := data_of(run)) is not None],
         # Of all runs: what an encoder's training left out is a condition of every score built on it.
         skipped=[skipped_of(run) for run in everything],
-        notes=[f"{run.name}: {note}" for run in everything for note in run.notes],
+        notes=[f"{run.name}: {note}" for run in everything for note in notes_of(run)],
         runs=everything,
         lineage=build_lineage(everything),
     )
@@ -223,6 +223,14 @@ def shapes_of(system: str, task: str, score: Score) -> Shapes:
     """Counts of answers with the wrong shape; captions have none."""
     counts = {kind: count for kind, count in score.answers.items() if kind != "total"}
     return Shapes(system, task, score.answers.get("total", score.n), counts, score.notes)
+
+
+def notes_of(run: Run) -> list[str]:
+    """What reading the run found, and that an import's samples have no pictures."""
+    bare = (
+        [f"its samples are shown without pictures, which {run.imported} does not log"] if run.imported and run.predictions else []
+    )
+    return [*run.notes, *bare]
 
 
 def parts_of(rows: Sequence[Row]) -> list[Parts]:

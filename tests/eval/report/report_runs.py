@@ -192,6 +192,17 @@ def runs(tmp_path: Path) -> Runs:
 
 @pytest.fixture
 def world(runs: Runs) -> list[Path]:
+    """See `make_world`."""
+    return make_world(runs)
+
+
+@pytest.fixture
+def rich(runs: Runs, world: list[Path]) -> list[Path]:
+    """See `make_rich`."""
+    return make_rich(runs, world)
+
+
+def make_world(runs: Runs) -> list[Path]:
     """SuperClass (captioner and MLLM, with lineage), random frozen, blind; probes; 14 small pictures and a large one."""
     images = [runs.picture(f"{i:03}.png", COLOURS[i % len(COLOURS)]) for i in range(14)]
     images.append(runs.picture("large.jpg", "green", (900, 600)))
@@ -216,8 +227,7 @@ def world(runs: Runs) -> list[Path]:
     return found
 
 
-@pytest.fixture
-def rich(runs: Runs, world: list[Path]) -> list[Path]:
+def make_rich(runs: Runs, world: list[Path]) -> list[Path]:
     """The world, and TextVQA with and without OCR, a published figure, a doubtful one, types, a parsed answer, a limit."""
     images = [runs.pictures / f"{i:03}.png" for i in range(14)]
 

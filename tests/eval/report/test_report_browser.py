@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import Runs, many, row
+from report_runs import Runs, make_rich, make_world, many, row
 
 from mmkit.eval.report import build_report
 
@@ -47,9 +47,11 @@ def opened(browser: Any) -> Iterator[Open]:
     assert said == []
 
 
-@pytest.fixture
-def page_file(rich: list[Path], tmp_path: Path) -> Path:
-    return build_report(rich, tmp_path / "out")
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One report for all tests that only look at it."""
+    runs = Runs(tmp_path_factory.mktemp("page"))
+    return build_report(make_rich(runs, make_world(runs)), runs.root / "out")
 
 
 def texts(page: Any, selector: str) -> list[str]:

@@ -155,7 +155,9 @@ def test_two_imports_are_compared_sample_by_sample(tmp_path: Path) -> None:
     found, _ = differences(system_rows(collect(paths).runs), seed=0)
     assert [(d.system, d.n, d.value, d.verdict) for d in found] == [("b (lmms-eval)", 40, -0.625, "lower")]
     page = build_report(paths, tmp_path / "out").read_text()
-    assert "imported from lmms-eval 0.7.2" in page and "lmms-eval logs no pictures" in page
+    assert "imported from lmms-eval 0.7.2" in page and "picture not logged" in page
+    # Said once, not for each sample.
+    assert "Picture not shown" not in page and page.count("shown without pictures, which lmms-eval 0.7.2 does not log") == 2
 
 
 def test_broken_files_are_refused_with_file_and_reason(tmp_path: Path) -> None:
