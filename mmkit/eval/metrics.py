@@ -49,6 +49,7 @@ METRICS = {
     "yes_ratio": Metric("Yes", ranked=False),
     "perception": Metric("Perception", 1.0, "points"),
     "cognition": Metric("Cognition", 1.0, "points"),
+    "points": Metric("Points", 1.0, ""),
 }
 # Suite -> what its main table shows, most important first. BLEU-1 to 3 are left out: papers print BLEU-4 alone.
 HEADLINES = {

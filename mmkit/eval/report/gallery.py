@@ -121,13 +121,19 @@ def mark_of(prediction: Prediction) -> tuple[str, str]:
     # A caption is neither right nor wrong, and CIDEr has no threshold that would make it so.
     if "CIDEr" in prediction.score:
         return "", f"CIDEr {prediction.score['CIDEr'] * 100:.0f}"
-    accuracy = prediction.score.get("accuracy")
+    accuracy = figure_of(prediction, "accuracy")
     if accuracy is None:
         # Of a suite that scores its samples otherwise, its own first figure.
         return "", next((f"{name} {value:.3g}" for name, value in prediction.score.items()), "")
     if accuracy >= 1 - 1e-9:
         return "right", ""
     return ("partly", f"{accuracy * 100:.0f} %") if accuracy > 0 else ("wrong", "")
+
+
+def figure_of(prediction: Prediction, metric: str) -> float | None:
+    """A sample's figure on one metric, None where it has none."""
+    # A rotation of MMBench is right or wrong, but only a question with all its rotations has an accuracy.
+    return prediction.score.get(metric, prediction.score.get("correct") if metric == "accuracy" else None)
 
 
 def _by_picture(row: Row) -> Asked:

@@ -1,7 +1,7 @@
 """Imports result files of lmms-eval (versions 0.2 to 0.7): the results JSON and the samples of ``--log_samples`` beside it.
 
-A figure takes mmkit's metric name only where lmms-eval's rule is the official one; elsewhere its settings name the rule, which
-puts it into a column of its own. The rules are those of the tasks' ``utils.py`` in lmms-eval 0.7.3.
+A figure shares a column with mmkit's only under the same rule, which its settings name; one that counts something else has a
+metric name of its own. The rules are those of the tasks' ``utils.py`` in lmms-eval 0.7.3.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Known:
     Attributes:
         suite: mmkit's suite.
         name: mmkit's row name, the column of the score table.
-        rule: Value of the score's ``rule``: the official rule's own name where the two agree, else what is different.
+        rule: Value of the score's ``rule``: that of mmkit's suite where it has the same one, else what is different.
         metrics: Its metric -> mmkit's.
         note: What a reader should know of it.
         scale: What a figure is divided by to become a fraction.
@@ -48,7 +48,6 @@ class Known:
 _CAPTION = {f"coco_{name}": name for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")}
 # Its yes ratio counts the labels, not the answers, hence the other name.
 _POPE = {"pope_accuracy": "accuracy", "pope_precision": "precision", "pope_recall": "recall", "pope_yes_ratio": "label_yes_ratio"}
-_POPE_RULE = "lmms-eval: only the whole answer yes or no counts"
 _MMBENCH = {"gpt_eval_score": "accuracy"}
 _STATIC = "lmms-eval: options found without an API"
 _JUDGED = "lmms-eval: options found by a GPT judge"
@@ -64,15 +63,15 @@ TASKS = {
     "gqa": Known("gqa", "gqa-testdev-balanced", "lmms-eval: equal but for case and punctuation"),
     "scienceqa": Known("scienceqa", "scienceqa-test", "lmms-eval: letter, or letter and period in front"),
     "scienceqa_img": Known("scienceqa", "scienceqa-img-test", "lmms-eval: letter, or letter and period in front"),
-    # One F1 over all three splits is not the mean of three.
-    "pope": Known("pope", "pope", _POPE_RULE, {**_POPE, "pope_f1_score": "f1_pooled"}),
-    "pope_random": Known("pope", "pope-random", _POPE_RULE, {**_POPE, "pope_f1_score": "f1"}),
-    "pope_pop": Known("pope", "pope-popular", _POPE_RULE, {**_POPE, "pope_f1_score": "f1"}),
-    "pope_adv": Known("pope", "pope-adversarial", _POPE_RULE, {**_POPE, "pope_f1_score": "f1"}),
+    # mmkit's own rule=lmms reads POPE and MME as lmms-eval does. One F1 over all three splits is not the mean of three.
+    "pope": Known("pope", "pope", "lmms", {**_POPE, "pope_f1_score": "f1_pooled"}),
+    "pope_random": Known("pope", "pope-random", "lmms", {**_POPE, "pope_f1_score": "f1"}),
+    "pope_pop": Known("pope", "pope-popular", "lmms", {**_POPE, "pope_f1_score": "f1"}),
+    "pope_adv": Known("pope", "pope-adversarial", "lmms", {**_POPE, "pope_f1_score": "f1"}),
     "mme": Known(
         "mme",
         "mme",
-        "lmms-eval: periods dropped, y and n accepted",
+        "lmms",
         # Misspelled until 2024.
         {"mme_perception_score": "perception", "mme_percetion_score": "perception", "mme_cognition_score": "cognition"},
     ),

@@ -20,6 +20,7 @@ from mmkit.eval.report.systems import Condition, Row, system_rows
 from mmkit.eval.report.tables import Column, Table, apart_lines, score_tables
 from mmkit.eval.report.viewer import Viewer, build_viewer
 
+PART_FIGURES = ("points", "f1", "accuracy")  # of MME's subtasks, of POPE's splits, of all else
 SKIPPED_LISTED = 50  # skipped samples named one by one for each run; skipped.jsonl has all
 REASONS = 8  # distinct reasons listed per run; the JSON has all
 MISSING_LISTED = 20  # pictures named one by one; the JSON has all
@@ -70,6 +71,7 @@ class Parts:
 
     task: str
     kind: str
+    heading: str
     systems: list[str]
     rows: list[tuple[str, int, list[str]]]
 
@@ -242,14 +244,17 @@ def parts_of(rows: Sequence[Row]) -> list[Parts]:
                 found.setdefault((task, kind), {})[row.label] = figures
     tables = []
     for (task, kind), systems in found.items():
+        every = [figures for parts in systems.values() for figures in parts.values()]
+        # Suites give counts along; the figure is the one that their papers print by part.
+        column = Column(task, next((name for name in PART_FIGURES if any(name in figures for figures in every)), "accuracy"))
         lines = []
-        for name in dict.fromkeys(name for figures in systems.values() for name in figures):
-            here = [figures.get(name, {}) for figures in systems.values()]
-            # A part has one figure and its number of samples.
-            metric = next((key for figures in here for key in figures if key != "n"), "")
+        for name in dict.fromkeys(name for parts in systems.values() for name in parts):
+            here = [parts.get(name, {}) for parts in systems.values()]
             counts = [int(figures["n"]) for figures in here if "n" in figures]
-            lines.append((name, max(counts, default=0), [Column(task, metric).show(figures.get(metric)) for figures in here]))
-        tables.append(Parts(task, kind.replace("_", " "), list(systems), lines))
+            shown = [column.show(figures.get(column.metric)) for figures in here]
+            lines.append((name, max(counts, default=0), shown))
+        heading = f"{column.heading} {column.unit}".strip()
+        tables.append(Parts(task, kind.replace("_", " "), heading, list(systems), lines))
     return tables
 
 

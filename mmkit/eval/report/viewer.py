@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmkit.eval.metrics import describe, headline
-from mmkit.eval.report.gallery import Gallery
+from mmkit.eval.report.gallery import Gallery, figure_of
 from mmkit.eval.report.pictures import Picture, read_thumbnails
 from mmkit.eval.report.runs import Prediction, Run
 
@@ -134,7 +134,7 @@ def _task(name: str, first: Prediction, run: Run) -> dict[str, Any]:
     score = run.scores.get(name)
     order = headline(score.task if score else name, first.score)
     # A suite whose headline is no mean still marks its samples right or wrong.
-    metric = "accuracy" if "accuracy" in first.score else next(iter(order), "")
+    metric = "accuracy" if {"accuracy", "correct"} & first.score.keys() else next(iter(order), "")
     known = describe(metric)
     return {
         "name": name,
@@ -148,7 +148,7 @@ def _task(name: str, first: Prediction, run: Run) -> dict[str, Any]:
 
 def _answer(prediction: Prediction, metric: str, index: dict[str, int]) -> list[Any]:
     """Text and figure; behind them, only where there are such, what was parsed and the picture really shown."""
-    value = prediction.score.get(metric)
+    value = figure_of(prediction, metric)
     row: list[Any] = [prediction.text, None if value is None else round(value, 4)]
     shown = os.path.normpath(prediction.image_shown)
     blind = shown != os.path.normpath(prediction.image)

@@ -9,12 +9,15 @@ import pytest
 from report_runs import Runs, lmms_results, say
 
 from mmkit.errors import InputError
+from mmkit.eval.metrics import HEADLINES, headline
 from mmkit.eval.report import build_report
 from mmkit.eval.report.collect import collect
 from mmkit.eval.report.differences import differences
 from mmkit.eval.report.lmms_eval import TASKS, read_lmms_eval
 from mmkit.eval.report.systems import system_rows
 from mmkit.eval.report.tables import groups_of, score_tables
+from mmkit.eval.scorers.vqa import RULES
+from mmkit.eval.scorers.yesno import MME_RULES, POPE_RULES
 
 VQA = {
     "results": {"exact_match,none": 0.7652, "exact_match_stderr,none": 0.01, "exact_match_stderr_clt,none": "N/A"},
@@ -83,7 +86,20 @@ def test_tasks(tmp_path: Path, task: str, results: dict[str, object], name: str,
 
 def test_every_task_with_another_rule_says_so() -> None:
     same = {task for task, known in TASKS.items() if not known.rule.startswith("lmms-eval")}
-    assert same == {"coco_karpathy_test", "coco2017_cap_val", "vqav2_val", "textvqa_val"}
+    assert same == {
+        "coco_karpathy_test", "coco2017_cap_val", "vqav2_val", "textvqa_val",
+        "pope", "pope_adv", "pope_pop", "pope_random", "mme",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_suites_rules_and_rows_exist_in_mmkit(task: str) -> None:
+    known = TASKS[task]
+    rules = {"vqav2": RULES, "textvqa": ["m4c"], "pope": POPE_RULES, "mme": MME_RULES, "coco-caption": [""]}
+    if not known.rule.startswith("lmms-eval"):
+        assert known.rule in rules[known.suite]
+    names = set(known.metrics.values())
+    assert set(headline(known.suite, dict.fromkeys(names, 0.0))) <= set(HEADLINES.get(known.suite, ("accuracy",)))
 
 
 @pytest.mark.parametrize(("version", "doubtful"), [("0.7.2", True), ("0.7.3", False), ("0.8.0", False), ("main@1a2b3c4d", True)])

@@ -166,6 +166,8 @@ def test_missing_and_damaged_pictures_become_placeholders(runs) -> None:
         ({"CIDEr": 1.234, "Bleu_4": 0.1}, ("", "CIDEr 123")),
         ({}, ("", "")),
         ({"perception": 1.0}, ("", "perception 1")),
+        ({"correct": 1.0}, ("right", "")),
+        ({"correct": 1.0, "accuracy": 0.0}, ("wrong", "")),
     ],
 )
 def test_marks(score: dict[str, float], expected: tuple[str, str]) -> None:

@@ -131,7 +131,8 @@ def test_published_figures_warnings_and_types_are_on_the_page(rich: list[Path], 
         "a part only, textvqa-val: 10 samples, the first row has 28",
         "with OCR, textvqa-val: not compared with SuperClass, OCR is reference, there none",
         "empty 0 (0.0 %), long 3 (10.7 %), unparsed 2 (7.1 %), defaulted 0 (0.0 %)",
-        "textvqa-val by question type Question type n SuperClass random frozen with OCR a part only what 14 50.0 50.0 50.0 50.0",
+        "textvqa-val by question type, Accuracy % Question type n SuperClass random frozen with OCR a part only "
+        "what 14 50.0 50.0 50.0 50.0",
         "Samples that superclass-captions skipped Sample Source Reason 7 a.tar the file is empty",
     ):
         assert part in words, part

@@ -12,6 +12,7 @@ from mmkit.eval.report.conditions import conditions, flat
 from mmkit.eval.report.differences import Difference, differences
 from mmkit.eval.report.systems import Row, system_rows
 from mmkit.eval.report.tables import Column, apart_lines, score_tables, task_columns
+from mmkit.eval.report.view import parts_of
 
 
 def rows_of(world: list[Path]) -> list[Row]:
@@ -56,6 +57,16 @@ def test_ties_are_all_best_one_row_has_none_and_missing_is_a_dash(runs) -> None:
     assert [(cells[1][1].text, cells[1][1].best) for _, cells in table.rows] == [("50.0", False), ("–", False), ("–", False)]
     (table,) = score_tables(rows_of([a]))
     assert not any(cell.best for _, cells in table.rows for _, cell in cells)
+
+
+def test_parts_show_the_figure_of_their_suite(runs) -> None:
+    def run(name: str, **figures: float) -> Path:
+        more = {"breakdown": {"split": {"random": {"tp": 3, **figures, "n": 10}}}}
+        return runs.run(name, "eval", scores={"x": {**score("mme", {"perception": 1.0}), **more}})
+
+    assert parts_of(rows_of([run("a", f1=0.5, accuracy=0.7)]))[0].rows == [("random", 10, ["50.0"])]
+    points = parts_of(rows_of([run("b", points=185.0, accuracy=0.9), run("c", points=90.5)]))[0]
+    assert (points.heading, points.systems, points.rows) == ("Points", ["b", "c"], [("random", 10, ["185.0", "90.5"])])
 
 
 def test_with_and_without_ocr_never_share_a_column(rich: list[Path]) -> None:
@@ -131,9 +142,22 @@ def test_stars_and_deltas(world: list[Path]) -> None:
     assert not any(cell.mark for _, cells in table.rows for column, cell in cells if column.metric == "Bleu_4")
 
 
-def test_a_task_without_a_mean_metric_is_not_tested(runs) -> None:
+def test_points_are_tested_by_which_answers_are_right(runs) -> None:
+    def run(name: str, right: int) -> Path:
+        samples = [{"id": i, "accuracy": float(i < right)} for i in range(30)]
+        return runs.run(name, "eval", scores={"mme": score("mme", {"perception": 50.0 * right}, per_sample=samples)})
+
+    rows = rows_of([run("a", 28), run("b", 9)])
+    found, without = differences(rows, seed=0)
+    assert [(d.column.metric, d.n, d.verdict) for d in found] == [("accuracy", 30, "lower")] and without == []
+    # Points have a difference, and no star: they are not what was tested.
+    (table,) = score_tables(rows, {(d.system, d.column): "*" for d in found})
+    assert (table.rows[1][1][0][1].delta, table.rows[1][1][0][1].mark) == ("−950.0", "")
+
+
+def test_scores_without_samples_are_not_tested(runs) -> None:
     paths = [runs.run(n, "eval", scores={"mme": score("mme", {"perception": 1000.0})}) for n in "ab"]
-    assert differences(rows_of(paths), seed=0) == ([], ["b, mme: no paired test, the figure is no mean over samples"])
+    assert differences(rows_of(paths), seed=0) == ([], ["b, mme: no paired test, single samples are not in the scores"])
 
 
 def test_wide_tables_are_cut_between_tasks(runs) -> None:
