@@ -85,10 +85,10 @@ def departures(score: Score, usual: Score) -> list[str]:
     lines = []
     own, other = _setting(score, "Tokenizer"), _setting(usual, "Tokenizer")
     if own != other:
-        lines.append(f"tokenizer {own or 'not recorded'}, the first row's is {other or 'not recorded'}")
+        lines.append(f"tokenizer {own or 'not recorded'}, the column's first has {other or 'not recorded'}")
     # A limit, and results with gaps, both show in the number of samples.
     if score.n != usual.n:
-        lines.append(f"{score.n} samples, the first row has {usual.n}")
+        lines.append(f"{score.n} samples, the column's first has {usual.n}")
     return lines
 
 

@@ -104,11 +104,12 @@ def _latex_head(group: Group) -> str:
 
 
 def _latex_row(label: str, cells: Sequence[tuple[Column, Cell]], *, grey: bool) -> str:
-    """A system; a figure that does not compare with the others has a dagger, a doubtful one a double dagger."""
+    """A system; a dagger where the figure does not compare, a double one where a warning speaks of it, a star as on the page."""
     figures = []
     for _, cell in cells:
         text = rf"\textbf{{{escape_latex(cell.text)}}}" if cell.best else escape_latex(cell.text)
-        text += (r"$^\dagger$" if cell.apart else "") + (r"$^\ddagger$" if cell.warnings else "") + ("$^*$" if cell.mark else "")
+        signs = (r"\dagger" if cell.apart else "") + (r"\ddagger" if cell.warnings else "") + ("*" if cell.mark else "")
+        text += f"$^{{{signs}}}$" if signs else ""
         figures.append(rf"\textcolor{{gray}}{{{text}}}" if grey else text)
     name = rf"\textcolor{{gray}}{{{escape_latex(label)} (published)}}" if grey else escape_latex(label)
     return rf"{name} & {' & '.join(figures)} \\"

@@ -98,41 +98,54 @@ def read_lmms_eval(path: Path) -> Run:
     results = content.get("results") if isinstance(content, dict) else None
     if not isinstance(results, dict) or not isinstance(content.get("configs"), dict):
         raise InputError('not a result file of lmms-eval (it has no "results" and "configs")', where=path, mend=_AGAIN)
-    version = _version(content)
     notes: list[str] = []
     scores: dict[str, Score] = {}
     predictions: list[Prediction] = []
     for task, row in results.items():
         if not isinstance(row, dict):
             raise InputError(f"task {task!r} is no object of metrics", where=path, mend=_AGAIN)
-        config = content["configs"].get(task)
-        found = _figures(row)
         # A group's row carries its members' names and no figure of its own.
-        if not found or not isinstance(config, dict):
+        if not _figures(row) or content["configs"].get(task) is None:
             continue
-        # A task that mmkit has no suite for keeps its own names.
-        known = TASKS.get(task) or Known(task, task, PROGRAM, {key.partition(",")[0]: key.partition(",")[0] for key in found})
         samples = _samples(path, task, notes)
-        name = _row_name(known, config)
+        try:
+            name, score, said = _task(task, row, content, samples)
+        # A program's own file goes no deeper than this; an edited one may hold anything anywhere.
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise InputError(f"task {task!r} is damaged ({type(error).__name__}: {error})", where=path, mend=_AGAIN) from error
         if name in scores:
             raise InputError(f"{task!r} and another task both are {name} here", where=path, mend="import them from two files")
-        scores[name] = _score(task, known, found, config, content, samples)
-        predictions += [_prediction(name, sample, known, config, path) for sample in samples]
+        scores[name] = score
+        predictions += said
     if not scores:
         raise InputError("no task in it has a figure", where=path, mend=_AGAIN)
-    return _run(path, content, version, scores, predictions, notes)
+    try:
+        return _run(path, content, scores, predictions, notes)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"is damaged ({type(error).__name__}: {error})", where=path, mend=_AGAIN) from error
+
+
+def _task(
+    task: str, row: dict[str, Any], content: dict[str, Any], samples: list[dict[str, Any]]
+) -> tuple[str, Score, list[Prediction]]:
+    """One task: its row name here, its score, and what the model said."""
+    found, config = _figures(row), content["configs"][task]
+    # A task that mmkit has no suite for keeps its own names.
+    known = TASKS.get(task) or Known(task, task, PROGRAM, {key.partition(",")[0]: key.partition(",")[0] for key in found})
+    name = _row_name(known, config)
+    score = _score(task, known, found, config, content, samples)
+    return name, score, [_prediction(name, task, sample, known, config) for sample in samples]
 
 
 def _run(
     path: Path,
     content: dict[str, Any],
-    version: str,
     scores: dict[str, Score],
     predictions: list[Prediction],
     notes: list[str],
 ) -> Run:
     """The run that a result file stands for, with a manifest like mmkit's own."""
-    model = _model_of(content)
+    model, version = _model_of(content), _version(content)
     manifest = {
         "status": "imported",
         "kind": "eval",
@@ -189,7 +202,7 @@ def _score(
         error = next((found[n] for n in names if n in found), None)
         if error is not None:
             intervals[name] = ((value - 1.96 * error) / known.scale, (value + 1.96 * error) / known.scale)
-    total, asked = _counts(task, found, content)
+    total, asked = _counts(task, content)
     settings = _settings(task, known, config, content)
     if 0 < asked < total:
         settings["scored"] = f"{asked} of {total}"
@@ -243,7 +256,7 @@ def _ocr(config: dict[str, Any]) -> str:
     return "reference" if chosen.get("ocr") else "none"
 
 
-def _counts(task: str, found: dict[str, float], content: dict[str, Any]) -> tuple[int, int]:
+def _counts(task: str, content: dict[str, Any]) -> tuple[int, int]:
     """How many samples the task has, and how many were asked."""
     counts = (content.get("n-samples") or {}).get(task) or {}
     original, effective = (_number(counts.get(k)) or 0 for k in ("original", "effective"))
@@ -306,7 +319,7 @@ def _sample_rows(file: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"not valid JSON ({error})", where=where, mend=mend) from error
-            if not isinstance(row, dict) or "doc_id" not in row or "filtered_resps" not in row:
+            if not isinstance(row, dict) or not isinstance(row.get("doc_id"), (int, str)) or "filtered_resps" not in row:
                 raise InputError("no sample of lmms-eval (doc_id and filtered_resps)", where=where, mend=mend)
             # It appends: a second run of the same minute doubles every row.
             if row["doc_id"] in seen:
@@ -332,9 +345,8 @@ def _sample_scores(sample: dict[str, Any], known: Known) -> dict[str, float]:
     return {k: v for k, v in scores.items() if k == "accuracy"} or scores
 
 
-def _prediction(name: str, sample: dict[str, Any], known: Known, config: dict[str, Any], path: Path) -> Prediction:
+def _prediction(name: str, task: str, sample: dict[str, Any], known: Known, config: dict[str, Any]) -> Prediction:
     """A sample as a row of predictions; its picture is not in the file."""
-    task = str(config.get("task") or name)
     answer = sample["filtered_resps"]
     while isinstance(answer, list) and answer:
         answer = answer[0]

@@ -1,4 +1,4 @@
-"""Synthetic run directories for the report's tests, all made by one helper."""
+"""Synthetic run directories for the report's tests, all made by one builder."""
 
 from __future__ import annotations
 

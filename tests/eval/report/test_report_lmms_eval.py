@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from report_runs import Runs, lmms_results, say
 
 from mmkit.errors import InputError
@@ -35,10 +37,10 @@ def test_metrics_settings_and_model(tmp_path: Path) -> None:
     score = run.scores["vqav2-val"]
     assert score.task == "vqav2" and score.metrics == {"accuracy": 0.7652} and score.n == 214354
     assert score.ci95["accuracy"] == pytest.approx((0.7652 - 0.0196, 0.7652 + 0.0196))
-    settings = score.settings
-    assert settings["rule"] == "always" and settings["prompt"] == "{question}\nShort answer."
-    assert settings["evaluator"] == "lmms-eval 0.7.2" and settings["lmms-eval task"] == "vqav2_val"
-    assert settings["data"] == "lmms-lab/vqav2_val, validation" and settings["generation"]["max_new_tokens"] == 16
+    told = score.settings
+    assert told["rule"] == "always" and told["prompt"] == "{question}\nShort answer."
+    assert told["evaluator"] == "lmms-eval 0.7.2" and told["lmms-eval task"] == "vqav2_val"
+    assert told["data"] == "lmms-lab/vqav2_val, validation" and told["generation"]["max_new_tokens"] == 16
     assert run.notes[0].startswith("no samples of vqav2_val beside")
 
 
@@ -218,3 +220,40 @@ def test_samples_of_another_run_are_not_taken(tmp_path: Path) -> None:
     first.rename(tmp_path / "lmms_results.json")
     with pytest.raises(InputError, match=r"2 files may hold the samples of gqa: 20260101_000000_samples_gqa.jsonl"):
         read_lmms_eval(tmp_path / "lmms_results.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4) | st.just("qqq"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.just("default"), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.data())
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_file_with_anything_in_any_place_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    task = {"results": {"exact_match,none": 0.5, "exact_match_stderr,none": 0.1}, "n": (2, 2)}
+    folder = tmp_path / "fuzz"
+    path = lmms_results(folder, {"textvqa_val": {**task, "samples": [sample(0, "red", exact_match=1.0), sample(1, "x")]}})
+    rows = folder / "20260101_120000_samples_textvqa_val.jsonl"
+    target = data.draw(st.sampled_from([path, rows]))
+    lines = target.read_text().splitlines()
+    number = data.draw(st.integers(0, len(lines) - 1))
+    content = json.loads(lines[number])
+    spot = content
+    # Down some way into the file, and there another value.
+    while True:
+        key = data.draw(st.sampled_from(list(spot)))
+        if not isinstance(spot[key], dict) or not spot[key] or data.draw(st.booleans()):
+            spot[key] = data.draw(JSON)
+            break
+        spot = spot[key]
+    lines[number] = json.dumps(content)
+    target.write_text("\n".join(lines))
+    try:
+        run = read_lmms_eval(path)
+    except InputError as error:
+        assert path.name in str(error) or rows.name in str(error)
+    else:
+        score_tables(system_rows([run]))
+        assert all(isinstance(p.text, str) for p in run.predictions)

@@ -128,7 +128,7 @@ def test_published_figures_warnings_and_types_are_on_the_page(rich: list[Path], 
     for part in (
         "LLaVA-1.5 7B textvqa-val, Accuracy % 58.2 LLaVA MODEL_ZOO val, with OCR",
         "SuperClass, textvqa-val: 3 of 28 answers have more than 5 words and can hardly match",
-        "a part only, textvqa-val: 10 samples, the first row has 28",
+        "a part only, textvqa-val: 10 samples, the column's first has 28",
         "with OCR, textvqa-val: not compared with SuperClass, OCR is reference, there none",
         "empty 0 (0.0 %), long 3 (10.7 %), unparsed 2 (7.1 %), defaulted 0 (0.0 %)",
         "textvqa-val by question type, Accuracy % Question type n SuperClass random frozen with OCR a part only "
@@ -140,6 +140,8 @@ def test_published_figures_warnings_and_types_are_on_the_page(rich: list[Path], 
         "_LLaVA-1.5 7B, published_",
         "_58.2_",
         "58.2 as published in LLaVA MODEL\\_ZOO, val",
+        "textvqa-val (OCR none): Accuracy %",
+        "100.0 ≠ (!)",
         "(!) SuperClass",
         "≠",
     ):

@@ -86,13 +86,13 @@ def test_a_figure_over_other_samples_or_another_tokenizer_is_never_the_best(runs
     cells = {label: next(cell for c, cell in line if c.task == "textvqa-val") for label, line in table.rows}
     part = cells["a part only"]
     assert part.text == "100.0" and not part.best and part.delta == "" and cells["SuperClass"].best
-    assert part.apart == ["10 samples, the first row has 28"]
-    assert apart_lines([table]) == ["a part only, textvqa-val: 10 samples, the first row has 28"]
+    assert part.apart == ["10 samples, the column's first has 28"]
+    assert apart_lines([table]) == ["a part only, textvqa-val: 10 samples, the column's first has 28"]
     rows = {"coco-caption": [row(i, Path(f"{i}.png"), "x", ["x"], {"CIDEr": 1.0 + i}) for i in range(3)]}
     java = runs.eval("java", "java", rows, settings={"tokenizer": "java"})
     python = runs.eval("python", "python", rows, settings={"tokenizer": "python"})
     (table,) = score_tables(rows_of([java, python]))
-    assert [line[0][1].apart for _, line in table.rows] == [[], ["tokenizer python, the first row's is java"]]
+    assert [line[0][1].apart for _, line in table.rows] == [[], ["tokenizer python, the column's first has java"]]
 
 
 def test_a_cell_says_its_conditions_and_what_makes_it_doubtful(rich: list[Path]) -> None:
