@@ -294,6 +294,18 @@ def test_no_two_elements_share_an_id(page_file: Path, opened: Open) -> None:
     assert len(ids) == len(set(ids)) > 50
 
 
+def test_what_a_model_said_is_never_run(runs: Runs, opened: Open) -> None:
+    evil = "</script><img src=x onerror='window.stolen = 1'><script>window.stolen = 1</script>{{7*7}}"
+    rows = [row(i, runs.picture(f"{i}.png"), evil, [evil] * 10, {"accuracy": 0.0}, question=evil, type=evil) for i in range(3)]
+    path = runs.eval("evil", evil, {evil: rows}, settings={"prompt": evil, "notes": [evil]})
+    page = opened(build_report([path], runs.root / "out", title=evil))
+    assert page.locator("#viewer .sample").count() == 3 and evil in page.locator("#viewer .question").first.inner_text()
+    page.locator("#viewer a").first.click()
+    until(page, "document.querySelector('.sample.whole') !== null")
+    assert evil in page.locator(".sample.whole h3").inner_text()
+    assert page.evaluate("window.stolen === undefined && document.querySelectorAll('img[src=x]').length === 0")
+
+
 def test_everything_that_acts_has_a_name(page_file: Path, opened: Open) -> None:
     page = opened(page_file)
     unnamed = page.evaluate(
