@@ -249,14 +249,16 @@ def score(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished eval, probe and training runs.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and report.json.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs, and results files of lmms-eval.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, .md, .tex, .csv and .json.")],
     title: Annotated[str, typer.Option(help="Title of the report.")] = "mmkit report",
+    gallery: Annotated[int, typer.Option(min=0, help="Pictures in the gallery, with all that was asked about them.")] = 1000,
+    thumbnail: Annotated[int, typer.Option(min=32, max=512, help="Longest side of a gallery picture, px.")] = 128,
 ) -> None:
-    """One self-contained HTML report (and Markdown, JSON) over any set of runs."""
+    """One self-contained HTML report (and Markdown, LaTeX, CSV, JSON) over any set of runs."""
     from mmkit.eval.report import build_report
 
-    _say(f"report: {build_report(runs, out, title=title)}")
+    _say(f"report: {build_report(runs, out, title=title, gallery=gallery, thumbnail=thumbnail)}")
 
 
 @app.command()

@@ -30,7 +30,7 @@ SURFACE = {
     "probe": ["RECIPE", "[KEY=VALUE]...", "--restart"],
     "eval": ["RECIPE", "[KEY=VALUE]...", "--restart"],
     "score": ["TASK", "--predictions", "--annotations", "--questions", "--out", "[KEY=VALUE]..."],
-    "report": ["RUN...", "--out", "--title"],
+    "report": ["RUN...", "--out", "--title", "--gallery", "--thumbnail"],
     "predict": [
         "MODEL", "IMAGE...", "--prompt", "--max-new-tokens", "--decoding", "--num-beams", "--length-penalty", "--temperature",
         "--top-p", "--top-k", "--seed",
