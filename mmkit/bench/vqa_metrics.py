@@ -90,6 +90,7 @@ def make_files(folder: Path, questions: int, seed: int) -> tuple[Path, Path]:
         Paths of the annotations and of the results.
     """
     rng = np.random.default_rng(seed)
+    # Letters at random: real answers belong to their data set, and the rules look at words, not at meaning.
     words = ["".join(rng.choice(list("abcdefghijklmnoprstuwy"), n)) for n in rng.integers(3, 9, 20_000)]
     rows, results = [], []
     for n in range(questions):
@@ -103,6 +104,7 @@ def make_files(folder: Path, questions: int, seed: int) -> tuple[Path, Path]:
         start = _STARTS[int(rng.integers(len(_STARTS)))]
         row = {"question_type": start, "multiple_choice_answer": common, "answers": entries, "image_id": int(n / PER_PICTURE)}
         rows.append({**row, "answer_type": kind, "question_id": n})
+        # About what a good model gets right.
         guess = common if rng.random() < 0.7 else _answer(rng, kind, words)
         results.append({"question_id": n, "answer": guess})
     annotations = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014", "annotations": rows}
@@ -152,6 +154,7 @@ def plain_evaluation(annotations: Path, results: Path) -> dict[int, float]:
             prediction = _plain_words(_plain_marks(prediction))
         each = []
         for entry in entries:
+            # As dictionaries, which is what makes the official loop slow.
             others = [other for other in entries if other != entry]
             matches = [other for other in others if other["answer"] == prediction]
             each.append(min(1.0, len(matches) / 3))

@@ -123,9 +123,11 @@ def distribution(scored: Iterable[tuple[str | None, str, str]]) -> float | None:
         if group is not None:
             gold.setdefault(group, Counter())[answer] += 1
             said.setdefault(group, Counter())[prediction] += 1
+    # Weighted by questions, so that a group of three does not count like one of a thousand.
     sizes = {group: counts.total() for group, counts in gold.items()}
     if not sizes:
         return None
+    # Over true answers only: one that is never true has no expected number to divide by.
     chi = {group: sum((said[group][a] - n) ** 2 / n for a, n in counts.items()) for group, counts in gold.items()}
     return sum(chi[group] * size for group, size in sizes.items()) / sum(sizes.values()) / 100
 
@@ -146,6 +148,7 @@ def consistency(asked: Mapping[str, GqaQuestion], scored: Sequence[str], right: 
     """
     shares = []
     for key in scored:
+        # Upstream's lists name the question itself, too.
         others = [other for other in asked[key].entailed if other != key]
         if right[key] and others:
             shares.append(sum(right[other] for other in others) / len(others))
@@ -169,6 +172,7 @@ def read_choices(source: str, scored: Sequence[str]) -> dict[str, tuple[list[str
         InputError: A question has none.
     """
     data, name = load_json(source, "choices")
+    # Only of what is scored: the file has all questions of a split.
     rows = {key: data.get(key) if isinstance(data, dict) else None for key in scored}
     parts = ("valid", "plausible")
     wrong = [k for k, row in rows.items() if not isinstance(row, dict) or not all(isinstance(row.get(p), list) for p in parts)]

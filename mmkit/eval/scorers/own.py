@@ -128,6 +128,7 @@ def _checked(function: Metric, name: str) -> Metric:
     """The function of another package, whose scores are looked at."""
 
     def scored(prediction: str, answers: list[str]) -> float:
+        # A copy: a scorer that sorts its answers must not change what the next one sees.
         value = function(prediction, list(answers))
         # NaN fails the comparison, too; a score beyond 1 would be a percentage among fractions. numpy's floats are floats.
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:

@@ -63,6 +63,7 @@ def read_vizwiz(source: Source, *, answers: bool = True) -> dict[str, VqaQuestio
         what = "no rows in the file" if data == [] else f"a VizWiz file is a list, this is {type(data).__name__}"
         raise InputError(what, where=name, mend="give val.json of VizWiz-VQA")
     check_rows(data, {"image": str, "question": str}, kind="question", key="image", name=name)
+    # train and val have types, files of older releases do not.
     typed = [row for row in data if "answer_type" in row]
     check_rows(typed, {"answer_type": str}, kind="question", key="image", name=name)
     refuse_repeated([row["image"] for row in data], kind="image", name=name)
@@ -103,6 +104,7 @@ def confidences(rows: Sequence[Any], name: str) -> dict[str, float]:
     Raises:
         InputError: Some rows have none, or one that is no number from 0 to 1.
     """
+    # All or none: average precision over some of the questions is that of another set.
     found = {row["image"]: row["answerable"] for row in rows if "answerable" in row}
     wrong = [key for key, value in found.items() if type(value) not in (int, float) or not 0 <= value <= 1]
     if wrong:

@@ -50,6 +50,7 @@ def read_questions(source: Source, *, answers: bool = True) -> dict[Id, Question
         fault = _fault(row.data, answers)
         if fault:
             raise InputError(f"question {key} {fault}", where=row.where, mend=f"write rows such as {_SHAPE}")
+        # Taking one of the two in silence would change the score.
         if key in found:
             what = f"a second question {key} (the first: {found[key][0]})"
             raise InputError(what, where=row.where, mend="give each an id of its own")
@@ -117,6 +118,7 @@ def examples(config: TaskConfig) -> list[Example]:
     if config.annotations is not None:
         refuse_questions(config.questions, config.task)
     file = config.annotations or required(config, "questions")
+    # Published benchmarks keep pictures and questions apart; own data mostly lies in one folder.
     if config.image_root is None:
         config = config.model_copy(update={"image_root": str(Path(file).parent)})
     return [
@@ -183,6 +185,7 @@ def score_generic(task: str, predictions: Source, annotations: Source, questions
     results = read_predictions(predictions)
     file = str(predictions) if isinstance(predictions, (str, Path)) else "predictions"
     _refuse_other_kind(results, asked, file)
+    # All its pictures together are what a question is about; without any it is drawn alone.
     known = {
         key: VqaQuestion(key, "\n".join(row.images) or f"question {key}", [{"answer": a} for a in row.answers], row.type)
         for key, row in asked.items()
@@ -195,6 +198,7 @@ def score_generic(task: str, predictions: Source, annotations: Source, questions
         s,
         lambda text, q: metric(text, [a["answer"] for a in q.answers]),
         settings=settings,
+        # Types are the user's, and may be hundreds: a table, no metrics.
         parts={},
         breakdowns={"type": lambda q: q.answer_type},
         long_words=LONG_ANSWER_WORDS if name in own.SHORT else None,
@@ -208,7 +212,7 @@ def _tolerance(s: Settings) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = math.nan
+        value = math.nan  # refused below, as every other value that is no share
     if not 0 <= value < 1:
         raise InputError(f"tolerance is a share from 0 to 1, not {text!r}", where="tolerance", mend="tolerance=0.05")
     return value

@@ -92,8 +92,10 @@ def score_gqa(task: str, predictions: Source, annotations: Source, questions: So
         where = str(annotations) if isinstance(annotations, (str, Path)) else "annotations"
         raise InputError("no question is balanced, and only those are scored", where=where, mend="give a file that has some")
     given, name = read_results(predictions, key="questionId", text="prediction", of=str)
+    # Of testdev_all most questions are not balanced: they are asked so that consistency can be scored.
     beside = {key: text for key, text in given.items() if key in asked and not asked[key].balanced}
     results = {key: text for key, text in given.items() if key not in beside}
+    # Unknown ids are still among the results, and are refused here.
     ids = match_results(results, balanced, kind="question", name=name, allow_missing=s.allow_missing)
     processed = {key: rule(text, asked[key].answer) for key, text in given.items()}
     extra, how = _figures(asked, ids, processed, s.options.get("choices"))
@@ -104,6 +106,7 @@ def score_gqa(task: str, predictions: Source, annotations: Source, questions: So
         name,
         known,
         s,
+        # Processed once for all figures, not by the text that is handed in.
         lambda text, q: float(len(set(processed[str(q.question_id)])) == 1),
         settings={"rule": rule_name, "evaluator": gqa.RULE_SOURCES[rule_name], "questions": "balanced", **how},
         parts={"accuracy": lambda q: asked[str(q.question_id)].kind},
@@ -134,6 +137,7 @@ def _figures(
         # testdev_balanced entails questions of testdev_all, which LLaVA does not ask either.
         how["consistency"] = f"not scored: {lacking} entailed questions are not in the file or have no answer"
     else:
+        # By the processed answers, balanced or not, so that all figures follow one rule.
         right = {key: prediction == answer for key, (prediction, answer) in processed.items()}
         figures["consistency"] = gqa.consistency(asked, ids, right)
         how["consistency"] = (

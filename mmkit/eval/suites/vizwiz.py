@@ -93,9 +93,11 @@ def score_vizwiz(task: str, predictions: Source, annotations: Source, questions:
     chosen = s.choice("rule", RULES, "official")
     rule, source = RULES[chosen]
     known = vizwiz.read_vizwiz(annotations)
+    # Loaded once, since the rows hold answers and confidences.
     data, name = load_json(predictions, "predictions")
     results = check_results(data, name, key="image", text="answer", of=str)
     sure = vizwiz.confidences(data, name)
+    # Without confidences nothing needs the flags, which users' own files in this layout may lack.
     flags = vizwiz.answerable_flags(annotations) if sure else {}
     how = (
         "confidence of each row, unanswerable below 0.5" if sure else 'not scored: no row has "answerable", a number from 0 to 1'
@@ -116,6 +118,7 @@ def score_vizwiz(task: str, predictions: Source, annotations: Source, questions:
 def _unanswerability(ids: Sequence[str], flags: Mapping[str, int], sure: Mapping[str, float]) -> dict[str, float]:
     """How well the confidences tell what cannot be answered; the positive class is "unanswerable"."""
     positive = np.array([flags[key] == 0 for key in ids])
+    # Turned round as upstream does: at exactly one half a question counts as answerable.
     scores = np.array([1.0 - sure[key] for key in ids])
     return {
         "unanswerable_average_precision": vizwiz.average_precision(positive, scores),

@@ -35,6 +35,7 @@ def examples(config: TaskConfig) -> list[Example]:
     known = (
         formats.read_vqa_questions(questions) if config.annotations is None else formats.read_vqa(config.annotations, questions)
     )
+    # The readers have compared ids and pictures of the two files.
     return [
         Example(
             i,
@@ -98,7 +99,9 @@ def submit(folder: Path, asked: Sequence[Example], predictions: Predictions, *, 
         InputError: A question was asked that the whole set does not have.
     """
     answers = {e.id: normalise_m4c(predictions[e.id]) for e in asked}
+    # In the order of the whole file, as LLaVA writes it; the server pairs by id.
     ids = list(answers) if all_questions is None else list(formats.read_vqa_questions(all_questions))
+    # Of another year or split: the server would say so only after a day's queue.
     unknown = answers.keys() - set(ids)
     if unknown:
         what = f"{len(unknown)} questions were asked that are not in all_questions: {formats.listed(sorted(unknown))}"
