@@ -63,7 +63,7 @@ def read_vizwiz(source: Source, *, answers: bool = True) -> dict[str, VqaQuestio
         what = "no rows in the file" if data == [] else f"a VizWiz file is a list, this is {type(data).__name__}"
         raise InputError(what, where=name, mend="give val.json of VizWiz-VQA")
     check_rows(data, {"image": str, "question": str}, kind="question", key="image", name=name)
-    # train and val have types, files of older releases do not.
+    # No rule needs the types: they give parts, where the file has them.
     typed = [row for row in data if "answer_type" in row]
     check_rows(typed, {"answer_type": str}, kind="question", key="image", name=name)
     refuse_repeated([row["image"] for row in data], kind="image", name=name)

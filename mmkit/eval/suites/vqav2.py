@@ -101,7 +101,7 @@ def submit(folder: Path, asked: Sequence[Example], predictions: Predictions, *, 
     answers = {e.id: normalise_m4c(predictions[e.id]) for e in asked}
     # In the order of the whole file, as LLaVA writes it; the server pairs by id.
     ids = list(answers) if all_questions is None else list(formats.read_vqa_questions(all_questions))
-    # Of another year or split: the server would say so only after a day's queue.
+    # A file of another year or split, which only the server would notice.
     unknown = answers.keys() - set(ids)
     if unknown:
         what = f"{len(unknown)} questions were asked that are not in all_questions: {formats.listed(sorted(unknown))}"
