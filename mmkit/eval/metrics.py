@@ -37,10 +37,10 @@ class Metric:
 METRICS = {
     "accuracy": Metric("Accuracy", mean=True),
     "CIDEr": Metric("CIDEr", unit="×100", mean=True),
-    "METEOR": Metric("METEOR", unit="×100", mean=True),
     "ROUGE_L": Metric("ROUGE-L", unit="×100", mean=True),
     "SPICE": Metric("SPICE", unit="×100", mean=True),
-    # BLEU's counts are pooled over the set before they are divided, so no mean of sentences gives it.
+    # BLEU's counts and METEOR's statistics are pooled over the set before they are divided: no mean of sentences gives them.
+    "METEOR": Metric("METEOR", unit="×100"),
     **{f"Bleu_{n}": Metric(f"BLEU-{n}", unit="×100") for n in range(1, 5)},
     # F1, precision and recall are ratios of counts over the set, and MME's points count pairs of questions.
     "f1": Metric("F1"),
@@ -50,6 +50,14 @@ METRICS = {
     "perception": Metric("Perception", 1.0, "points"),
     "cognition": Metric("Cognition", 1.0, "points"),
     "points": Metric("Points", 1.0, ""),
+    "anls": Metric("ANLS", mean=True),
+    # A distance between distributions: less is better.
+    "distribution": Metric("Distribution", 1.0, "", 2, ranked=False),
+    "consistency": Metric("Consistency"),
+    "validity": Metric("Validity", mean=True),
+    "plausibility": Metric("Plausibility", mean=True),
+    "unanswerable_average_precision": Metric("Unanswerable AP"),
+    "unanswerable_f1": Metric("Unanswerable F1"),
 }
 # Suite -> what its main table shows, most important first. BLEU-1 to 3 are left out: papers print BLEU-4 alone.
 HEADLINES = {

@@ -14,7 +14,8 @@ from mmkit.eval.metrics import METRICS, describe, headline
         ("perception", 1510.72, "Perception 1510.7 points"),
         ("accuracy_yes/no", 0.5, "Accuracy, yes/no 50.0 %"),
         ("f1_adversarial", 0.845, "F1, adversarial 84.5 %"),
-        ("anls", 0.12345, "anls 0.123 "),
+        ("anls", 0.12345, "ANLS 12.3 %"),
+        ("distribution", 1.8123, "Distribution 1.81 "),
         ("my_own", 3.0, "my_own 3.000 "),
     ],
 )
@@ -24,7 +25,9 @@ def test_figures_are_printed_as_papers_do(name: str, value: float, printed: str)
 
 
 def test_only_means_over_samples_can_be_paired() -> None:
-    assert {name for name, metric in METRICS.items() if metric.mean} == {"accuracy", "CIDEr", "METEOR", "ROUGE_L", "SPICE"}
+    assert {name for name, metric in METRICS.items() if metric.mean} == {
+        *("accuracy", "CIDEr", "ROUGE_L", "SPICE", "anls", "validity", "plausibility")
+    }
     assert not describe("accuracy_number").mean
     assert not describe("yes_ratio").ranked and describe("f1").ranked
 

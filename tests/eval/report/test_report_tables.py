@@ -167,7 +167,7 @@ def test_wide_tables_are_cut_between_tasks(runs) -> None:
 
 
 def test_figures_without_a_known_scale_are_as_stored() -> None:
-    assert Column("mme", "perception").show(1510.7) == "1510.7" and Column("mine", "anls").show(0.1234) == "0.123"
+    assert Column("mme", "perception").show(1510.7) == "1510.7" and Column("mine", "wups").show(0.1234) == "0.123"
     assert Column("vqav2", "accuracy").show(math.nan) == "–"
 
 
