@@ -302,7 +302,7 @@ def test_evaluations_use_llavas_prompts() -> None:
     assert (ways["decoding"], ways["num_beams"], ways["max_new_tokens"]) == ("paper", 5, 67)
 
 
-# arXiv 2411.03313, table 11 (facts/superclass.md section 4): SuperClass, OpenCLIP, DINOv2, MAE; points for MME, per cent elsewhere.
+# arXiv 2411.03313, table 11: SuperClass, OpenCLIP, DINOv2, MAE; points for MME, per cent elsewhere.
 TABLE_11 = {
     "vqav2-val": {"accuracy": (75.24, 74.54, 73.32, 63.50)},
     "gqa-testdev-balanced": {"accuracy": (60.96, 61.03, 61.87, 54.58)},
