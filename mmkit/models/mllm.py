@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Union
 
@@ -112,6 +113,11 @@ class Mllm:
         """
         shared = self.shared(ids)
         return Asked(ids, torch.cat(list(features)) if features else None, shared, (key, tuple(ids[:shared])), draw)
+
+    @staticmethod
+    def alone(asked: Asked) -> Asked:
+        """The same question where no other shares its beginning: read in one piece, which costs less."""
+        return dataclasses.replace(asked, shared=0, key=None)
 
     def shared(self, ids: Sequence[int]) -> int:
         """How many ids go up to the last picture and with it: what all questions on it may share."""
