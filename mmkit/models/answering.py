@@ -88,11 +88,15 @@ class AnswerWriter:
             return self._by_transformers(rows, how, cache)
         try:
             self._read_beginnings(rows)
-            return self._search(rows, how)
-        finally:
+            written = self._search(rows, how)
             # Copies: what is kept would hold the memory of the whole batch that it was read in.
-            kept = {key: found for key, found in self._beginnings.items() if key in keep}
-            self._beginnings = {key: [(k.clone(), v.clone()) for k, v in found] for key, found in kept.items()}
+            kept = {key: [(k.clone(), v.clone()) for k, v in self._beginnings[key]] for key in keep if key in self._beginnings}
+        except RuntimeError:
+            # Where memory ran out nothing of this batch may stay.
+            self._beginnings = {}
+            raise
+        self._beginnings = kept
+        return written
 
     def _read_beginnings(self, rows: Sequence[Asked]) -> None:
         """Run the language model over the shared beginnings that it has not read yet, all of them at once."""
