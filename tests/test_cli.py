@@ -198,7 +198,7 @@ def test_score_writes_the_designs_layout(call: Call, shared: Path, tmp_path: Pat
     assert "n 30" in said
     assert f"written: {out}" in said
     found = json.loads(out.read_text())
-    assert list(found) == ["task", "metrics", "ci95", "n", "settings", "per_sample"]
+    assert list(found) == ["task", "metrics", "ci95", "n", "settings", "per_sample", "answers"]
     assert (found["task"], found["n"], len(found["per_sample"])) == ("vqav2", 30, 30)
     assert found["metrics"]["accuracy"] == pytest.approx(0.916667, abs=1e-6)
     assert set(found["metrics"]) >= {"accuracy", "accuracy_yes/no", "accuracy_number", "accuracy_other"}

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 GROUP = "mmkit.suites"
 # Name -> module in mmkit.eval.suites; its SUITE is the suite.
 BUILT_IN = {"coco-caption": "captions", "vqav2": "vqav2", "textvqa": "textvqa"}
+BUILT_IN |= {name: name for name in ("scienceqa", "pope", "mme", "mmbench", "mmmu")}
 
 
 def suite_names() -> list[str]:
