@@ -63,7 +63,8 @@ class GenerationConfig(DecodingConfig):
         "auto", description="questions answered together; auto: what fits the memory. Halved where memory runs out"
     )
     cache: Literal["dynamic", "static"] = Field(
-        "dynamic", description="keys and values: dynamic shares what stands before the questions on a picture; static: one size, compiled on a GPU"
+        "dynamic",
+        description="keys and values: dynamic shares what stands before the questions on a picture; static: one size, compiled on a GPU",
     )
     reuse: bool = Field(True, description="take answers that the same model gave to the same question in an earlier run")
 

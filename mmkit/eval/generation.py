@@ -86,7 +86,7 @@ class Generator:
             return
         rows = self._planned(mine)
         batches = Batches(self._model(), self._features, self._reader(rows), task, how, size=self._size(task, rows, how))
-        tally = _Tally(name, len(mine), allowed=self._recipe.max_skipped * len(examples), lost=len(known.left_out))
+        tally = _Tally(name, len(mine), of=len(examples), max_skipped=self._recipe.max_skipped, lost=len(known.left_out))
         began, encoded = time.monotonic(), self._features.encoded
         try:
             place = 0
@@ -219,7 +219,7 @@ class Batches:
             rows = [row for row in batch if self.left_out(row) is None]
             keep = {row.key for row in following if row.key is not None}
             return dict(zip((r.example.id for r in rows), self._write(rows, seen, keep), strict=True)) if rows else {}
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
@@ -243,9 +243,7 @@ class Batches:
         self.content |= {key: square.content for key, (_, square) in seen.items()}
         return seen
 
-    def _write(
-        self, rows: Sequence[Planned], seen: dict[str, tuple[torch.Tensor, Square]], keep: Collection[Any]
-    ) -> list[str]:
+    def _write(self, rows: Sequence[Planned], seen: dict[str, tuple[torch.Tensor, Square]], keep: Collection[Any]) -> list[str]:
         """The answers' texts."""
         model, how = self._model, self._how
         shown = [[seen[key] for key in row.pictures] for row in rows]
@@ -268,9 +266,10 @@ class Batches:
 class _Tally:
     """Counts answers and losses of a task on this process, and tells now and then."""
 
-    def __init__(self, name: str, total: int, *, allowed: float, lost: int) -> None:
+    def __init__(self, name: str, total: int, *, of: int, max_skipped: float, lost: int) -> None:
+        """Start to count ``total`` questions of a task of ``of``, in which ``lost`` were lost before."""
         self.answered, self._lost = 0, lost
-        self._name, self._total, self._allowed = name, total, allowed
+        self._name, self._total, self._of, self._max_skipped = name, total, of, max_skipped
         self._began = self._told = time.monotonic()
 
     def count(self, answered: int, lost: int, run: Run) -> None:
@@ -278,8 +277,7 @@ class _Tally:
         self.answered += answered
         self._lost += lost
         # After every batch: a wrong image_root ends the run at once, not after the last picture.
-        if self._lost > self._allowed:
-            check_lost(self._lost, self._allowed, run)
+        check_lost(self._lost, self._of, self._max_skipped, run)
         now = time.monotonic()
         if now - self._told > _TELL:
             self._told = now
@@ -287,15 +285,21 @@ class _Tally:
             logger.info("%s: %d of %d answered, %.1f a second", self._name, self.answered, self._total, rate)
 
 
-def check_lost(lost: int, allowed: float, run: Run) -> None:
+def check_lost(lost: int, of: int, max_skipped: float, run: Run) -> None:
     """Refuse to score where too many pictures are unreadable.
+
+    Args:
+        lost: Questions of a task without an answer.
+        of: All its questions.
+        max_skipped: Share that may be lost.
+        run: Lists them.
 
     Raises:
         InputError: More are lost than allowed.
     """
-    if lost > allowed:
+    if lost > max_skipped * of:
         raise InputError(
-            f"{lost} pictures cannot be used, over the limit of {int(allowed)}",
+            f"{lost} of {of} pictures cannot be used, over the limit of {max_skipped:.2%}",
             where=run.path / "skipped.jsonl",
             mend="check image_root and image_name, or raise max_skipped",
         )

@@ -140,7 +140,9 @@ def test_a_beginning_is_read_once_and_kept_as_long_as_it_is_asked_for(monkeypatc
     mllm, how = opened("llama"), WAYS["greedy"]
     read: list[int] = []
     embedded = mllm.writer._embedded
-    monkeypatch.setattr(mllm.writer, "_embedded", lambda ids, features: read.append(sum(map(len, ids))) or embedded(ids, features))
+    monkeypatch.setattr(
+        mllm.writer, "_embedded", lambda ids, features: read.append(sum(map(len, ids))) or embedded(ids, features)
+    )
     shown = [pictures()[0]]
     asked = [mllm.ask(mllm.encode(q, 1), mllm.features([mllm.square(shown[0])]), key=(0,)) for q in QUESTIONS]
     mllm.writer.write(asked[:3], how, keep={asked[0].key})
