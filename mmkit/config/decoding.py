@@ -64,7 +64,7 @@ class GenerationConfig(DecodingConfig):
     )
     cache: Literal["dynamic", "static"] = Field(
         "dynamic",
-        description="keys and values: dynamic shares what stands before the questions on a picture; static: one size, compiled on a GPU",
+        description="of keys and values. dynamic: questions on a picture share its part; static: of one size, compiled on a GPU",
     )
     reuse: bool = Field(True, description="take answers that the same model gave to the same question in an earlier run")
 

@@ -37,7 +37,7 @@ def content_hash(data: bytes) -> str:
 
 
 def picture_key(picture: Picture) -> str:
-    """Names a picture: its path, or what the table calls it with the hash of its bytes (two tables may both have an ``image_1``)."""
+    """Names a picture: its path, or its name in the table with the hash of its bytes (two tables may have an ``image_1``)."""
     return picture.name if picture.data is None else f"{picture.name}\0{content_hash(picture.data)}"
 
 
