@@ -28,12 +28,12 @@ _COMPUTES = ("torch", "transformers", "timm")
 class AnswerCache:
     """Kept answers of one model."""
 
-    def __init__(self, fingerprint: str, device: str, *, folder: Path | None = None, limit: int = LIMIT) -> None:
+    def __init__(self, fingerprint: str, computer: str, *, folder: Path | None = None, limit: int = LIMIT) -> None:
         """Open the answers of a model.
 
         Args:
             fingerprint: Of the model.
-            device: Kind of device: a GPU may round another way.
+            computer: What the model runs on.
             folder: Where the files lie; None: ``answers`` in the cache folder.
             limit: Bytes of all files together.
         """
@@ -41,7 +41,7 @@ class AnswerCache:
         import mmkit
 
         versions = package_versions()
-        name = hash_text(fingerprint, device, mmkit.__version__, *(f"{n} {versions[n]}" for n in _COMPUTES))
+        name = hash_text(fingerprint, computer, mmkit.__version__, *(f"{n} {versions[n]}" for n in _COMPUTES))
         self._folder, self._limit = folder or default_cache() / "answers", limit
         self._path = self._folder / f"{name}.jsonl"
         self._known: dict[str, str] = {}

@@ -27,7 +27,7 @@ from mmkit.eval.suites import find_suite
 from mmkit.eval.tasks import load_task, shuffle_pictures
 from mmkit.files import hash_file, hash_folder, hash_text, write_json
 from mmkit.models.inference import kind_of, load_model
-from mmkit.run import Parent, Run, resolve_parent
+from mmkit.run import Parent, Run, hardware, resolve_parent
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +100,10 @@ def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, resta
     # All of them before anyone adds to it: what is left is shared out by what everybody knows.
     known = read_parts(run.path)
     ranks.meet()
+    # A GPU may round another way than the next one.
+    computer = " ".join([ranks.device.type, *hardware()["gpus"][:1]])
     generator = Generator(
-        lambda: load_model(recipe.model, ranks.device),
-        recipe,
-        run,
-        ranks,
-        lambda: AnswerCache(parent.fingerprint, str(ranks.device)),
+        lambda: load_model(recipe.model, ranks.device), recipe, run, ranks, lambda: AnswerCache(parent.fingerprint, computer)
     )
     scores: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -159,9 +157,8 @@ def _name(task: TaskConfig, tasks: Sequence[TaskConfig]) -> str:
 def _data_hash(recipe: EvalRecipe) -> str:
     """Hash of the tasks' files: a run that goes on with other questions would be another run."""
     named = [name for task in recipe.tasks for name in (task.annotations, task.questions) if name]
-    return hash_text(
-        *(hash_folder(Path(n)) if Path(n).is_dir() else hash_file(Path(n)) if Path(n).is_file() else n for n in named)
-    )
+    folders = {name for name in named if Path(name).is_dir()}
+    return hash_text(*(hash_folder(Path(name)) if name in folders else hash_file(Path(name)) for name in named))
 
 
 def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str, scores: dict[str, Any]) -> list[dict[str, Any]]:

@@ -73,9 +73,10 @@ def plan(
         together = n > 0 and count[key] > 1
         planned.append(Planned(example, tuple(row), shown, key if together else None, len(row) - n if together else len(row)))
     longest: dict[Hashable, int] = {}
-    for row in planned:
-        longest[row.key] = max(longest.get(row.key, 0), row.rest)
-    first = {row.key: place for place, row in reversed(list(enumerate(planned)))}
+    first: dict[Hashable, int] = {}
+    for number, one in enumerate(planned):
+        longest[one.key] = max(longest.get(one.key, 0), one.rest)
+        first.setdefault(one.key, number)
 
     def place(row: Planned) -> tuple[int, ...]:
         return (1, row.rest, 0, 0) if row.key is None else (0, longest[row.key], first[row.key], row.rest)
