@@ -105,16 +105,20 @@ class Ranks:
             return
         self._meetings += 1
         key = f"main/{self._meetings}"
+        error: InputError | None = None
         if self.is_main:
             try:
                 work()
-            except InputError as error:
-                self._store.set(key, str(error))
-                raise
-            self._store.set(key, "")
-            return
-        if told := self._await(key).decode():
-            raise InputError(told)
+            except InputError as caught:
+                error = caught
+            self._store.set(key, "" if error is None else str(error))
+        elif told := self._await(key).decode():
+            error = InputError(told)
+        if error is not None:
+            # Together, and in order: whoever went first would look lost to those who have not heard yet.
+            self.meet()
+            self.close()
+            raise error
 
     def _await(self, key: str) -> bytes:
         """The value of a key, once it is there."""

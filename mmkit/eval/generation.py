@@ -8,27 +8,25 @@ before the next one begins.
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from mmkit.config import DecodingConfig, EvalRecipe, TaskConfig
-from mmkit.data.skipped import LeftOut, SampleError
+from mmkit.data.skipped import SampleError
 from mmkit.distributed.ranks import Ranks
 from mmkit.errors import InputError
-from mmkit.eval.batch_size import fitting, is_out_of_memory
+from mmkit.eval.batch_size import fitting
+from mmkit.eval.batches import Batches
 from mmkit.eval.examples import Example, Id, Picture
 from mmkit.eval.parts import Answers, Part, Speed
-from mmkit.eval.pictures import FeatureStore, Reader, Square, content_hash, picture_key
+from mmkit.eval.pictures import FeatureStore, Reader, content_hash, picture_key
 from mmkit.eval.reuse import AnswerCache
 from mmkit.eval.schedule import Planned, by_pictures, next_batch, picture_order, plan, share_of
 from mmkit.models.decoding import choose_decoding
-from mmkit.models.inference import Captioner, Mllm
+from mmkit.models.inference import Mllm
 from mmkit.run import Run
 
 logger = logging.getLogger(__name__)
@@ -85,7 +83,9 @@ class Generator:
         if not mine:
             return
         rows = self._planned(mine)
-        batches = Batches(self._model(), self._features, self._reader(rows), task, how, size=self._size(task, rows, how))
+        batches = Batches(
+            self._model(), self._features, self._reader(rows), task.generation.cache, how, size=self._size(task, rows, how)
+        )
         tally = _Tally(name, len(mine), of=len(examples), max_skipped=self._recipe.max_skipped, lost=len(known.left_out))
         began, encoded = time.monotonic(), self._features.encoded
         try:
@@ -167,100 +167,6 @@ class Generator:
             self._part.add(name, found, from_cache=True)
             logger.info("%s: %d of %d answers taken from earlier runs (generation.reuse)", name, len(found), len(examples))
         return [e for e in examples if e.id not in found]
-
-
-class Batches:
-    """Answers batches of one task, in halves where memory runs out.
-
-    Attributes:
-        size: Questions of a batch, from now on.
-        reader: Gives the pictures.
-        content: Hash of the bytes of each picture that was read.
-    """
-
-    def __init__(
-        self, model: Mllm | Captioner, features: FeatureStore, reader: Reader, task: TaskConfig, how: DecodingConfig, *, size: int
-    ) -> None:
-        self.size, self.reader, self.content = size, reader, dict[str, str]()
-        self._model, self._features, self._how, self._cache = model, features, how, task.generation.cache
-        # Key -> picture's name and what is wrong with it.
-        self._unusable: dict[str, tuple[str, str]] = {}
-
-    def answer(self, batch: Sequence[Planned], *, following: Sequence[Planned]) -> dict[Id, str]:
-        """Answers by id; none of questions with a picture that cannot be used.
-
-        Args:
-            batch: Neighbours in the order.
-            following: What comes next, one row at most: what it shares is kept.
-
-        Raises:
-            InputError: One question alone is too much for the memory.
-        """
-        # Outside the except block, whose error would hold the tensors of the call that failed.
-        if (found := self._try(batch, following)) is not None:
-            return found
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if len(batch) == 1:
-            what = f"question {batch[0].example.id!r} alone does not fit in memory"
-            raise InputError(what, where="generation", mend="use fewer max_new_tokens or beams, or a device with more memory")
-        half = (len(batch) + 1) // 2
-        if half < self.size:
-            logger.warning("out of memory with %d questions at a time: going on with %d", len(batch), half)
-            self.size = half
-        first, second = batch[:half], batch[half:]
-        return self.answer(first, following=second[:1]) | self.answer(second, following=following)
-
-    def _try(self, batch: Sequence[Planned], following: Sequence[Planned]) -> dict[Id, str] | None:
-        """Answers, or None where memory ran out."""
-        try:
-            seen = self._see(batch)
-            rows = [row for row in batch if self.left_out(row) is None]
-            keep = {row.key for row in following if row.key is not None}
-            return dict(zip((r.example.id for r in rows), self._write(rows, seen, keep), strict=True)) if rows else {}
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-
-    def _see(self, batch: Sequence[Planned]) -> dict[str, tuple[torch.Tensor, Square]]:
-        """Features and squares of a batch's pictures, by key; each picture goes through the tower once."""
-        pictures = picture_order(batch)
-        seen = {key: found for key in pictures if (found := self._features.get(key)) is not None}
-        new: dict[str, Square] = {}
-        for key, picture in pictures.items():
-            if key in seen or key in self._unusable:
-                continue
-            try:
-                new[key] = self.reader.take(key, picture)
-            except SampleError as error:
-                self._unusable[key] = (picture.name, str(error))
-        if new:
-            features = list(self._model.features([square.pixels for square in new.values()]))
-            self._features.put(list(new), list(new.values()), features)
-            seen |= dict(zip(new, zip(features, new.values(), strict=True), strict=True))
-        self.content |= {key: square.content for key, (_, square) in seen.items()}
-        return seen
-
-    def _write(self, rows: Sequence[Planned], seen: dict[str, tuple[torch.Tensor, Square]], keep: Collection[Any]) -> list[str]:
-        """The answers' texts."""
-        model, how = self._model, self._how
-        shown = [[seen[key] for key in row.pictures] for row in rows]
-        if isinstance(model, Captioner):
-            features = torch.stack([row[0][0] for row in shown])
-            return model.write(features, how, [model.draw(how, row[0][1].pixels) for row in shown])
-        asked = []
-        for row, pictures in zip(rows, shown, strict=True):
-            draw = model.draw(how, row.example.prompt, [square.pixels for _, square in pictures])
-            whole = model.ask(row.ids, [features for features, _ in pictures], key=row.pictures, draw=draw)
-            asked.append(whole if row.key is not None else model.alone(whole))
-        return model.texts(model.writer.write(asked, how, cache=self._cache, keep=keep))
-
-    def left_out(self, row: Planned) -> LeftOut | None:
-        """Why a question gets no answer; None: it gets one."""
-        bad = next((self._unusable[key] for key in row.pictures if key in self._unusable), None)
-        return None if bad is None else LeftOut(bad[0], str(row.example.id), bad[1])
 
 
 class _Tally:

@@ -159,11 +159,11 @@ class Mllm:
     @torch.inference_mode()
     def features(self, squares: Sequence[Pixels]) -> list[Tensor]:
         """Squares through tower and projector: for each picture f[N, H], in the places of its tokens."""
-        found = self.model.get_image_features(self._values(squares), return_dict=True).pooler_output
+        found = self.model.get_image_features(self.values(squares), return_dict=True).pooler_output
         # Each on its own: a piece of the batch would keep all of it.
         return [part.clone() for part in found]
 
-    def _values(self, squares: Sequence[Pixels]) -> Tensor:
+    def values(self, squares: Sequence[Pixels]) -> Tensor:
         """Squares normalised, f[P, 3, S, S] in the model's dtype."""
         pixels = torch.stack([torch.from_numpy(square) for square in squares])
         # Normalised in float32 and rounded once, as in training.

@@ -70,7 +70,7 @@ def reference(mllm: Mllm, shown: list[Image.Image], question: str, how: Decoding
     """transformers' generate on pixels, one question, no padding."""
     ids = torch.tensor([mllm.encode(question, len(shown))])
     squares = [mllm.square(picture) for picture in shown]
-    seen = {"pixel_values": mllm._values(squares)} if shown else {}
+    seen = {"pixel_values": mllm.values(squares)} if shown else {}
     draws = [mllm.draw(how, question, squares)]
     arguments = search_arguments(how, stop=mllm.writer.stop, fill=mllm.writer.fill, draws=draws)
     out = mllm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **seen, **arguments)
