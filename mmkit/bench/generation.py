@@ -1,7 +1,7 @@
 """``mmkit bench generation``: answers a second on questions of which several are about one picture.
 
-The other side asks one question after the other, as LLaVA's own evaluation and every ``for`` loop around ``generate`` do: the
-picture is read, goes through the tower and stands before the question each time. Model, pictures, prompts and answers are the same.
+The other side asks one question after the other, as LLaVA's own evaluation and every ``for`` loop around ``generate`` do: for
+each the picture is read, goes through the tower and is read by the language model. Model, pictures, prompts, answers are equal.
 """
 
 from __future__ import annotations
@@ -90,9 +90,8 @@ def run(
         contenders = {"mmkit": ours, "mmkit, nothing shared": plain, "one by one": loop}
         seconds = interleaved(contenders, repeats=repeats, warmup=0)
     count, distinct = len(examples), len(set(answers.values()))
-    text = mllm.model.config.get_text_config()
     return {
-        "conditions": f"{device.type}, {torch.get_num_threads()} threads, fp32, Llama of width {text.hidden_size} and {layers} layers, "
+        "conditions": f"{device.type}, {torch.get_num_threads()} threads, fp32, Llama of width {width} and {layers} layers, "
         f"{num_image_tokens(mllm.model.config)} image tokens, {batch} at a time, median of {repeats}",
         "questions": f"{count} about {pictures} pictures, at most {max_new_tokens} tokens, {distinct} different answers",
         "equal answers": f"{count} of {count}",

@@ -25,6 +25,8 @@ from mmkit.models.projectors import VisionLanguageModel
 CacheKind = Literal["dynamic", "static"]
 # Share of finished rows from which on the others go on without them: leaving costs a copy of what stays.
 _LEAVE = 0.25
+# Tokens of an answer that there is memory for from the start.
+_ROOM = 64
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,67 @@ class Asked:
     shared: int = 0
     key: Hashable = None
     draw: int = 0
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer in memory with room for more.
+
+    transformers' own layer copies all of them for every new token; here a token is written behind the others.
+    """
+
+    def __init__(self, room: int) -> None:
+        """Make a layer with room for so many tokens; further ones make it grow."""
+        super().__init__()
+        self._room = room
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, rows: Sequence[tuple[Tensor, Tensor] | None], width: int) -> None:
+        """Fill the first ``width`` places with each row's keys and values f[heads, L, D], as far right as they go."""
+        some = next(row for row in rows if row is not None)
+        self._make(len(rows), some[0][None], some[1][None])
+        for buffer, part in zip(self._filled(width), (0, 1), strict=True):
+            for place, row in enumerate(rows):
+                length = 0 if row is None else row[part].shape[1]
+                # Not left as it was: what padding holds is multiplied by zero, which is no help against NaN.
+                buffer[place, :, : width - length] = 0
+                if row is not None:
+                    buffer[place, :, width - length :] = row[part]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write f[B, heads, T, D] behind what is there; returns all."""
+        before = self.keys.shape[2] if self.is_initialized else 0
+        length = before + key_states.shape[2]
+        if not self.is_initialized:
+            self._room = max(self._room, length)
+            self._make(len(key_states), key_states, value_states)
+        elif length > self._room:
+            # By half, so that copying costs little however long an answer gets.
+            self._room = max(length, self._room * 3 // 2)
+            keys, values = self.keys, self.values
+            self._make(len(keys), keys, values)
+            new_keys, new_values = self._filled(before)
+            new_keys[:], new_values[:] = keys, values
+        keys, values = self._filled(length)
+        keys[:, :, before:], values[:, :, before:] = key_states, value_states
+        return keys, values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        assert self._buffers is not None
+        length = self.keys.shape[2]
+        self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
+        self._filled(length)
+
+    def _make(self, count: int, keys: Tensor, values: Tensor) -> None:
+        """Take the memory, for rows like these."""
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._buffers = tuple(like.new_empty(count, like.shape[1], self._room, like.shape[3]) for like in (keys, values))  # type: ignore[assignment]
+
+    def _filled(self, length: int) -> tuple[Tensor, Tensor]:
+        """Show the first ``length`` places."""
+        assert self._buffers is not None and length <= self._room
+        self.keys, self.values = self._buffers[0][:, :, :length], self._buffers[1][:, :, :length]
+        return self.keys, self.values
 
 
 class AnswerWriter:
@@ -115,10 +178,11 @@ class AnswerWriter:
         """Greedy search, or sampling by draws of each row's own."""
         draws = RowDraws([row.draw for row in rows]) if how.decoding == "sample" else None
         steps = [*shaping_steps(how), *([draws] if draws is not None else [])]
-        cache, before = self._beginning_cache(rows)
         embeds, mask = self._embedded(
             [row.ids[row.shared :] for row in rows], [None if row.shared else row.features for row in rows]
         )
+        # Most answers are far shorter than they may be.
+        cache, before = self._beginning_cache(rows, room=mask.shape[1] + min(how.max_new_tokens, _ROOM))
         mask = torch.cat([before, mask], dim=1)
         written: list[list[int]] = [[] for _ in rows]
         # Row of the batch -> place in `written`; done rows stay for a while, nothing more is taken from them.
@@ -146,29 +210,19 @@ class AnswerWriter:
             hidden = self._forward(self.model.get_input_embeddings()(chosen[:, None]), mask, cache)
         return written
 
-    def _beginning_cache(self, rows: Sequence[Asked]) -> tuple[DynamicCache, Tensor]:
-        """Keys and values of each row's beginning, padded on the left, and their mask i64[B, L]."""
-        cache = DynamicCache(config=self._lm.config)
+    def _beginning_cache(self, rows: Sequence[Asked], room: int) -> tuple[DynamicCache, Tensor]:
+        """Keys and values of each row's beginning, padded on the left, with room for more tokens; and its mask i64[B, L]."""
         width = max(row.shared for row in rows)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)
         for i, row in enumerate(rows):
             mask[i, width - row.shared :] = 1
+        cache = DynamicCache(config=self._lm.config)
+        cache.layers = [RoomyLayer(width + room) for _ in cache.layers]
         if width:
-            found = next(self._beginnings[row.key] for row in rows if row.shared)
-            for layer in range(len(found)):
-                keys = self._stacked(rows, layer, 0, found[layer][0], width)
-                cache.update(keys, self._stacked(rows, layer, 1, found[layer][1], width), layer)
+            for number, layer in enumerate(cache.layers):
+                beginnings = [self._beginnings[row.key][number] if row.shared else None for row in rows]
+                layer.begin(beginnings, width)
         return cache, mask.to(self.model.device)
-
-    def _stacked(self, rows: Sequence[Asked], layer: int, part: int, like: Tensor, width: int) -> Tensor:
-        """Keys (part 0) or values (part 1) f[B, heads, L, width] of a layer; zeros where a row's beginning is shorter."""
-        if all(row.shared == width for row in rows):
-            return torch.stack([self._beginnings[row.key][layer][part] for row in rows])
-        found = like.new_zeros(len(rows), like.shape[0], width, like.shape[2])
-        for i, row in enumerate(rows):
-            if row.shared:
-                found[i, :, width - row.shared :] = self._beginnings[row.key][layer][part]
-        return found
 
     def _by_transformers(self, rows: Sequence[Asked], how: DecodingConfig, cache: CacheKind) -> list[list[int]]:
         """The same by transformers' ``generate``, over the whole prompts."""

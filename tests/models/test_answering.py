@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.cache_utils import DynamicLayer
 
 from mmkit.config import DecodingConfig
+from mmkit.models.answering import RoomyLayer
 from mmkit.models.decoding import search_arguments
 from mmkit.models.inference import Mllm, load_model
 from mmkit.models.llava import build_llava, save_mllm
@@ -160,3 +162,34 @@ def test_sampling_differs_by_seed_and_not_by_batch():
     mllm = opened("llama")
     other = DecodingConfig(max_new_tokens=10, **{**SAMPLE, "seed": 4})
     assert answers(mllm, rows(), other) != references("llama", "sample")
+
+
+def test_answers_longer_than_the_room_that_was_made_for_them(monkeypatch):
+    monkeypatch.setattr("mmkit.models.answering._ROOM", 1)
+    for kind in ("llama", "gpt2"):
+        assert answers(opened(kind), rows(), WAYS["greedy"]) == references(kind, "greedy")
+
+
+def test_a_layer_with_room_holds_what_transformers_own_layer_holds():
+    torch.manual_seed(0)
+    pieces = [torch.randn(3, 2, length, 4) for length in (5, 1, 1, 9, 1)]
+    ours, theirs = RoomyLayer(room=6), DynamicLayer()
+    for piece in pieces:
+        for found, expected in zip(ours.update(piece, -piece), theirs.update(piece, -piece), strict=True):
+            assert torch.equal(found, expected)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+    keep = torch.tensor([2, 0])
+    for layer in (ours, theirs):
+        layer.batch_select_indices(keep)
+    new = torch.randn(2, 2, 1, 4)
+    assert torch.equal(ours.update(new, new)[1], theirs.update(new, new)[1])
+
+
+def test_beginnings_lie_on_the_right_and_padding_is_no_nan():
+    layer = RoomyLayer(room=5)
+    torch.full((4, 5, 8, 8), float("nan"))  # memory that may come back uninitialised
+    beginning = torch.ones(2, 3, 4)
+    layer.begin([(beginning, 2 * beginning), None], width=4)
+    assert layer.keys.shape == (2, 2, 4, 4)
+    assert layer.keys[0, :, 0].eq(0).all() and layer.keys[0, :, 1:].eq(1).all() and layer.values[0, :, 1:].eq(2).all()
+    assert layer.keys[1].eq(0).all() and layer.values[1].eq(0).all()
