@@ -56,6 +56,7 @@ class Generator:
         """
         self._recipe, self._run, self._ranks = recipe, run, ranks
         self._model, self._cache = functools.cache(open_model), functools.cache(cache)
+        self._uses_cache = False
         self._part = Part(run.path, ranks.rank)
         # Over all tasks: VQAv2 and TextVQA may ask about the same pictures.
         self._features = FeatureStore()
@@ -99,6 +100,11 @@ class Generator:
             batches.reader.close()
             pictures = self._features.encoded - encoded
             self._part.took(name, Speed(tally.answered, time.monotonic() - began, pictures, batches.size))
+
+    def close(self) -> None:
+        """Bound the folder of kept answers, once all of this run's are in it."""
+        if self._uses_cache and self._ranks.is_main:
+            self._cache().make_room()
 
     def _planned(self, examples: Sequence[Example]) -> list[Planned]:
         """Questions in the order in which they are answered."""
@@ -150,6 +156,7 @@ class Generator:
 
     def _take_known(self, name: str, task: TaskConfig, examples: list[Example], how: DecodingConfig) -> list[Example]:
         """Write down what an earlier run has answered; returns the others."""
+        self._uses_cache |= task.generation.reuse
         # Looked at only where there is something: reading all pictures twice is no gain.
         if not task.generation.reuse or not examples or not len(self._cache()):
             return examples

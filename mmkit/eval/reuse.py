@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mmkit.config import DecodingConfig
 from mmkit.data.remote import default_cache
-from mmkit.files import hash_text
+from mmkit.files import Writing, hash_text
 from mmkit.run import package_versions
 
 logger = logging.getLogger(__name__)
@@ -70,19 +70,16 @@ class AnswerCache:
         return self._known.get(key)
 
     def add(self, answers: Mapping[str, str]) -> None:
-        """Keep answers by key."""
+        """Keep answers by key. Raises InputError: the disk is full, read-only or broken."""
         new = {key: text for key, text in answers.items() if key not in self._known}
         if not new:
             return
         self._known.update(new)
         self._folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps([key, value]) + "\n" for key, value in new.items())
-        # One write at the end of the file: lines of several processes do not mix.
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
+        with Writing(self._path), self._path.open("ab", buffering=0) as file:
+            # One write at the end of the file: lines of several processes do not mix.
+            file.write(text.encode())
 
     def make_room(self) -> None:
         """Remove the files of other models that were not used for longest, until all fit the limit."""

@@ -112,6 +112,7 @@ def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, resta
         generator.answer(task.name, task.config, task.shown, known[task.name])
         ranks.meet()
         ranks.on_main(lambda task=task: rows.extend(_score(task, recipe, run, parent, kind, scores)))  # type: ignore[misc]
+    generator.close()
     ranks.on_main(lambda: _finish(run, scores, rows))
     ranks.meet()
     ranks.close()
