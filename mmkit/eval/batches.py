@@ -57,21 +57,27 @@ class Batches:
         Raises:
             InputError: One question alone is too much for the memory.
         """
-        # Outside the except block, whose error would hold the tensors of the call that failed.
-        if (found := self._try(batch, following)) is not None:
-            return found
+        found: dict[Id, str] = {}
+        while batch:
+            part, rest = batch[: self.size], batch[self.size :]
+            # Outside an except block, whose error would hold the tensors of the call that failed.
+            if (texts := self._try(part, rest[:1] or following)) is None:
+                self._shrink(part)
+                continue
+            found |= texts
+            batch = rest
+        return found
+
+    def _shrink(self, part: Sequence[Planned]) -> None:
+        """Go on with half as many questions as were too much. Raises InputError: it was one."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if len(batch) == 1:
-            what = f"question {batch[0].example.id!r} alone does not fit in memory"
+        if len(part) == 1:
+            what = f"question {part[0].example.id!r} alone does not fit in memory"
             raise InputError(what, where="generation", mend="use fewer max_new_tokens or beams, or a device with more memory")
-        half = (len(batch) + 1) // 2
-        if half < self.size:
-            logger.warning("out of memory with %d questions at a time: going on with %d", len(batch), half)
-            self.size = half
-        first, second = batch[:half], batch[half:]
-        return self.answer(first, following=second[:1]) | self.answer(second, following=following)
+        self.size = (len(part) + 1) // 2
+        logger.warning("out of memory with %d questions at a time: going on with %d", len(part), self.size)
 
     def _try(self, batch: Sequence[Planned], following: Sequence[Planned]) -> dict[Id, str] | None:
         """Answers, or None where memory ran out."""
