@@ -62,6 +62,8 @@ def run_eval(recipe: EvalRecipe, *, restart: bool = False) -> Run:
     parent = resolve_parent("model", recipe.model)
     # Before files and model are opened, so that a finished pipeline can be run again in seconds.
     if run.state(recipe, [parent], restart=restart) == "done":
+        # What a kill in the last moment left behind.
+        remove_parts(run.path)
         return run
     with Preemption() as preemption:
         ranks = Ranks(preemption)
@@ -207,8 +209,9 @@ def _settings(task: Asked, recipe: EvalRecipe, parent: Parent, kind: str, answer
 
 
 def _finish(run: Run, scores: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write the product; the parts go when all of it is there."""
+    """Write the product; the parts go when all of it is there and is known to be."""
     write_json(run.path / "scores.json", {"tasks": scores})
     write_predictions(run.path / "predictions.jsonl", rows)
-    remove_parts(run.path)
     run.finish("done")
+    # Last: killed before, the run would be unfinished and all answers gone.
+    remove_parts(run.path)
