@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from mmkit.config import EvalRecipe, TaskConfig
 from mmkit.distributed.preemption import Preemption
 from mmkit.distributed.ranks import Ranks
 from mmkit.errors import InputError, LostError, StoppedError
-from mmkit.eval.examples import Example
+from mmkit.eval.examples import Example, Id
 from mmkit.eval.generation import Generator, check_lost
 from mmkit.eval.parts import Answers, read_parts, remove_parts
 from mmkit.eval.predictions import PictureFiles, prediction_rows, write_predictions
+from mmkit.eval.result import Score, answer_shapes, make_score
 from mmkit.eval.reuse import AnswerCache
 from mmkit.eval.score import score
 from mmkit.eval.suites import find_suite
 from mmkit.eval.tasks import load_task, shuffle_pictures
-from mmkit.files import hash_file, hash_folder, hash_text, write_json
+from mmkit.files import Writing, hash_file, hash_folder, hash_text, write_json
 from mmkit.models.inference import kind_of, load_model
 from mmkit.run import Parent, Run, hardware, resolve_parent
 
@@ -176,16 +177,52 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     results = run.path / "results" / f"{task.name}.json"
     # Scored from the written file, not from memory: the score is that of what can be handed to an evaluation server.
     find_suite(config.task).write_results(results, task.examples, texts)
-    # With a limit most ids lack a result on purpose; without one a missing id stays an error.
-    subset = config.limit is not None
-    found = score(config.task, results, Path(str(config.annotations)), config.questions, allow_missing=subset, **config.settings)
+    submission = _write_submission(task, texts, run)
+    found = _unscored(config, texts, submission) if config.annotations is None else _scored(config, results, config.annotations)
     found["settings"] |= _settings(task, recipe, parent, kind, answers)
+    if submission is not None:
+        found["submission"] = submission
     if config.published:
         found["published"] = [published.model_dump() for published in config.published]
     scores[task.name] = found
-    metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items())
+    metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items()) or "no score"
     logger.info("%s: %s (n %d): %s", "/".join(run.path.parts[-2:]), task.name, found["n"], metrics)
     return prediction_rows(task.name, task.examples, task.shown, texts, found["per_sample"], PictureFiles(run.path))
+
+
+def _scored(config: TaskConfig, results: Path, annotations: str) -> Score:
+    """The score of a result file."""
+    # With a limit most ids lack a result on purpose; without one a missing id stays an error.
+    subset = config.limit is not None
+    return score(config.task, results, Path(annotations), config.questions, allow_missing=subset, **config.settings)
+
+
+def _unscored(config: TaskConfig, texts: Mapping[Id, str], submission: str | None) -> Score:
+    """What stands in place of the score of a test set, whose answers are the server's: counts and no metrics."""
+    counts, notes = answer_shapes(list(texts.values()))
+    where = f"the file for the server is {submission}" if submission else "no server takes it"
+    notes.insert(0, f"a test set without answers has no score here; {where}")
+    return make_score(config.task, {}, None, settings={}, per_sample=[], notes=notes, n=len(texts), answers=counts)
+
+
+def _write_submission(task: Asked, texts: Mapping[Id, str], run: Run) -> str | None:
+    """Write what the suite's server or official tool takes; returns its path in the run directory.
+
+    None where there is neither, or where only the first questions of an annotated set were asked.
+    """
+    config = task.config
+    if config.annotations is not None and config.limit is not None:
+        return None
+    suite = find_suite(config.task)
+    if suite.submit is None:
+        return None
+    # A folder for each task: the server's names of files are the same for all splits.
+    folder = run.path / "submissions" / task.name
+    with Writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    written = suite.write_submission(folder, task.examples, texts, config.settings)
+    assert written is not None
+    return str(written.relative_to(run.path))
 
 
 def _settings(task: Asked, recipe: EvalRecipe, parent: Parent, kind: str, answers: Answers) -> dict[str, Any]:

@@ -348,3 +348,52 @@ def test_names_and_published_scores_of_a_task(tmp_path):
     ]
     assert (tmp_path / "run" / "results" / "my-vqa.json").is_file()
     assert {r["task"] for r in pipeline.rows(tmp_path / "run" / "predictions.jsonl")} == {"my-vqa", "textvqa"}
+
+
+def test_a_test_set_gets_the_servers_file_and_no_score(tmp_path, mllm_run, capsys):
+    run, questions = tmp_path / "run", pipeline.root() / "world" / "vqa_heldout_questions.json"
+    # The server's whole set has one question more than was asked.
+    every = json.loads(questions.read_text())
+    every["questions"].append({**every["questions"][0], "question_id": 10**9})
+    (tmp_path / "all.json").write_text(json.dumps(every))
+    published = [{"system": "Paper", "metrics": {"accuracy": 0.7}, "source": "table 1"}]
+    task = {
+        "name": "test-dev",
+        "annotations": None,
+        "settings": {"all_questions": str(tmp_path / "all.json")},
+        "published": published,
+    }
+    more = [f"tasks.0.{key}={json.dumps(value)}" for key, value in task.items()]
+    assert evaluate("mllm", run, *more) == 0
+    found = scores(run)["test-dev"]
+    asked = scores(mllm_run)["vqav2"]["n"]
+    assert (found["task"], found["metrics"], found["per_sample"], found["n"]) == ("vqav2", {}, [], asked)
+    assert found["answers"]["total"] == asked and found["published"][0]["metrics"] == {"accuracy": 0.7}
+    assert "has no score here" in found["settings"]["notes"][0]
+    # The same answers as with annotations, and nothing to compare them with.
+    rows = {r["id"]: r for r in pipeline.rows(run / "predictions.jsonl") if r["task"] == "test-dev"}
+    before = {r["id"]: r["prediction"] for r in pipeline.rows(mllm_run / "predictions.jsonl") if r["task"] == "vqav2"}
+    assert {i: r["prediction"] for i, r in rows.items()} == before
+    assert {(tuple(r["references"]), tuple(r["score"])) for r in rows.values()} == {((), ())}
+    assert len(json.loads((run / "results" / "test-dev.json").read_text())) == asked
+    file = run / found["submission"]
+    assert {row["question_id"] for row in json.loads(file.read_text())} == {*before, 10**9}
+    # What the command says, also of a run that was done before, and a report of it.
+    for _ in range(2):
+        assert f"test-dev         no score, the answers are the server's: {file}" in capsys.readouterr().out
+        assert evaluate("mllm", run, *more) == 0
+    assert pipeline.mmkit("report", run, "--out", tmp_path / "report") == 0
+    assert "has no score here" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_part_of_an_annotated_set_is_no_submission(tmp_path, mllm_run):
+    # Of whole sets there is one, since a server may read answers otherwise than the rule here.
+    assert scores(mllm_run)["vqav2"]["submission"] == "submissions/vqav2/vqav2_submission.json"
+    assert evaluate("mllm", tmp_path / "run", "tasks.0.limit=3", "tasks.1.limit=2") == 0
+    assert not (tmp_path / "run" / "submissions").exists()
+    assert all("submission" not in found for found in scores(tmp_path / "run").values())
+
+
+def test_a_captioner_has_no_submission(captioner_run):
+    assert "submission" not in scores(captioner_run)["coco-caption"]
+    assert not (captioner_run / "submissions").exists()
