@@ -20,7 +20,7 @@ from mmkit.errors import InputError, LostError, StoppedError
 from mmkit.eval.examples import Example
 from mmkit.eval.generation import Generator, check_lost
 from mmkit.eval.parts import Answers, read_parts, remove_parts
-from mmkit.eval.predictions import PictureFiles, prediction_rows, write_predictions
+from mmkit.eval.predictions import FOLDER, PictureFiles, prediction_rows, write_predictions
 from mmkit.eval.reuse import AnswerCache
 from mmkit.eval.score import score
 from mmkit.eval.suites import find_suite
@@ -215,3 +215,7 @@ def _finish(run: Run, scores: dict[str, Any], rows: list[dict[str, Any]]) -> Non
     run.finish("done")
     # Last: killed before, the run would be unfinished and all answers gone.
     remove_parts(run.path)
+    for folder in ("results", FOLDER):
+        # Half of a file that a kill cut off.
+        for path in (run.path / folder).glob(".*"):
+            path.unlink()
