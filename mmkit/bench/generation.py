@@ -144,9 +144,9 @@ def answer_in_batches(
     mllm: Mllm, examples: list[Example], how: DecodingConfig, batch: int, *, share: bool = True
 ) -> dict[Id, str]:
     """As `mmkit eval` answers, without its files; with ``share=False`` every question is read whole."""
-    ids = [mllm.encode(e.prompt, len(e.images)) for e in examples]
+    prompts = [mllm.prompt(e.prompt, len(e.images)) for e in examples]
     pictures = [tuple(map(picture_key, e.images)) for e in examples]
-    rows = plan(examples, ids, pictures, [mllm.shared(row) if share else 0 for row in ids])
+    rows = plan(examples, prompts if share else [prompt.whole() for prompt in prompts], pictures)
     reader = Reader(picture_order(rows).items(), mllm.square, **_LIMITS)
     batches = Batches(mllm, FeatureStore(), reader, "dynamic", how, size=batch)
     found: dict[Id, str] = {}

@@ -120,8 +120,7 @@ class Batches:
         asked = []
         for row, pictures in zip(rows, shown, strict=True):
             draw = model.draw(how, row.example.prompt, [square.pixels for _, square in pictures])
-            whole = model.ask(row.ids, [features for features, _ in pictures], key=row.pictures, draw=draw)
-            asked.append(whole if row.key is not None else model.alone(whole))
+            asked.append(model.ask(row.prompt, [features for features, _ in pictures], key=row.key, draw=draw))
         return model.texts(model.writer.write(asked, how, cache=self._cache, keep=keep))
 
     def left_out(self, row: Planned) -> LeftOut | None:

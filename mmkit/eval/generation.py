@@ -25,6 +25,7 @@ from mmkit.eval.parts import Answers, Part, Speed
 from mmkit.eval.pictures import FeatureStore, Reader, content_hash, picture_key
 from mmkit.eval.reuse import AnswerCache
 from mmkit.eval.schedule import Planned, by_pictures, next_batch, picture_order, plan, share_of
+from mmkit.models.answering import Prompt
 from mmkit.models.decoding import choose_decoding
 from mmkit.models.inference import Mllm
 from mmkit.run import Run
@@ -111,9 +112,8 @@ class Generator:
         model = self._model()
         pictures = [tuple(map(picture_key, e.images)) for e in examples]
         if not isinstance(model, Mllm):
-            return plan(examples, [()] * len(examples), pictures, [0] * len(examples))
-        ids = [model.encode(e.prompt, len(e.images)) for e in examples]
-        return plan(examples, ids, pictures, [model.shared(row) for row in ids])
+            return plan(examples, [Prompt()] * len(examples), pictures)
+        return plan(examples, [model.prompt(e.prompt, len(e.images)) for e in examples], pictures)
 
     def _reader(self, rows: Sequence[Planned]) -> Reader:
         """Reads ahead what is not encoded yet."""
@@ -127,7 +127,7 @@ class Generator:
         if size != "auto":
             return size
         lm = model.model.config.get_text_config() if isinstance(model, Mllm) else model.model.lm.config
-        prompt = max(len(row.ids) for row in rows) if isinstance(model, Mllm) else model.model.config.prefix_length
+        prompt = max(row.length for row in rows) if isinstance(model, Mllm) else model.model.config.prefix_length
         itemsize = next(model.model.parameters()).element_size()
         return fitting(lm, prompt + how.max_new_tokens, itemsize=itemsize, beams=how.num_beams, device=model.device)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mmkit.errors import InputError, LostError, StoppedError
 from mmkit.eval.examples import Example, Id
 from mmkit.eval.generation import Generator, check_lost
 from mmkit.eval.parts import Answers, read_parts, remove_parts
-from mmkit.eval.predictions import PictureFiles, prediction_rows, write_predictions
+from mmkit.eval.predictions import FOLDER, PictureFiles, prediction_rows, write_predictions
 from mmkit.eval.result import Score, answer_shapes, make_score
 from mmkit.eval.reuse import AnswerCache
 from mmkit.eval.score import score
@@ -31,6 +32,8 @@ from mmkit.models.inference import kind_of, load_model
 from mmkit.run import Parent, Run, hardware, resolve_parent
 
 logger = logging.getLogger(__name__)
+# Folder of what servers and official tools take, in the run directory.
+SUBMISSIONS = "submissions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +220,7 @@ def _write_submission(task: Asked, texts: Mapping[Id, str], run: Run) -> str | N
     if suite.submit is None:
         return None
     # A folder for each task: the server's names of files are the same for all splits.
-    folder = run.path / "submissions" / task.name
+    folder = run.path / SUBMISSIONS / task.name
     with Writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     written = suite.write_submission(folder, task.examples, texts, config.settings)
@@ -252,3 +255,10 @@ def _finish(run: Run, scores: dict[str, Any], rows: list[dict[str, Any]]) -> Non
     run.finish("done")
     # Last: killed before, the run would be unfinished and all answers gone.
     remove_parts(run.path)
+    for folder in ("results", FOLDER, SUBMISSIONS):
+        # Half of a file or folder that a kill cut off.
+        for path in list((run.path / folder).rglob(".*")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

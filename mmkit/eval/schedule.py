@@ -11,6 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from mmkit.eval.examples import Example, Picture
+from mmkit.models.answering import Prompt
 
 Group = list[Example]
 
@@ -21,17 +22,25 @@ class Planned:
 
     Attributes:
         example: The question.
-        ids: Its prompt's token ids; empty for a captioner.
+        prompt: Its token ids; empty for a captioner.
         pictures: Keys of its pictures.
         key: Names its beginning, which other questions share; None: it shares none.
-        rest: Tokens after that beginning, or all.
     """
 
     example: Example
-    ids: tuple[int, ...]
+    prompt: Prompt
     pictures: tuple[str, ...]
     key: Hashable
-    rest: int
+
+    @property
+    def own(self) -> int:
+        """Tokens that are read for this question alone."""
+        return len(self.prompt.rest) + (len(self.prompt.beginning) if self.key is None else 0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt.rest) + len(self.prompt.beginning)
 
 
 def by_pictures(examples: Sequence[Example]) -> list[Group]:
@@ -48,12 +57,7 @@ def share_of(groups: Sequence[Group], rank: int, world_size: int) -> list[Exampl
     return list(itertools.chain.from_iterable(groups[rank::world_size]))
 
 
-def plan(
-    examples: Sequence[Example],
-    ids: Sequence[Sequence[int]],
-    pictures: Sequence[tuple[str, ...]],
-    shared: Sequence[int],
-) -> list[Planned]:
+def plan(examples: Sequence[Example], prompts: Sequence[Prompt], pictures: Sequence[tuple[str, ...]]) -> list[Planned]:
     """The order in which questions are answered.
 
     First those that share a beginning with others, the groups by length; then the rest by length. Within a group the questions
@@ -61,25 +65,26 @@ def plan(
 
     Args:
         examples: What is to be answered.
-        ids: Token ids of their prompts.
+        prompts: Their token ids.
         pictures: Keys of their pictures.
-        shared: How many of the first ids other questions on the same pictures may share.
     """
-    keys = [(p, tuple(i[:n])) for p, i, n in zip(pictures, ids, shared, strict=True)]
+    # Numbers in place of beginnings: hundreds of ids are hashed once a question.
+    numbers: dict[tuple[int, ...], int] = {}
+    keys = [(p, numbers.setdefault(prompt.beginning, len(numbers))) for p, prompt in zip(pictures, prompts, strict=True)]
     count = Counter(keys)
     planned = []
-    for example, row, shown, n, key in zip(examples, ids, pictures, shared, keys, strict=True):
+    for example, prompt, shown, key in zip(examples, prompts, pictures, keys, strict=True):
         # Alone with its beginning it is read in one piece.
-        together = n > 0 and count[key] > 1
-        planned.append(Planned(example, tuple(row), shown, key if together else None, len(row) - n if together else len(row)))
+        together = bool(prompt.beginning) and count[key] > 1
+        planned.append(Planned(example, prompt, shown, key if together else None))
     longest: dict[Hashable, int] = {}
     first: dict[Hashable, int] = {}
-    for number, one in enumerate(planned):
-        longest[one.key] = max(longest.get(one.key, 0), one.rest)
-        first.setdefault(one.key, number)
+    for number, row in enumerate(planned):
+        longest[row.key] = max(longest.get(row.key, 0), row.own)
+        first.setdefault(row.key, number)
 
     def place(row: Planned) -> tuple[int, ...]:
-        return (1, row.rest, 0, 0) if row.key is None else (0, longest[row.key], first[row.key], row.rest)
+        return (1, row.own, 0, 0) if row.key is None else (0, longest[row.key], first[row.key], row.own)
 
     # Stable: equal ones stay in the order of the data set, in which neighbours often show one picture.
     return sorted(planned, key=place)

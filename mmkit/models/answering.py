@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,22 @@ CacheKind = Literal["dynamic", "static"]
 _LEAVE = 0.25
 # Tokens of an answer that there is memory for from the start.
 _ROOM = 64
+
+
+class Prompt(NamedTuple):
+    """Token ids of a question.
+
+    Attributes:
+        beginning: Up to the last picture and with it; empty for text alone.
+        rest: What comes after it.
+    """
+
+    beginning: tuple[int, ...] = ()
+    rest: tuple[int, ...] = ()
+
+    def whole(self) -> Prompt:
+        """The same without a beginning that could be shared."""
+        return Prompt((), self.beginning + self.rest)
 
 
 @dataclass(frozen=True)

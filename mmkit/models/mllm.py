@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Hashable, Sequence
 from typing import Any, Union
 
 import torch
@@ -15,7 +15,7 @@ from mmkit.data.conversations import ConversationError, encode_prompt, stop_toke
 from mmkit.data.images import Pixels, fit_square, mean_colour
 from mmkit.encoders.vit import normalise
 from mmkit.errors import InputError
-from mmkit.models.answering import AnswerWriter, Asked
+from mmkit.models.answering import AnswerWriter, Asked, Prompt
 from mmkit.models.decoding import bare_settings, choose_decoding, draw_seed
 from mmkit.models.generation import add_stop_tokens, settle_generation, stop_ids
 from mmkit.models.llava import load_mllm
@@ -36,6 +36,8 @@ class Mllm:
         self.model.generation_config = bare_settings(self.model.generation_config)
         self.tokenizer = self.processor.tokenizer
         self.device = device
+        # The same object for equal beginnings.
+        self._same = functools.lru_cache(maxsize=256)(_itself)
         self._mean = torch.tensor(self.meta["mean"], device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(self.meta["std"], device=device).view(1, 3, 1, 1)
         # The tokenizer's and the template's beside the model's own list: folders of older versions know only the first.
@@ -75,19 +77,19 @@ class Mllm:
             raise InputError(f"{len(prompts)} prompts for {len(images)} rows", mend="give one prompt a row")
         shown = [_pictures(row) for row in images]
         # Encoded before anything is computed: a prompt that cannot be asked is told at once.
-        ids = [self.encode(prompt, len(row)) for prompt, row in zip(prompts, shown, strict=True)]
+        read = [self.prompt(prompt, len(row)) for prompt, row in zip(prompts, shown, strict=True)]
         # By identity: two equal objects cost time, a wrong match would cost the answer.
         distinct = {id(picture): picture for row in shown for picture in row}
         squares = {key: self.square(picture) for key, picture in distinct.items()}
         features = dict(zip(squares, self.features(list(squares.values())), strict=True)) if squares else {}
         asked = [
             self.ask(
-                row_ids,
+                ids,
                 [features[id(picture)] for picture in row],
-                key=tuple(map(id, row)),
+                key=(*map(id, row), ids.beginning),
                 draw=self.draw(how, prompt, [squares[id(picture)] for picture in row]),
             )
-            for row_ids, prompt, row in zip(ids, prompts, shown, strict=True)
+            for ids, prompt, row in zip(read, prompts, shown, strict=True)
         ]
         return self.writer.write(asked, how) if asked else []
 
@@ -102,27 +104,25 @@ class Mllm:
             raise InputError("decoding=paper is ClipCap's, for captioners", where="decoding", mend="use search or sample")
         return how
 
-    def ask(self, ids: Sequence[int], features: Sequence[Tensor], *, key: tuple[Any, ...], draw: int = 0) -> Asked:
+    def ask(self, prompt: Prompt, features: Sequence[Tensor], *, key: Hashable, draw: int = 0) -> Asked:
         """A question as the language model reads it.
 
         Args:
-            ids: Of `encode`.
+            prompt: Of `prompt`.
             features: Of its pictures, in order.
-            key: Names them: questions of one key show the same pictures in the same order.
+            key: Names its beginning: questions of one key show the same pictures after the same words. None shares nothing.
             draw: Of `draw`.
         """
-        shared = self.shared(ids)
-        return Asked(ids, torch.cat(list(features)) if features else None, shared, (key, tuple(ids[:shared])), draw)
+        shared = 0 if key is None else len(prompt.beginning)
+        return Asked(prompt.beginning + prompt.rest, torch.cat(list(features)) if features else None, shared, key, draw)
 
-    @staticmethod
-    def alone(asked: Asked) -> Asked:
-        """The same question where no other shares its beginning: read in one piece, which costs less."""
-        return dataclasses.replace(asked, shared=0, key=None)
-
-    def shared(self, ids: Sequence[int]) -> int:
-        """How many ids go up to the last picture and with it: what all questions on it may share."""
+    def prompt(self, question: str, pictures: int) -> Prompt:
+        """A question that comes with this many pictures, what may be shared apart. Raises InputError, as `encode`."""
+        ids = self.encode(question, pictures)
         image = self.model.config.image_token_id
-        return next((len(ids) - i for i, token in enumerate(reversed(ids)) if token == image), 0)
+        end = next((len(ids) - i for i, token in enumerate(reversed(ids)) if token == image), 0)
+        # Hundreds of ids, the same for most questions of a benchmark.
+        return Prompt(self._same(tuple(ids[:end])), tuple(ids[end:]))
 
     def draw(self, how: DecodingConfig, prompt: str, squares: Sequence[Pixels]) -> int:
         """Seed of a row's draws: of all that its answer depends on, so that its neighbours in the batch are no part of it."""
@@ -168,6 +168,10 @@ class Mllm:
         pixels = torch.stack([torch.from_numpy(square) for square in squares])
         # Normalised in float32 and rounded once, as in training.
         return normalise(pixels.to(self.device), self._mean, self._std).to(self.model.dtype)
+
+
+def _itself(ids: tuple[int, ...]) -> tuple[int, ...]:
+    return ids
 
 
 def _pictures(row: Shown) -> list[Image.Image]:

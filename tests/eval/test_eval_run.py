@@ -269,9 +269,15 @@ def test_a_signal_stops_after_the_batch_and_the_same_command_goes_on(tmp_path, m
         assert evaluate("mllm", run, *size) == 75
     assert f"stopped by {number.name}; the same command goes on" in capsys.readouterr().err
     assert pipeline.manifest(run)["status"] == "stopped" and not (run / "scores.json").exists()
+    # What a kill leaves of files and folders that were being written.
+    cut = ("results/.vqav2.json.ab12cd", "submissions/vqav2/.vqav2_submission.json.ab12cd", "submissions/mme/.mme.ab12cd/x.txt")
+    for left in cut:
+        (run / left).parent.mkdir(parents=True, exist_ok=True)
+        (run / left).touch()
     with monkeypatch.context() as patch:
         after = stop_after(patch, 10**6, number)
         assert evaluate("mllm", run, *size) == 0
+    assert not [path for path in run.glob("*/**/*") if path.name.startswith(".")]
     questions = len(pipeline.rows(run / "predictions.jsonl"))
     assert len(before) == 2 and sum(before) + sum(after) == questions, "each question was asked once"
     assert product(run) == product(mllm_run)

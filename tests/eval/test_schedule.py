@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mmkit.eval.examples import Example, Picture
 from mmkit.eval.schedule import by_pictures, next_batch, picture_order, plan, share_of
+from mmkit.models.answering import Prompt
 
 
 def example(number: int, *pictures: str) -> Example:
@@ -16,13 +17,12 @@ def example(number: int, *pictures: str) -> Example:
 
 def planned(examples: list[Example], beginning: int = 3, lengths: dict[int, int] | None = None):
     """Every picture's beginning has ``beginning`` tokens, its own; a question of text alone has none."""
-    ids, shared = [], []
+    prompts = []
     for e in examples:
-        rest = [100 + e.id] * (lengths or {}).get(e.id, 2)
-        front = [hash(e.images) % 1000] * beginning if e.images else []
-        ids.append([*front, *rest])
-        shared.append(len(front))
-    return plan(examples, ids, [tuple(p.name for p in e.images) for e in examples], shared)
+        # The words before it are the same for all pictures.
+        front = (7,) * beginning if e.images else ()
+        prompts.append(Prompt(front, (100 + e.id,) * (lengths or {}).get(e.id, 2)))
+    return plan(examples, prompts, [tuple(p.name for p in e.images) for e in examples])
 
 
 def test_groups_are_shared_out_whole_and_in_turn():
@@ -48,7 +48,7 @@ def test_questions_of_a_picture_are_neighbours_by_length_and_lonely_ones_come_la
     # b's longest question is shorter than a's; c is alone with its picture and text has none, so both are read whole.
     assert [row.example.id for row in rows] == [1, 4, 3, 0, 2, 5]
     assert [row.key is None for row in rows] == [False] * 4 + [True] * 2
-    assert [row.rest for row in rows] == [1, 3, 2, 9, 4, 30]
+    assert [row.own for row in rows] == [1, 3, 2, 9, 4, 30]
     assert rows[0].key == rows[1].key != rows[2].key == rows[3].key
     assert list(picture_order(rows)) == ["b", "a", "c"]
 

@@ -97,8 +97,8 @@ def answers(mllm: Mllm, some: list[tuple], how: DecodingConfig, *, share: bool =
         squares = [mllm.square(picture) for picture in shown]
         features = mllm.features(squares) if squares else []
         draw = mllm.draw(how, question, squares)
-        row = mllm.ask(mllm.encode(question, len(shown)), features, key=tuple(map(id, shown)), draw=draw)
-        asked.append(row if share else mllm.alone(row))
+        prompt = mllm.prompt(question, len(shown))
+        asked.append(mllm.ask(prompt, features, key=(*map(id, shown), prompt.beginning) if share else None, draw=draw))
     return mllm.writer.write(asked, how, **more)
 
 
@@ -146,7 +146,7 @@ def test_a_beginning_is_read_once_and_kept_as_long_as_it_is_asked_for(monkeypatc
         mllm.writer, "_embedded", lambda ids, features: read.append(sum(map(len, ids))) or embedded(ids, features)
     )
     shown = [pictures()[0]]
-    asked = [mllm.ask(mllm.encode(q, 1), mllm.features([mllm.square(shown[0])]), key=(0,)) for q in QUESTIONS]
+    asked = [mllm.ask(mllm.prompt(q, 1), mllm.features([mllm.square(shown[0])]), key=(0,)) for q in QUESTIONS]
     mllm.writer.write(asked[:3], how, keep={asked[0].key})
     beginning = asked[0].shared
     assert read[0] == beginning, "one beginning for three questions"
