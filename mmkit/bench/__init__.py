@@ -22,6 +22,7 @@ BENCHMARKS = {
     "packing": "packing",
     "lm-loss": "lm_loss",
     "generation": "generation",
+    "vqa-metrics": "vqa_metrics",
 }
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
