@@ -17,7 +17,7 @@ from mmkit.config import EvalRecipe, TaskConfig
 from mmkit.distributed.preemption import Preemption
 from mmkit.distributed.ranks import Ranks
 from mmkit.errors import InputError, LostError, StoppedError
-from mmkit.eval.examples import Example
+from mmkit.eval.examples import Example, Id
 from mmkit.eval.generation import Generator, check_lost
 from mmkit.eval.parts import Answers, read_parts, remove_parts
 from mmkit.eval.predictions import FOLDER, PictureFiles, prediction_rows, write_predictions
@@ -130,6 +130,11 @@ def _ask(task: TaskConfig, recipe: EvalRecipe, kind: str) -> Asked:
         raise InputError(f"a model of kind {kind} cannot do {task.task}", where=recipe.model, mend="use an MLLM")
     if kind == "captioner" and task.generation.cache == "static":
         raise InputError("generation.cache=static is for MLLMs", where=task.task, mend="leave it out for a captioner")
+    if task.annotations is None and find_suite(task.task).submit is None:
+        # Known before hours of answering: there is nobody who could score the answers.
+        raise InputError(
+            f"{task.task} without annotations has no score", where=f"tasks: {task.task}", mend="give annotations=PATH"
+        )
     examples = load_task(task)
     # Only what the model sees changes: ids, questions and references stay those of the true picture.
     shown = shuffle_pictures(examples, recipe.seed) if recipe.blind else examples
@@ -176,16 +181,28 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     results = run.path / "results" / f"{task.name}.json"
     # Scored from the written file, not from memory: the score is that of what can be handed to an evaluation server.
     find_suite(config.task).write_results(results, task.examples, texts)
-    # With a limit most ids lack a result on purpose; without one a missing id stays an error.
-    subset = config.limit is not None
-    found = score(config.task, results, Path(str(config.annotations)), config.questions, allow_missing=subset, **config.settings)
+    if config.annotations is None:
+        found = _hand_in(task, texts, run)
+    else:
+        # With a limit most ids lack a result on purpose; without one a missing id stays an error.
+        subset = config.limit is not None
+        found = score(config.task, results, Path(config.annotations), config.questions, allow_missing=subset, **config.settings)
     found["settings"] |= _settings(task, recipe, parent, kind, answers)
     if config.published:
         found["published"] = [published.model_dump() for published in config.published]
     scores[task.name] = found
-    metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items())
+    metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items()) or f"for the server: {found['submission']}"
     logger.info("%s: %s (n %d): %s", "/".join(run.path.parts[-2:]), task.name, found["n"], metrics)
     return prediction_rows(task.name, task.examples, task.shown, texts, found["per_sample"], PictureFiles(run.path))
+
+
+def _hand_in(task: Asked, texts: dict[Id, str], run: Run) -> dict[str, Any]:
+    """Write what the evaluation server takes; an object in the place of the score that only the server can give."""
+    folder = run.path / "submission" / task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    file = find_suite(task.config.task).write_submission(folder, task.examples, texts, task.config.settings)
+    empty: dict[str, Any] = {"metrics": {}, "ci95": {}, "settings": {}, "per_sample": []}
+    return {"task": task.config.task, "n": len(task.examples), **empty, "submission": str(file)}
 
 
 def _settings(task: Asked, recipe: EvalRecipe, parent: Parent, kind: str, answers: Answers) -> dict[str, Any]:

@@ -337,6 +337,22 @@ def test_pictures_of_a_table_are_written_beside_the_predictions(tmp_path, monkey
     assert "data:image" in (tmp_path / "report" / "report.html").read_text()
 
 
+def test_a_test_set_whose_answers_the_server_keeps(tmp_path, capsys, mllm_run):
+    assert evaluate("mllm", tmp_path / "run", "tasks.0.annotations=null") == 0
+    found = scores(tmp_path / "run")["vqav2"]
+    assert found["metrics"] == {} and found["per_sample"] == [] and found["n"] == scores(mllm_run)["vqav2"]["n"]
+    submission = json.loads(Path(found["submission"]).read_text())
+    assert len(submission) == found["n"] and Path(found["submission"]).is_relative_to(tmp_path / "run" / "submission" / "vqav2")
+    results = [json.loads((run / "results" / "vqav2.json").read_text()) for run in (tmp_path / "run", mllm_run)]
+    assert results[0] == results[1]
+    rows = [row for row in pipeline.rows(tmp_path / "run" / "predictions.jsonl") if row["task"] == "vqav2"]
+    assert all(row["references"] == [] and row["score"] == {} for row in rows)
+    build_report([tmp_path / "run"], tmp_path / "report")
+    # A suite without a server: nobody could score the answers.
+    assert evaluate("captioner", tmp_path / "captions", "tasks.0.annotations=null") == 2
+    assert "coco-caption without annotations has no score" in capsys.readouterr().err
+
+
 def test_names_and_published_scores_of_a_task(tmp_path):
     published = "[{system: Human, metrics: {accuracy: 0.84}, source: the paper, conditions: test-dev}]"
     more = ["tasks.0.name=my-vqa", f"tasks.0.published={published}", "tasks.0.limit=3", "tasks.1.limit=2"]
