@@ -21,8 +21,8 @@ BENCHMARKS = {
     "loader": "loader",
     "packing": "packing",
     "lm-loss": "lm_loss",
-    "vqa-metrics": "vqa_metrics",
     "generation": "generation",
+    "vqa-metrics": "vqa_metrics",
 }
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

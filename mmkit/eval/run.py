@@ -33,7 +33,7 @@ from mmkit.run import Parent, Run, hardware, resolve_parent
 
 logger = logging.getLogger(__name__)
 # Folder of what servers and official tools take, in the run directory.
-SUBMISSIONS = "submissions"
+SUBMISSIONS = "submission"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +184,7 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     found = _unscored(config, texts, submission) if config.annotations is None else _scored(config, results, config.annotations)
     found["settings"] |= _settings(task, recipe, parent, kind, answers)
     if submission is not None:
+        # Below the run directory, which may move.
         found["submission"] = submission
     if config.published:
         found["published"] = [published.model_dump() for published in config.published]
@@ -201,10 +202,9 @@ def _scored(config: TaskConfig, results: Path, annotations: str) -> Score:
 
 
 def _unscored(config: TaskConfig, texts: Mapping[Id, str], submission: str | None) -> Score:
-    """What stands in place of the score of a test set, whose answers are the server's: counts and no metrics."""
+    """What stands in place of the score of a test set, which only the server can give: counts and no metrics."""
     counts, notes = answer_shapes(list(texts.values()))
-    where = f"the file for the server is {submission}" if submission else "no server takes it"
-    notes.insert(0, f"a test set without answers has no score here; {where}")
+    notes.insert(0, f"a test set without answers has no score here; the file for the server is {submission}")
     return make_score(config.task, {}, None, settings={}, per_sample=[], notes=notes, n=len(texts), answers=counts)
 
 

@@ -50,16 +50,20 @@ def parse_settings(task: str, pairs: Mapping[str, str]) -> dict[str, Any]:
 
 
 def check_task_settings(config: TaskConfig) -> None:
-    """Refuse settings of a task that its scorer would refuse: before hours of generation, not after.
+    """Refuse a task that could not be scored, and settings that its scorer would refuse: before hours of generation, not after.
 
     Raises:
-        InputError: Unknown to the suite, without effect here, or not of its type.
+        InputError: No annotations and no server; a setting that is unknown to the suite, without effect here, or not of its type.
     """
-    given = dict(config.settings)
+    given, suite = dict(config.settings), find_suite(config.task)
+    if config.annotations is None and suite.submit is None:
+        # There is nobody who could score the answers.
+        what = f"{config.task} without annotations has no score"
+        raise InputError(what, where=f"tasks: {config.task}", mend="give annotations=PATH")
     if "allow_missing" in given:
         # Set by the limit: a result that is missing for another reason is an error that must not be hidden.
         raise InputError("an evaluation answers all its questions", where="settings.allow_missing", mend="leave it out")
-    for key in find_suite(config.task).submit_options:
+    for key in suite.submit_options:
         if given.pop(key, None) is not None and config.annotations is not None:
             what = f"{key} is for the server's file of a test set, whose answers are not here"
             raise InputError(what, where=f"settings.{key}", mend="leave it out, or use annotations=null")

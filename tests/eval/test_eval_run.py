@@ -270,7 +270,7 @@ def test_a_signal_stops_after_the_batch_and_the_same_command_goes_on(tmp_path, m
     assert f"stopped by {number.name}; the same command goes on" in capsys.readouterr().err
     assert pipeline.manifest(run)["status"] == "stopped" and not (run / "scores.json").exists()
     # What a kill leaves of files and folders that were being written.
-    cut = ("results/.vqav2.json.ab12cd", "submissions/vqav2/.vqav2_submission.json.ab12cd", "submissions/mme/.mme.ab12cd/x.txt")
+    cut = ("results/.vqav2.json.ab12cd", "submission/vqav2/.vqav2_submission.json.ab12cd", "submission/mme/.mme.ab12cd/x.txt")
     for left in cut:
         (run / left).parent.mkdir(parents=True, exist_ok=True)
         (run / left).touch()
@@ -381,25 +381,30 @@ def test_a_test_set_gets_the_servers_file_and_no_score(tmp_path, mllm_run, capsy
     before = {r["id"]: r["prediction"] for r in pipeline.rows(mllm_run / "predictions.jsonl") if r["task"] == "vqav2"}
     assert {i: r["prediction"] for i, r in rows.items()} == before
     assert {(tuple(r["references"]), tuple(r["score"])) for r in rows.values()} == {((), ())}
-    assert len(json.loads((run / "results" / "test-dev.json").read_text())) == asked
     file = run / found["submission"]
     assert {row["question_id"] for row in json.loads(file.read_text())} == {*before, 10**9}
     # What the command says, also of a run that was done before, and a report of it.
     for _ in range(2):
         assert f"test-dev         no score, the answers are the server's: {file}" in capsys.readouterr().out
         assert evaluate("mllm", run, *more) == 0
+    assert json.loads((run / "results" / "test-dev.json").read_text()) == json.loads(
+        (mllm_run / "results" / "vqav2.json").read_text()
+    )
     assert pipeline.mmkit("report", run, "--out", tmp_path / "report") == 0
     assert "has no score here" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_part_of_an_annotated_set_is_no_submission(tmp_path, mllm_run):
     # Of whole sets there is one, since a server may read answers otherwise than the rule here.
-    assert scores(mllm_run)["vqav2"]["submission"] == "submissions/vqav2/vqav2_submission.json"
+    assert scores(mllm_run)["vqav2"]["submission"] == "submission/vqav2/vqav2_submission.json"
     assert evaluate("mllm", tmp_path / "run", "tasks.0.limit=3", "tasks.1.limit=2") == 0
-    assert not (tmp_path / "run" / "submissions").exists()
+    assert not (tmp_path / "run" / "submission").exists()
     assert all("submission" not in found for found in scores(tmp_path / "run").values())
 
 
-def test_a_captioner_has_no_submission(captioner_run):
+def test_a_captioner_has_no_submission(tmp_path, captioner_run, capsys):
     assert "submission" not in scores(captioner_run)["coco-caption"]
-    assert not (captioner_run / "submissions").exists()
+    assert not (captioner_run / "submission").exists()
+    # So nobody could score the answers.
+    assert evaluate("captioner", tmp_path / "captions", "tasks.0.annotations=null") == 2
+    assert "coco-caption without annotations has no score" in capsys.readouterr().err
