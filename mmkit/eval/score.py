@@ -80,7 +80,8 @@ def score(
         bootstrap: Number of resamples behind the 95 % intervals; 0 leaves them out.
         seed: Seed of the resamples.
         **options: The task's own settings. Captions: ``tokenizer``, ``python`` (PTB-compatible, the default), ``java``
-            (CoreNLP's) or ``none``. VQAv2: ``rule``, ``official`` (2021, the default), ``2017`` or ``always`` (lmms-eval).
+            (CoreNLP's) or ``none``; ``metrics``, ``bleu,rouge,cider`` by default (``meteor`` and ``spice`` need Java).
+            VQAv2: ``rule``, ``official`` (2021, the default), ``2017`` or ``always`` (lmms-eval).
 
     Returns:
         ``{"task", "metrics", "ci95", "n", "settings", "per_sample"}``; metrics are fractions.

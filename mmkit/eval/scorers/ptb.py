@@ -1,29 +1,23 @@
 """Caption tokenisers: a Python twin of the Penn Treebank tokeniser that COCO scores are made with, Java's own, or none.
 
 The twin is written from the observed input and output of the Stanford tokeniser (CoreNLP 3.4.1, ``-preserveLines
--lowerCase``) followed by pycocoevalcap's removal of punctuation; none of its code was used. It agrees on ordinary
-captions; the remaining differences are in text such as telephone numbers with spaces or nested quotes.
+-lowerCase``) followed by pycocoevalcap's removal of punctuation; none of its code was used. Both are compared on real
+captions, on 55,000 words before a period and on random captions full of odd text; what differs is in letters with accents
+glued to a mark or a number, soft hyphens, and addresses glued to other signs.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from mmkit.errors import InputError
+from mmkit.eval.scorers.java import tokenise_lines
 
 # pycocoevalcap's list, exactly: "?!" and ":-rrb-" are not on it and so count as words.
 _REMOVED = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"
 REMOVED = frozenset(_REMOVED.split())
 # A line end inside a caption would become a line of its own in the Java tokeniser's output, and shift all that follow.
 _LINE_ENDS = re.compile("[\r\n\x0b\x0c\x85\u2028\u2029]")
-# All of COCO's validation captions take about a second; a virtual machine that hangs must not hold an evaluation.
-_JAVA_SECONDS = 600
 
 # Separators that are no white space to Python, and marks that vanish without splitting the word around them.
 _CHARACTERS = {
@@ -264,16 +258,6 @@ def tokenise_none(captions: Sequence[str]) -> list[str]:
     return [clean_lines(caption) for caption in captions]
 
 
-def java_jar() -> Path | None:
-    """Find the CoreNLP jar that pycocoevalcap brings, without importing that package; None where it is not installed."""
-    spec = importlib.util.find_spec("pycocoevalcap")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        jars = sorted((Path(folder) / "tokenizer").glob("stanford-corenlp-*.jar"))
-        if jars:
-            return jars[-1]
-    return None
-
-
 def tokenise_java(captions: Sequence[str]) -> list[str]:
     """Tokenise captions with the Java tokeniser that the official code calls.
 
@@ -286,31 +270,8 @@ def tokenise_java(captions: Sequence[str]) -> list[str]:
     Raises:
         InputError: Java or the jar is missing, or the tokeniser failed.
     """
-    java, jar = shutil.which("java"), java_jar()
-    if java is None or jar is None:
-        what = "no java on the PATH" if java is None else "pycocoevalcap is not installed"
-        mend = "install a Java runtime and mmkit[java], or use tokenizer=python"
-        raise InputError(what, where="tokenizer=java", mend=mend)
-    if not captions:
-        return []
-    lines = "\n".join(clean_lines(caption) for caption in captions) + "\n"
-    # The system's folder for temporary files: the official code writes into site-packages, which may be read-only.
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "captions.txt"
-        path.write_bytes(lines.encode("utf-8", errors="replace"))
-        # A fixed locale: decimal commas and Turkish lower case would change tokens.
-        command = [java, "-Duser.language=en", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
-        command += ["-preserveLines", "-lowerCase", str(path)]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=_JAVA_SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            raise InputError(f"no end after {_JAVA_SECONDS} s", where="tokenizer=java", mend="use tokenizer=python") from None
-    # Fewer or more lines than captions would pair texts with the wrong images.
-    out = done.stdout.decode("utf-8").split("\n")[:-1]
-    if done.returncode or len(out) != len(captions):
-        what = f"Java gave {len(out)} lines for {len(captions)} captions (exit code {done.returncode})"
-        raise InputError(what, where="tokenizer=java", mend="use tokenizer=python")
-    return [" ".join(word for word in line.rstrip().split(" ") if word not in REMOVED) for line in out]
+    lines = tokenise_lines([clean_lines(caption) for caption in captions]) if captions else []
+    return [" ".join(word for word in line.rstrip().split(" ") if word not in REMOVED) for line in lines]
 
 
 TOKENIZERS: dict[str, Callable[[Sequence[str]], list[str]]] = {
