@@ -17,7 +17,7 @@ from mmkit.bench import BENCHMARKS
 from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, dump_recipe, load_recipe
 from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError, LostError, StoppedError
 from mmkit.files import disk_trouble
-from mmkit.recipes import copy_recipe, describe, find_recipe, list_recipes
+from mmkit.recipes import copy_recipe, describe, find_recipe, list_recipes, list_tasks
 from mmkit.run import Run
 
 EXIT_INTERRUPTED = 130  # the shell's own code for Ctrl-C
@@ -462,8 +462,8 @@ def _settings(items: list[str] | None) -> dict[str, str]:
 
 @app.command("ls")
 def list_() -> None:
-    """List the shipped recipes."""
-    shipped = list_recipes()
+    """List the shipped recipes, then the tasks of evaluations."""
+    shipped = list_recipes() | list_tasks()
     width = max(map(len, shipped), default=0)
     for name, path in shipped.items():
         _say(f"{name:{width}}  {describe(path)}")

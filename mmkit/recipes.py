@@ -32,8 +32,34 @@ def list_recipes() -> dict[str, Path]:
     return {p.stem: p for kind in ("encoders", "training", "eval") for p in sorted(folders[kind].glob("*.yaml"))}
 
 
+def list_tasks() -> dict[str, Path]:
+    """Shipped tasks of evaluations by name (``vqav2-val``): one YAML each, for ``tasks:`` of a recipe or alone."""
+    return {p.stem: p for p in sorted((recipe_folders()["eval"] / "tasks").glob("*.yaml"))}
+
+
+def find_task(name: str, near: Path | None = None) -> Path:
+    """A task by path or by shipped name.
+
+    Args:
+        name: As a recipe's ``tasks`` have it.
+        near: Folder of that recipe: a path may be relative to it, or to where one is.
+
+    Raises:
+        InputError: No such file and no such name; names the nearest.
+    """
+    for path in (Path(name), *([near / name] if near else [])):
+        if path.is_file():
+            return path
+    shipped = list_tasks()
+    if name not in shipped:
+        close = difflib.get_close_matches(Path(name).stem, shipped, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise InputError(f"no task {name!r}", where="tasks", mend=f"{hint}known: {', '.join(shipped)}; or a path to a YAML file")
+    return shipped[name]
+
+
 def find_recipe(name: str) -> Path:
-    """A recipe by path or by shipped name.
+    """A recipe or a task by path or by shipped name.
 
     Raises:
         InputError: No such file and no such name; names the nearest.
@@ -42,7 +68,7 @@ def find_recipe(name: str) -> Path:
     # A file first: the user's edited copy of a recipe must win over the shipped one of that name.
     if path.is_file():
         return path
-    shipped = list_recipes()
+    shipped = list_recipes() | list_tasks()
     if name in shipped:
         return shipped[name]
     # The stem, so that `name.yaml` without such a file also finds its neighbour.

@@ -18,7 +18,7 @@ import mmkit
 import mmkit.cli
 import mmkit.commands
 from mmkit.errors import LostError, StoppedError
-from mmkit.recipes import list_recipes
+from mmkit.recipes import list_recipes, list_tasks
 
 # Every command, its arguments and its options. A change here is a change for users: CHANGELOG, README, deprecation.
 # fmt: off
@@ -164,7 +164,7 @@ def test_the_argument_that_deepspeed_adds_is_no_option(call: Call) -> None:
 def test_ls_and_copy(call: Call, tmp_path: Path) -> None:
     code, out, _ = call("ls")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == list(list_recipes())
+    assert [line.split()[0] for line in out.splitlines()] == [*list_recipes(), *list_tasks()]
     target = tmp_path / "mine.yaml"
     assert call("copy", "demo-superclass", target) == (0, f"written: {target}\n", "")
     assert target.read_text() == list_recipes()["demo-superclass"].read_text()
@@ -198,7 +198,7 @@ def test_score_writes_the_designs_layout(call: Call, shared: Path, tmp_path: Pat
     assert "n 30" in said
     assert f"written: {out}" in said
     found = json.loads(out.read_text())
-    assert list(found) == ["task", "metrics", "ci95", "n", "settings", "per_sample"]
+    assert list(found) == ["task", "metrics", "ci95", "n", "settings", "per_sample", "answers"]
     assert (found["task"], found["n"], len(found["per_sample"])) == ("vqav2", 30, 30)
     assert found["metrics"]["accuracy"] == pytest.approx(0.916667, abs=1e-6)
     assert set(found["metrics"]) >= {"accuracy", "accuracy_yes/no", "accuracy_number", "accuracy_other"}

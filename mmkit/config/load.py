@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from mmkit.config.recipes import STAGES, Recipe
+from mmkit.config.tasks import expand_tasks
 from mmkit.errors import InputError
 
 # A union told apart by its stage: faults are those of that stage's schema, not of all eight.
@@ -44,12 +45,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the recipe ({_one_line(error)})", where=path, mend="fix the YAML") from None
     try:
+        # Before the overrides: `tasks.0.limit=5` reaches into a task that the recipe names alone.
+        tree = expand_tasks(tree, path)
         for item in overrides:
             key, equals, value = item.partition("=")
             if not equals or not key:
                 raise InputError(f"override {item!r} is not of the form key=value", mend="write e.g. train.lr=1e-3")
             # force_add: a key that the file leaves at its default may be given too; unknown ones are refused by pydantic below.
             OmegaConf.update(tree, key, _parse_value(value), force_add=True)
+            # `tasks=[vqav2-val]` brings names in, which the next override may reach into.
+            if key.partition(".")[0] == "tasks":
+                tree = expand_tasks(tree, path)
         # Resolved after the overrides, so that a reference to an overridden key sees its new value.
         plain = OmegaConf.to_container(tree, resolve=True)
     # OmegaConf reports a malformed key (`[`, a word as list position) with plain Python errors.

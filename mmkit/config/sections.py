@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from mmkit.config.decoding import GenerationConfig
 from mmkit.config.looks import StoppingConfig
@@ -366,9 +367,19 @@ class LabelledDataConfig(Section):
     max_bytes: int = Field(MAX_BYTES, ge=1, description="of an encoded picture")
 
 
+class PublishedConfig(Section):
+    """A published score of a task, printed as a reference beside one's own."""
+
+    system: str
+    metrics: dict[str, float] = Field(min_length=1, description="by the names of scores.json, as there (fractions)")
+    source: str = Field(description="paper and table, or the like")
+    conditions: str = Field("", description="what differs from the task's own: split, prompt, OCR tokens")
+
+
 class TaskConfig(Section):
     """One task of an evaluation."""
 
+    name: str | None = Field(None, description="in scores.json and the report; null: that of the suite")
     task: str = Field(description="suite, as in `mmkit score`: coco-caption, vqav2, textvqa, ...")
     annotations: str | None = Field(None, description="official file or folder; null: a test set whose answers the server keeps")
     questions: str | None = None
@@ -380,6 +391,19 @@ class TaskConfig(Section):
     limit: int | None = Field(None, ge=1)
     generation: GenerationConfig = GenerationConfig()
     settings: dict[str, Any] = Field(default_factory=dict, description="scorer settings, e.g. tokenizer, rule")
+    published: tuple[PublishedConfig, ...] = ()
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        # Not at the top: names of suites may come from other packages, and are looked up only for an evaluation.
+        from mmkit.eval.names import suite_names
+
+        if value not in suite_names():
+            near = difflib.get_close_matches(value, suite_names(), 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"no such suite; {hint}known: {', '.join(suite_names())}")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> TaskConfig:

@@ -11,16 +11,10 @@ import importlib
 from importlib.metadata import entry_points
 
 from mmkit.errors import InputError
+from mmkit.eval.names import BUILT_IN, GROUP, suite_names
 from mmkit.eval.suites.suite import Suite
 
-GROUP = "mmkit.suites"
-# Name -> module below this package; its SUITE is the suite.
-BUILT_IN = {"coco-caption": "captions", "vqav2": "vqav2", "textvqa": "textvqa"}
-
-
-def suite_names() -> list[str]:
-    """All known suites: those of mmkit first, then those of other packages."""
-    return [*BUILT_IN, *sorted({point.name for point in entry_points(group=GROUP)} - set(BUILT_IN))]
+__all__ = ["BUILT_IN", "GROUP", "Suite", "find_suite", "suite_names"]
 
 
 def find_suite(name: str) -> Suite:

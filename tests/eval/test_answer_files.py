@@ -1,0 +1,131 @@
+"""Files of answers: every form is read alike, and nothing that a file holds gives anything but a score or one clear line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmkit.errors import InputError
+from mmkit.eval.score import score
+from mmkit.eval.scorers.answer_files import answer_rows, read_answers, read_rows
+
+ROWS = [{"question_id": "a", "answer": "x"}, {"question_id": "b", "answer": "y\u2028z"}]
+PROBLEM = {"question": "?", "choices": ["x", "y"], "answer": 0, "split": "test"}
+LABEL = {"question_id": 1, "image": "a_000000000001.jpg", "text": "?", "label": "yes"}
+TABLE = {"index": 1, "question": "?", "A": "x", "B": "y", "answer": "A"}
+# Annotations of one question each.
+SETS: dict[str, Any] = {
+    "scienceqa": {"1": PROBLEM},
+    "pope": {"random": [LABEL]},
+    "mmbench": [TABLE],
+    "mmmu": {"validation_Art_1": {"question_type": "multiple-choice", "ground_truth": "A"}},
+}
+ids = st.sampled_from([1, "1", "random/1", "validation_Art_1", True, 1.0, None, [1]])
+values = st.sampled_from(["A", "yes", "", 1, None, ["A"], {"A": "x"}]) | st.text(max_size=5)
+names = st.sampled_from(
+    ["question_id", "index", "id", "answer", "text", "response", "category", "question", "index2ans", "outputs"]
+)
+rows = st.dictionaries(names, ids | values, max_size=5)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(ROWS),
+        json.dumps(ROWS, indent=1),
+        "\n".join(json.dumps(row) for row in ROWS),
+        # A line break of Unicode inside a text ends no line.
+        "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n",
+        "\ufeff" + "\r\n".join(json.dumps(row) for row in ROWS),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_forms_agree_whatever_the_name_says(tmp_path: Path, text: str, name: str) -> None:
+    found = read_answers(write(tmp_path / name, text), ("question_id",))
+    assert {key: answer.text for key, answer in found.items()} == {"a": "x", "b": "y\u2028z"}
+
+
+def test_a_place_for_every_row(tmp_path: Path) -> None:
+    lines = write(tmp_path / "a.jsonl", "\n" + "\n\n".join(json.dumps(row) for row in ROWS))
+    assert [Path(row.where).name for row in answer_rows(lines, ("question_id",))] == ["a.jsonl:2", "a.jsonl:4"]
+    whole = write(tmp_path / "a.json", json.dumps(ROWS))
+    assert [Path(row.where).name for row in answer_rows(whole, ("question_id",))] == ["a.json: row 1", "a.json: row 2"]
+    assert [row.where for row in answer_rows(ROWS, ("question_id",))] == ["predictions: row 1", "predictions: row 2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "a.json: the file is empty"),
+        ('[{"question_id": "a"', "a.json:1:"),
+        ('{"question_id": "a"}\n{"question_id":', "a.json:2: not JSON"),
+        ('{"question_id": "a"}\n[1]', "a.json:2: a row is list, not an object"),
+        ("[]", "no rows in the file of predictions"),
+        ("3", "predictions are int, not a list of rows"),
+        ('{"answers": {}}', "one object without question_id"),
+        ('{"question_id": "a"}\n' + "[" * 100_000, "a.json:2: not JSON"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_answers(write(tmp_path / "a.json", text), ("question_id",))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.json").write_bytes(b'[{"a": "\xe9"}]')
+    for path, said in (
+        (tmp_path, "this is a folder"),
+        (tmp_path / "none", "cannot read"),
+        (tmp_path / "latin.json", "not UTF-8"),
+    ):
+        with pytest.raises(InputError, match=said):
+            read_rows(path, "predictions")
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(sorted(SETS)), st.lists(rows, max_size=3) | rows)
+def test_any_rows_give_a_score_or_an_input_error(suite: str, found: Any) -> None:
+    try:
+        result = score(suite, found, SETS[suite], bootstrap=2)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert result["n"] == 1 and 0 <= result["metrics"]["accuracy"] <= 1
+        assert json.dumps(result, allow_nan=False)
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(sorted(SETS)), st.data())
+def test_any_annotations_give_a_score_or_an_input_error(suite: str, data: st.DataObject) -> None:
+    good = {
+        "scienceqa": [{"question_id": "1", "answer": "A"}],
+        "pope": [{"question_id": 1, "answer": "yes"}],
+        "mmbench": [{"question_id": 1, "answer": "A"}],
+        "mmmu": [{"id": "validation_Art_1", "response": "A", "index2ans": {"A": "x"}}],
+    }[suite]
+    row = {"scienceqa": PROBLEM, "pope": LABEL, "mmbench": TABLE, "mmmu": SETS["mmmu"]["validation_Art_1"]}[suite]
+    changed = {**row, data.draw(st.sampled_from(sorted(row))): data.draw(ids | values)}
+    dropped = {
+        key: value for key, value in changed.items() if key not in data.draw(st.sets(st.sampled_from(sorted(row)), max_size=1))
+    }
+    annotations = {
+        "scienceqa": {"1": dropped},
+        "pope": {"random": [dropped]},
+        "mmbench": [dropped],
+        "mmmu": {"validation_Art_1": dropped},
+    }[suite]
+    try:
+        assert score(suite, good, annotations, bootstrap=2)["n"] == 1
+    except InputError as error:
+        assert "\n" not in str(error)
