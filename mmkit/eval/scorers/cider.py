@@ -73,4 +73,4 @@ def _similarity(grams: Grams, table: NgramTable, images: int) -> NDArray[np.floa
     product = np.minimum(mine[grams.match[said]], theirs[said]) * theirs[said]
     dot = np.bincount(grams.ref_caption[said], product, captions)
     # Where a norm is 0 the official code leaves the product undivided; it is 0 then anyway.
-    return np.divide(dot, norms, out=dot, where=norms > 0)
+    return np.divide(dot, norms, out=np.zeros(captions), where=norms > 0)

@@ -128,7 +128,10 @@ def _meteor(ids: Sequence[int], hypotheses: Sequence[str], references: Sequence[
 
 def _spice(ids: Sequence[int], hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Family:
     """SPICE; images without a number are left out of the mean, and the score says how many."""
-    return _mean("SPICE", spice_scores(ids, hypotheses, references))
+    scores = spice_scores(ids, hypotheses, references)
+    if np.isnan(scores).all():
+        raise InputError("SPICE has no value for any image", where="metrics=spice", mend="leave spice out of metrics=")
+    return _mean("SPICE", scores)
 
 
 _JAVA = {"meteor": _meteor, "spice": _spice}

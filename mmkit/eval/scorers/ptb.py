@@ -70,7 +70,7 @@ _BETWEEN_SLASHES = rf"{_X}+(?:[-‐‑]{_L}+){{0,2}}"
 _STARTERS = """A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr. Ms. Now
 Once One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You"""
 _STARTERS_ANY = "|".join(re.escape(word) for word in (_STARTERS + " " + _STARTERS.upper()).split())
-_TAG = r"</?[A-Za-z!?][^<>]*>"
+_TAG = r"</?[A-Za-z!?][^<>\n]*>"
 _STARTER = rf"\s+(?:(?:{_STARTERS_ANY})(?=\s|$)|{_TAG})"
 
 _FILES = "jpe?g|png|gif|bmp|pdf|doc|txt|html?|xml|zip|gz|tar|mp3|mov|exe|py|c|h|cpp|java|php|bat|dll"
@@ -200,9 +200,9 @@ def ptb_tokens(caption: str, following: str = "") -> list[str]:
     """
     text = _prepared(caption)
     end = len(text)
-    found = (
-        match[0] for match in _TOKEN.finditer(f"{text} {_prepared(following)}" if following else text) if match.start() < end
-    )
+    # A line end: no token reaches across it, only the look ahead does.
+    matches = _TOKEN.finditer(f"{text}\n{_prepared(following)}" if following else text)
+    found = (match[0] for match in matches if match.start() < end)
     return [token for raw in found for token in _rename(raw) if token not in REMOVED]
 
 

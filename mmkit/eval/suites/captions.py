@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,15 @@ def score_captions(task: str, predictions: Source, annotations: Source, question
 
     families = compute_families(names, ids, hypotheses, grouped)
     columns, formula = combined(list(families.values()))
-    metrics_names = [metric for family in families.values() for metric in family.names]
-    metrics = dict(zip(metrics_names, formula(columns.sum(axis=0, keepdims=True))[0].tolist(), strict=True))
+    metric_names = [metric for family in families.values() for metric in family.names]
+    metrics = dict(zip(metric_names, formula(columns.sum(axis=0, keepdims=True))[0].tolist(), strict=True))
     # An image's BLEU is the corpus formula on one image, so the same function serves.
-    rows = formula(columns).tolist()
-    per_sample = [{"id": key, **dict(zip(metrics_names, row, strict=True))} for key, row in zip(ids, rows, strict=True)]
+    rows = [dict(zip(metric_names, row, strict=True)) for row in formula(columns).tolist()]
+    # An image that SPICE has no number for has no such entry: NaN is no JSON.
+    per_sample = [
+        {"id": key, **{name: value for name, value in row.items() if not math.isnan(value)}}
+        for key, row in zip(ids, rows, strict=True)
+    ]
     # No clusters: each image has one caption, so images are what is drawn.
     intervals = bootstrap_ci(columns, formula, resamples=s.bootstrap, seed=s.seed) if s.bootstrap else None
     settings = {
