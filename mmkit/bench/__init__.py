@@ -21,6 +21,7 @@ BENCHMARKS = {
     "loader": "loader",
     "packing": "packing",
     "lm-loss": "lm_loss",
+    "caption-metrics": "caption_metrics",
 }
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

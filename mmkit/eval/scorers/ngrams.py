@@ -7,6 +7,7 @@ the number of its first n - 1 words with its last word, and all counting is sort
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,13 +75,15 @@ def ngram_table(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
     """
     count = len(hypotheses)
     per_image = np.fromiter(map(len, references), np.int64, count)
-    split = [caption.split() for caption in itertools.chain(hypotheses, *references)]
-    lengths = np.fromiter(map(len, split), np.int64, len(split))
     # Words are numbered as they appear: a word that is new gets the size of the table. All in C but for the new ones.
     numbers: defaultdict[str, int] = defaultdict()
     numbers.default_factory = numbers.__len__
-    words = np.fromiter(map(numbers.__getitem__, itertools.chain.from_iterable(split)), np.int64, int(lengths.sum()))
-    del split
+    flat, sizes = array("q"), array("q")
+    for text in itertools.chain(hypotheses, *references):
+        split = text.split()
+        sizes.append(len(split))
+        flat.extend(map(numbers.__getitem__, split))
+    words, lengths = np.frombuffer(flat, np.int64), np.frombuffer(sizes, np.int64)
     caption = np.repeat(np.arange(len(lengths)), lengths)
     ref_image = np.repeat(np.arange(count), per_image)
     grams, start, ids = [], np.arange(len(words)), words
