@@ -16,6 +16,7 @@ import mmkit
 from mmkit.bench import BENCHMARKS
 from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, dump_recipe, load_recipe
 from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError, LostError, StoppedError
+from mmkit.eval.names import BUILT_IN
 from mmkit.files import disk_trouble
 from mmkit.recipes import copy_recipe, describe, find_recipe, list_recipes, list_tasks
 from mmkit.run import Run
@@ -221,12 +222,12 @@ def _done(run: Run, product: str) -> None:
 
 @app.command()
 def score(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="coco-caption, vqav2 or textvqa.")],
-    predictions: Annotated[Path, typer.Option(help="Official result file.")],
-    annotations: Annotated[Path, typer.Option(help="Official annotation file.")],
-    questions: Annotated[Path | None, typer.Option(help="VQA v2 question file.")] = None,
+    task: Annotated[str, typer.Argument(metavar="TASK", help=f"{', '.join(BUILT_IN)}, or a plug-in's.")],
+    predictions: Annotated[Path, typer.Option(help="Result file, as the task's evaluator takes it.")],
+    annotations: Annotated[Path, typer.Option(help="Official annotation file or folder; of generic, your questions.")],
+    questions: Annotated[Path | None, typer.Option(help="Question file, where the task has one apart.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the scores as JSON.")] = None,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. tokenizer=none rule=2017")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. rule=2017 metric=anls")] = None,
 ) -> None:
     """Official scoring of a result file, without a model."""
     from mmkit.eval.score import parse_settings
@@ -248,14 +249,16 @@ def score(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished eval, probe and training runs.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and report.json.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs, and results files of lmms-eval.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, .md, .tex, .csv and .json.")],
     title: Annotated[str, typer.Option(help="Title of the report.")] = "mmkit report",
+    gallery: Annotated[int, typer.Option(min=0, help="Pictures in the gallery, with all that was asked about them.")] = 1000,
+    thumbnail: Annotated[int, typer.Option(min=32, max=512, help="Longest side of a gallery picture, px.")] = 128,
 ) -> None:
-    """One self-contained HTML report (and Markdown, JSON) over any set of runs."""
+    """One self-contained HTML report (and Markdown, LaTeX, CSV, JSON) over any set of runs."""
     from mmkit.eval.report import build_report
 
-    _say(f"report: {build_report(runs, out, title=title)}")
+    _say(f"report: {build_report(runs, out, title=title, gallery=gallery, thumbnail=thumbnail)}")
 
 
 @app.command()

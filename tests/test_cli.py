@@ -18,6 +18,7 @@ import mmkit
 import mmkit.cli
 import mmkit.commands
 from mmkit.errors import LostError, StoppedError
+from mmkit.eval.names import BUILT_IN
 from mmkit.recipes import list_recipes, list_tasks
 
 # Every command, its arguments and its options. A change here is a change for users: CHANGELOG, README, deprecation.
@@ -29,7 +30,7 @@ SURFACE = {
     "probe": ["RECIPE", "[KEY=VALUE]...", "--restart"],
     "eval": ["RECIPE", "[KEY=VALUE]...", "--restart"],
     "score": ["TASK", "--predictions", "--annotations", "--questions", "--out", "[KEY=VALUE]..."],
-    "report": ["RUN...", "--out", "--title"],
+    "report": ["RUN...", "--out", "--title", "--gallery", "--thumbnail"],
     "predict": [
         "MODEL", "IMAGE...", "--prompt", "--max-new-tokens", "--decoding", "--num-beams", "--length-penalty", "--temperature",
         "--top-p", "--top-k", "--seed",
@@ -198,7 +199,8 @@ def test_score_writes_the_designs_layout(call: Call, shared: Path, tmp_path: Pat
     assert "n 30" in said
     assert f"written: {out}" in said
     found = json.loads(out.read_text())
-    assert list(found) == ["task", "metrics", "ci95", "n", "settings", "per_sample", "answers"]
+    assert list(found) == ["task", "metrics", "ci95", "n", "settings", "per_sample", "answers", "breakdown"]
+    assert sum(row["n"] for row in found["breakdown"]["question_type"].values()) == 30
     assert (found["task"], found["n"], len(found["per_sample"])) == ("vqav2", 30, 30)
     assert found["metrics"]["accuracy"] == pytest.approx(0.916667, abs=1e-6)
     assert set(found["metrics"]) >= {"accuracy", "accuracy_yes/no", "accuracy_number", "accuracy_other"}
@@ -216,6 +218,35 @@ def test_score_settings_change_the_number_and_intervals_can_be_left_out(call: Ca
     assert code == 0
     assert "accuracy         0.783333\n" in said
     assert "[" not in said
+
+
+def test_score_help_lists_the_suites(call: Call) -> None:
+    code, said, _ = call("score", "--help")
+    assert code == 0
+    assert [name for name in BUILT_IN if name not in said] == []
+
+
+def test_score_of_own_questions_and_its_warning(call: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "q.jsonl").write_text(
+        '{"id": "a", "question": "?", "answers": ["red"]}\n{"id": "b", "question": "?", "answers": ["7"]}\n'
+    )
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "prediction": "it is a very bright red"}\n{"id": "b", "prediction": "7"}\n')
+    words = ["score", "generic", "--predictions", tmp_path / "p.jsonl", "--annotations", tmp_path / "q.jsonl", "bootstrap=0"]
+    code, said, _ = call(*words, "metric=normalised")
+    assert code == 0 and "accuracy         0.500000\n" in said and "metric=normalised" in said
+    assert "WARNING: 1 of 2 answers have more than 5 words" in caplog.text
+    code, said, err = call(*words, "metric=contains")
+    assert (code, err) == (0, "") and "accuracy         1.000000\n" in said
+    assert "unknown metric 'contain'; did you mean contains?" in refused(call, *map(str, words), "metric=contain")
+
+
+def test_score_records_the_ocr_mode(call: Call, tmp_path: Path) -> None:
+    row = {"question_id": 1, "image_id": "a", "question": "?", "answers": ["stop"] * 10}
+    (tmp_path / "a.json").write_text(json.dumps({"data": [row]}))
+    (tmp_path / "p.json").write_text('[{"question_id": 1, "answer": "Stop"}]')
+    words = ["score", "textvqa", "--predictions", tmp_path / "p.json", "--annotations", tmp_path / "a.json", "ocr=reference"]
+    code, said, _ = call(*words, "anls=true")
+    assert code == 0 and "ocr=reference" in said and "anls" in said
 
 
 def test_score_captions(call: Call, shared: Path) -> None:

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "packing": "packing",
     "lm-loss": "lm_loss",
     "caption-metrics": "caption_metrics",
+    "vqa-metrics": "vqa_metrics",
 }
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

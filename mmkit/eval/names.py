@@ -7,8 +7,8 @@ from importlib.metadata import entry_points
 # Other packages add suites by entry points of this group.
 GROUP = "mmkit.suites"
 # Name -> module in mmkit.eval.suites; its SUITE is the suite.
-BUILT_IN = {"coco-caption": "captions", "vqav2": "vqav2", "textvqa": "textvqa"}
-BUILT_IN |= {name: name for name in ("scienceqa", "pope", "mme", "mmbench", "mmmu")}
+_SAME_NAME = ("vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "pope", "mme", "mmbench", "mmmu", "generic")
+BUILT_IN = {"coco-caption": "captions", **{name: name for name in _SAME_NAME}}
 
 
 def suite_names() -> list[str]:

@@ -75,16 +75,20 @@ def score(
         task: One of `mmkit.eval.suites.suite_names`.
         predictions: Result file in the official format, or its loaded list.
         annotations: Annotation file in the official format, or its loaded dictionary.
-        questions: VQAv2 questions, to be checked against the annotations.
+        questions: Question file, where the task has one apart (VQAv2), to be checked against the annotations.
         allow_missing: Score the ids that have a result when some have none; the settings then say how many.
         bootstrap: Number of resamples behind the 95 % intervals; 0 leaves them out.
         seed: Seed of the resamples.
-        **options: The task's own settings. Captions: ``tokenizer``, ``python`` (PTB-compatible, the default), ``java``
-            (CoreNLP's) or ``none``; ``metrics``, ``bleu,rouge,cider`` by default (``meteor`` and ``spice`` need Java).
-            VQAv2: ``rule``, ``official`` (2021, the default), ``2017`` or ``always`` (lmms-eval).
+        **options: The task's own settings; each suite's module says what they do (`mmkit.eval.suites`). Captions: ``tokenizer``,
+            ``python`` (PTB-compatible, the default), ``java`` (CoreNLP's) or ``none``, and ``metrics``, names with commas,
+            ``bleu,rouge,cider`` by default (``meteor`` and ``spice`` need Java). VQAv2: ``rule``, ``official`` (2021, the
+            default), ``2017`` or ``always`` (lmms-eval). TextVQA: ``ocr``, ``none`` or ``reference``, which is recorded only, and
+            ``anls``. VizWiz: ``rule``, ``official`` or ``m4c`` (lmms-eval). GQA: ``rule``, ``llava`` (the default), ``lmms`` or
+            ``official``, and ``choices``, a file. generic: ``metric``, by name, and ``tolerance`` of ``metric=numeric``.
 
     Returns:
-        ``{"task", "metrics", "ci95", "n", "settings", "per_sample"}``; metrics are fractions.
+        ``{"task", "metrics", "ci95", "n", "settings", "per_sample"}``; metrics are fractions (MME: points). Question answering
+        adds ``answers``, counts of answers of the wrong shape, and ``breakdown``, where its files name kinds of questions.
 
     Raises:
         InputError: The task or a setting is unknown, or a file is wrong.

@@ -1,4 +1,5 @@
-"""Error bars: percentile bootstrap over images (Efron & Tibshirani 1993, chapter 13; Koehn 2004 for corpus scores).
+"""Error bars and tests: percentile bootstrap over images (Efron & Tibshirani 1993, chapter 13; Koehn 2004 for corpus scores),
+sign-flip permutation of paired scores (Fisher 1935; Good 2005, chapter 3), Holm's correction (1979).
 
 Everything is a function of sums over samples, so one resample is one weighted sum: BLEU takes its counters, means take
 (value, 1) pairs. Samples of one image are drawn together, because questions on one picture are not independent.
@@ -7,7 +8,7 @@ Everything is a function of sums over samples, so one resample is one weighted s
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -161,6 +162,15 @@ def paired_bootstrap(
     Raises:
         InputError: The two systems were not scored on the same ids, or on none.
     """
+    differences, labels = _paired_differences(a, b, clusters)
+    low, high = mean_ci(differences, clusters=labels, resamples=resamples, seed=seed)
+    return PairedDifference(float(np.mean(differences)), low, high, len(differences))
+
+
+def _paired_differences(
+    a: Mapping[Hashable, float], b: Mapping[Hashable, float], clusters: Mapping[Hashable, Hashable] | None
+) -> tuple[list[float], list[Hashable] | None]:
+    """``a - b`` of every sample and the samples' labels, in one order; refuses systems that were scored on other ids."""
     # No silent intersection: a difference over fewer samples than either score would look like one over all.
     if a.keys() != b.keys() or not a:
         # By their text, since ids of the two files may be numbers here and words there.
@@ -170,11 +180,85 @@ def paired_bootstrap(
             f"two systems can only be compared on the same ids; {len(odd)} are in one of them alone: {named}",
             mend="score both on the same file",
         )
-    # One order for both, whatever order the dictionaries have.
-    keys = list(a)
     # Differences first, resampling second: what makes a picture hard for both systems cancels.
-    differences = [a[key] - b[key] for key in keys]
-    # By the same keys in the same order as the differences.
-    labels = None if clusters is None else [clusters[key] for key in keys]
-    low, high = mean_ci(differences, clusters=labels, resamples=resamples, seed=seed)
-    return PairedDifference(float(np.mean(differences)), low, high, len(keys))
+    return [a[key] - b[key] for key in a], None if clusters is None else [clusters[key] for key in a]
+
+
+def paired_permutation(
+    a: Mapping[Hashable, float],
+    b: Mapping[Hashable, float],
+    *,
+    clusters: Mapping[Hashable, Hashable] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p-value of "both systems are equally good" from scores on the same samples.
+
+    If they are, the two systems' scores of a sample might as well be exchanged, which flips the sign of its difference; the
+    p-value is the share of all sign patterns whose mean difference is at least as far from 0 as the observed one (Fisher 1935;
+    Good 2005, chapter 3). Samples of one cluster are exchanged together. Of 0/1 scores without clusters this is the exact
+    McNemar test.
+
+    Args:
+        a: Sample id -> score of the first system, on any scale.
+        b: Sample id -> score of the second.
+        clusters: Sample id -> label (such as the image id) of samples to exchange together.
+        resamples: Number of random sign patterns; where there are no more patterns than that, all of them are counted and the
+            p-value is exact.
+        seed: Seed of the patterns.
+
+    Returns:
+        p in (0, 1]; never 0, as the observed pattern counts as one of the drawn ones (Phipson & Smyth 2010).
+
+    Raises:
+        InputError: The two systems were not scored on the same ids, or on none.
+        ValueError: Fewer than one resample.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples is a whole number from 1, not {resamples}")
+    differences, labels = _paired_differences(a, b, clusters)
+    sums = cluster_sums([[value] for value in differences], labels)[:, 0]
+    # Rounding must not make a tie a smaller value: scores are tenths, and many patterns have exactly the observed sum.
+    slack = 1e-9 * float(np.abs(sums).sum())
+    # A cluster without a difference has no sign.
+    sums = sums[np.abs(sums) > 1e-12]
+    # With count clusters there are 2^count patterns; a shift by thousands would only be a very long number.
+    count = len(sums)
+    exact = count < resamples.bit_length() and 2**count <= resamples
+    least = abs(float(sums.sum())) - slack
+    rng = np.random.default_rng(seed)
+    total, as_far = 2**count if exact else resamples, 0
+    # As many patterns at a time as fit 32 MB: VQAv2 has 40,504 pictures.
+    step = max(1, 2**22 // max(1, count))
+    flips: NDArray[Any]
+    for start in range(0, total, step):
+        rows = min(step, total - start)
+        if exact:
+            # The bits of a counter are all patterns, each once.
+            flips = np.arange(start, start + rows)[:, None] >> np.arange(count) & 1
+        else:
+            flips = np.unpackbits(np.frombuffer(rng.bytes(rows * -(-count // 8)), np.uint8).reshape(rows, -1), axis=1)[:, :count]
+        as_far += int((np.abs((1.0 - 2.0 * flips) @ sums) >= least).sum())
+    return as_far / total if exact else (as_far + 1) / (total + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number, so that all below 0.05 are true findings with probability 0.95 (Holm 1979).
+
+    Args:
+        p_values: Those of one family of tests, such as one system against each other one.
+
+    Returns:
+        Adjusted ones in the same order: the k-th smallest of m times m - k + 1, never below a smaller one's, at most 1.
+
+    Raises:
+        ValueError: One is not in [0, 1].
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p-values are in [0, 1], not {list(p_values)}")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        # The running maximum keeps the order: a test is not passed where one with a smaller p-value is not.
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -294,3 +295,34 @@ def test_meteor_of_every_fixture(shared: Path) -> None:
             assert per_image[n] == pytest.approx(case["expected"]["per_image"][named[n][1]]["METEOR"], abs=1e-12)
         total = meteor_from_statistics(rows[mine].sum(axis=0))
         assert total == pytest.approx(case["expected"]["corpus"]["METEOR"], abs=1e-12), case["name"]
+
+
+GOOD = coco({"1": ["a cat"], "2": ["a dog", "two dogs"]}, {"1": "a cat", "2": "a cow"})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.booleans())
+def test_a_damaged_file_is_scored_as_it_reads_or_refused_in_one_line(data: st.DataObject, damage_results: bool) -> None:
+    files = [json.dumps(part, indent=1).encode() for part in GOOD]
+    chosen = 0 if damage_results else 1
+    text = bytearray(files[chosen])
+    for _ in range(data.draw(st.integers(1, 3))):
+        begin = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(begin, min(len(text), begin + 12)))
+        text[begin:end] = data.draw(
+            st.sampled_from([b"", b"1", b'"', b"}", b"]", b",", b"\xff", b"null", b"1e999", b"NaN", b"\n"])
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("results.json", "annotations.json")]
+        for number, path in enumerate(paths):
+            path.write_bytes(text if number == chosen else files[number])
+        try:
+            result = score("coco-caption", *paths, bootstrap=0)
+        except InputError as error:
+            assert "\n" not in str(error)
+            # By name: the damaged file, or the other one that it no longer fits.
+            assert ".json" in str(error)
+        else:
+            # A digit or a letter was changed: whatever is scored is whole.
+            json.dumps(result, allow_nan=False)
+            assert result["n"] == len(json.loads(paths[1].read_bytes().decode("utf-8-sig"))["images"])

@@ -1,6 +1,9 @@
-"""Bootstrap intervals: known cases, clusters, pairs, and the same seed giving the same numbers."""
+"""Bootstrap intervals and paired tests: known cases, clusters, pairs, and the same seed giving the same numbers."""
 
 from __future__ import annotations
+
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +12,16 @@ from hypothesis import strategies as st
 
 from mmkit.errors import InputError
 from mmkit.eval.scorers.bleu import bleu_from_statistics
-from mmkit.eval.statistics import bootstrap_ci, cluster_sums, mean_ci, paired_bootstrap, ratio_of_sums, resampled_sums
+from mmkit.eval.statistics import (
+    bootstrap_ci,
+    cluster_sums,
+    holm,
+    mean_ci,
+    paired_bootstrap,
+    paired_permutation,
+    ratio_of_sums,
+    resampled_sums,
+)
 
 
 def test_interval_of_a_mean_is_near_the_normal_one() -> None:
@@ -93,9 +105,10 @@ def test_paired_bootstrap_by_picture() -> None:
 
 
 @pytest.mark.parametrize(("a", "b", "named"), [({1: 1.0}, {2: 1.0}, "1, 2"), ({}, {}, "none at all")])
-def test_paired_bootstrap_refuses_other_ids(a: dict, b: dict, named: str) -> None:
-    with pytest.raises(InputError, match=named):
-        paired_bootstrap(a, b)
+def test_other_ids_are_refused(a: dict, b: dict, named: str) -> None:
+    for test in (paired_bootstrap, paired_permutation):
+        with pytest.raises(InputError, match=named):
+            test(a, b)
 
 
 @settings(max_examples=50, deadline=None)
@@ -103,3 +116,100 @@ def test_paired_bootstrap_refuses_other_ids(a: dict, b: dict, named: str) -> Non
 def test_interval_lies_within_the_values(values: list[float], seed: int) -> None:
     low, high = mean_ci(values, resamples=50, seed=seed)
     assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """The exact two-sided McNemar test in closed form: a binomial tail with probability one half, twice."""
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (5, 5), (9, 2), (2, 9), (12, 0)])
+def test_of_zeros_and_ones_it_is_the_exact_mcnemar_test(wins: int, losses: int) -> None:
+    rows = [(1.0, 0.0)] * wins + [(0.0, 1.0)] * losses + [(1.0, 1.0)] * 7 + [(0.0, 0.0)] * 4
+    a, b = ({n: row[side] for n, row in enumerate(rows)} for side in (0, 1))
+    assert paired_permutation(a, b) == pytest.approx(mcnemar(wins, losses), abs=1e-12)
+
+
+def test_many_samples_come_near_mcnemar() -> None:
+    rows = [(1.0, 0.0)] * 120 + [(0.0, 1.0)] * 90 + [(1.0, 1.0)] * 500
+    a, b = ({n: row[side] for n, row in enumerate(rows)} for side in (0, 1))
+    expected = mcnemar(120, 90)
+    # Four standard errors of a share of 20,000 draws.
+    assert paired_permutation(a, b, resamples=20_000) == pytest.approx(expected, abs=4 * math.sqrt(expected / 20_000))
+
+
+def test_the_textbook_case_of_darwins_maize() -> None:
+    # Fisher (1935), section 21: of Darwin's 15 pairs' 32,768 sign patterns 1726 have a sum as far from 0 as the observed 314.
+    pairs = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
+    a = {n: float(value) for n, value in enumerate(pairs)}
+    assert paired_permutation(a, dict.fromkeys(a, 0.0), resamples=2**15) == 1726 / 2**15
+
+
+def test_pictures_are_exchanged_whole() -> None:
+    # Ten questions on each of 6 pictures, all won by the first system: as far as 6 pictures can tell, 2 of 64 patterns.
+    a, b = dict.fromkeys(range(60), 1.0), dict.fromkeys(range(60), 0.0)
+    assert paired_permutation(a, b, clusters={n: n // 10 for n in range(60)}) == 2 / 64
+    assert paired_permutation(a, b, resamples=999) == 1 / 1000
+
+
+def test_same_seed_same_p_value_and_order_does_not_matter() -> None:
+    rng = np.random.default_rng(5)
+    a, b = ({n: float(v) for n, v in enumerate(rng.random(100))} for _ in range(2))
+    assert paired_permutation(a, b, seed=1) == paired_permutation(a, b, seed=1) != paired_permutation(a, b, seed=2)
+    assert paired_permutation(dict(reversed(a.items())), b, seed=1) == pytest.approx(paired_permutation(a, b), abs=0.03)
+    with pytest.raises(ValueError, match="resamples"):
+        paired_permutation(a, b, resamples=0)
+
+
+def test_p_values_of_equal_systems_are_even() -> None:
+    rng = np.random.default_rng(7)
+    found = []
+    for _ in range(300):
+        scores = rng.choice([0, 0.3, 0.6, 0.9, 1.0], size=(2, 40))
+        a, b = ({n: float(v) for n, v in enumerate(side)} for side in scores)
+        found.append(paired_permutation(a, b, resamples=199))
+    # At 5 % about 15 of 300 are found by chance; 30 has a probability below 0.001.
+    assert sum(p <= 0.05 for p in found) < 30
+    assert 0.4 < float(np.mean(found)) < 0.6
+
+
+TENTHS = st.lists(st.tuples(*[st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0])] * 2, st.integers(0, 3)), min_size=1, max_size=9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TENTHS, st.booleans())
+def test_permutation_equals_the_plain_count(rows: list[tuple[float, float, int]], clustered: bool) -> None:
+    a, b, label = ({n: row[k] for n, row in enumerate(rows)} for k in range(3))
+    groups = {n: label[n] if clustered else n for n in label}
+    # In whole tenths, so that ties are ties.
+    sums = [sum(round(10 * a[n]) - round(10 * b[n]) for n in groups if groups[n] == g) for g in sorted(set(groups.values()))]
+    patterns = list(itertools.product((1, -1), repeat=len(sums)))
+    far = sum(abs(sum(s * v for s, v in zip(p, sums, strict=True))) >= abs(sum(sums)) for p in patterns)
+    p = paired_permutation(a, b, clusters=groups)
+    assert p == pytest.approx(far / len(patterns), abs=1e-12)
+    assert paired_permutation(b, a, clusters=groups) == pytest.approx(p, abs=1e-12)
+    # Random patterns: the same within five standard errors, and never 0.
+    if len(sums) >= 8:
+        assert paired_permutation(a, b, clusters=groups, resamples=200) == pytest.approx(p, abs=0.18)
+
+
+def test_holm_of_the_papers_kind() -> None:
+    # m = 4: 0.005 * 4, 0.01 * 3, 0.03 * 2 and 0.04 * 1, which is raised to the one before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.7, 0.6]) == [1.0, 1.0]
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="p-values"):
+            holm([0.5, wrong])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_lies_between_p_and_bonferroni_and_keeps_the_order(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    for p, q in zip(p_values, adjusted, strict=True):
+        assert p <= q <= min(1.0, len(p_values) * p) + 1e-12
+    for (p, q), (r, s) in itertools.combinations(zip(p_values, adjusted, strict=True), 2):
+        assert (q <= s) if p < r else (q >= s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from hypothesis import strategies as st
 
 from mmkit.eval.score import score
 from mmkit.eval.scorers.normalise import (
+    ARTICLES,
     CONTRACTIONS,
     NUMBERS,
+    clean,
     normalise_m4c,
     normalise_vqa,
     process_digits_and_articles,
     process_punctuation,
 )
 from mmkit.eval.scorers.textvqa import textvqa_accuracy
-from mmkit.eval.scorers.vqa import RULES, leave_one_out, vqa_accuracy
+from mmkit.eval.scorers.vqa import RULES, leave_one_out, rule_2021, vqa_accuracy
 
 
 def load(path: Path) -> Any:
@@ -43,6 +46,10 @@ def test_recorded_cases(shared: Path, rule: str, key: str) -> None:
     assert round(100 * result["metrics"]["accuracy"], 2) == expected["overall"][key]
     for kind, value in expected["per_answer_type"].get(key, {}).items():
         assert round(100 * result["metrics"][f"accuracy_{kind}"], 2) == value
+    types = result["breakdown"]["question_type"]
+    for kind, value in expected["per_question_type"].get(key, {}).items():
+        assert round(100 * types[kind]["accuracy"], 2) == value
+    assert sum(row["n"] for row in types.values()) == 30
     got = {row["id"]: round(100 * row["accuracy"], 2) for row in result["per_sample"]}
     assert got == {row["question_id"]: row[key] for row in expected["per_question"]}
     assert result["settings"]["rule"] == rule
@@ -177,8 +184,6 @@ def test_closed_form_equals_the_loop(prediction: str, answers: list[str]) -> Non
 
 def literal_punctuation(text: str) -> str:
     """The official loop over all marks, written out without the short cut."""
-    import re
-
     out = text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         if mark + " " in text or " " + mark in text or re.search(r"[0-9],[0-9]", text):
@@ -186,6 +191,68 @@ def literal_punctuation(text: str) -> str:
         else:
             out = out.replace(mark, " ")
     return re.sub(r"\.(?![0-9])", "", out, count=32)
+
+
+def literal_words(text: str) -> str:
+    """The official loops over words, one after another: number words and articles, then contractions."""
+    words = []
+    for word in text.lower().split():
+        number = NUMBERS.get(word, word)
+        if number not in ARTICLES:
+            words.append(number)
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
+def literal_rule_2021(prediction: str, answers: list[str]) -> tuple[str, list[str]]:
+    """The rule since 2021 in upstream's order: everything stripped, then everything processed unless all agree."""
+    prediction, answers = clean(prediction), [clean(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        answers = [literal_words(literal_punctuation(answer)) for answer in answers]
+        prediction = literal_words(literal_punctuation(prediction))
+    return prediction, answers
+
+
+PIECES = [
+    *(
+        "a",
+        "the",
+        "An",
+        "none",
+        "ten",
+        "Two",
+        "dont",
+        "couldnt've",
+        "y'alldve",
+        "somebody'd",
+        "Im",
+        "1,000",
+        "3.5",
+        "U.S.A.",
+        "red",
+    ),
+    *(" ", "  ", "\n", "\t", ".", "..", ",", ", ", " -", "- ", "/", "?", "!", '"', "'s", "`", "@", "_", "\\", "[", "(", "\u2019"),
+    *("\u00a0", "\u3000", "\u0660,\u0661", "\u00b2", "\u0130", "\U0001f600", "\r", "\x1c", "." * 40, "1.", ".5"),
+]
+NASTY = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join)
+
+
+@settings(max_examples=500, deadline=None)
+@given(NASTY)
+def test_fast_processing_equals_the_plain_one(text: str) -> None:
+    assert process_punctuation(text) == literal_punctuation(text)
+    assert process_digits_and_articles(text) == literal_words(text)
+    assert normalise_vqa(text) == literal_words(literal_punctuation(clean(text)))
+    # From the cache the second time.
+    assert normalise_vqa(text) == literal_words(literal_punctuation(clean(text)))
+    lowered = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    assert normalise_m4c(text) == literal_words(literal_punctuation(clean(lowered)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(NASTY, st.lists(NASTY, min_size=1, max_size=3), st.lists(st.integers(0, 2), min_size=10, max_size=10))
+def test_fast_rule_equals_the_plain_one(prediction: str, texts: list[str], picks: list[int]) -> None:
+    answers = [texts[pick % len(texts)] + " " * (pick % 2) for pick in picks]
+    assert rule_2021(prediction, answers) == literal_rule_2021(prediction, answers)
 
 
 @settings(max_examples=300, deadline=None)

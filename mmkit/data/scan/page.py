@@ -94,7 +94,7 @@ def to_html(view: dict[str, Any]) -> str:
 
 def to_markdown(view: dict[str, Any]) -> str:
     """The same without pictures; every value is escaped, so no pipe or newline of the data can break a table."""
-    from mmkit.eval.report.render import escape_markdown
+    from mmkit.eval.report.exports import escape_markdown
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), finalize=escape_markdown, trim_blocks=True)
     return environment.get_template("inspect.md.j2").render(view).strip() + "\n"

@@ -5,62 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmkit.errors import InputError
+from mmkit.eval.report.lmms_eval import read_lmms_eval
+from mmkit.eval.report.runs import Prediction, Published, Run, Score
 from mmkit.files import read_json
 
 log = logging.getLogger(__name__)
 
+__all__ = ["Collection", "Prediction", "Published", "Run", "Score", "collect", "find_parent", "read_run"]
 KINDS = ("eval", "probe", "train")
-
-
-@dataclass(frozen=True)
-class Score:
-    """One entry of ``scores.json``: metrics as fractions, with intervals and the conditions they hold under."""
-
-    task: str
-    metrics: dict[str, float]
-    ci95: dict[str, tuple[float, float]]
-    n: int
-    settings: dict[str, Any]
-    per_sample: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One row of ``predictions.jsonl``; ``image_shown`` differs from ``image`` in blind runs."""
-
-    task: str
-    id: str
-    image: str
-    image_shown: str
-    prompt: str
-    text: str
-    references: list[str]
-    question: str | None
-    score: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run directory as read from disk; ``parents`` are the run directories its manifest leads to."""
-
-    path: Path
-    name: str
-    kind: str
-    stage: str | None
-    system: str | None
-    manifest: dict[str, Any]
-    recipe: str = ""
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    scores: dict[str, Score] = field(default_factory=dict)
-    predictions: list[Prediction] = field(default_factory=list)
-    parents: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -97,7 +54,7 @@ def collect(paths: Sequence[Path]) -> Collection:
     """Read the runs at `paths` and every training run they descend from.
 
     Args:
-        paths: Run directories; one named twice counts once.
+        paths: Run directories, and result files of lmms-eval; one named twice counts once.
 
     Returns:
         The collection, names made distinct.
@@ -109,7 +66,8 @@ def collect(paths: Sequence[Path]) -> Collection:
     wanted = list(dict.fromkeys(Path(path).resolve() for path in paths))
     if not wanted:
         raise InputError("no run directory given", where="report", mend="name at least one finished run, e.g. runs/eval")
-    runs = {path: read_run(path, need_done=True) for path in wanted}
+    # A run is a folder; the one kind of file there is comes from another program.
+    runs = {path: read_lmms_eval(path) if path.is_file() else read_run(path, need_done=True) for path in wanted}
     # Filled parents first, and that is the order in which the report lists them.
     ancestors: dict[Path, Run] = {}
     for run in list(runs.values()):
@@ -225,8 +183,9 @@ def _manifest(path: Path, *, need_done: bool) -> dict[str, Any]:
     """The manifest, checked for the few keys the report cannot do without."""
     file = path / "manifest.json"
     if not file.is_file():
-        found = "no such directory" if not path.is_dir() else "not a run directory (it has no manifest.json)"
-        raise InputError(found, where=path, mend="give the directory of a finished mmkit train, probe or eval run")
+        found = "no such file or directory" if not path.is_dir() else "not a run directory (it has no manifest.json)"
+        mend = "give the directory of a finished mmkit train, probe or eval run, or a result file of lmms-eval"
+        raise InputError(found, where=path, mend=mend)
     manifest = read_json(file, mend="run the stage again with --restart")
     # Other programs write a manifest.json too.
     if not isinstance(manifest, dict) or manifest.get("kind") not in KINDS:
@@ -285,10 +244,19 @@ def _score(name: str, entry: dict[str, Any], file: Path) -> Score:
             n=int(entry.get("n", 0)),
             settings=dict(entry.get("settings") or {}),
             per_sample=list(entry.get("per_sample") or []),
+            answers={k: int(v) for k, v in (entry.get("answers") or {}).items()},
+            published=[_published(row) for row in entry.get("published") or []],
+            breakdown=dict(entry.get("breakdown") or {}),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"task {name!r} is no score object ({type(error).__name__}: {error})"
         raise InputError(what, where=file, mend="run the evaluation again") from error
+
+
+def _published(row: dict[str, Any]) -> Published:
+    """A reference row, as a task's YAML has it."""
+    metrics = {k: float(v) for k, v in row["metrics"].items() if v is not None}
+    return Published(str(row["system"]), metrics, str(row.get("source") or ""), str(row.get("conditions") or ""))
 
 
 def _predictions(file: Path) -> list[Prediction]:
@@ -318,4 +286,6 @@ def _prediction(row: dict[str, Any]) -> Prediction:
         references=[str(r) for r in row.get("references") or []],
         question=row.get("question"),
         score={k: float(v) for k, v in (row.get("score") or {}).items() if isinstance(v, (int, float))},
+        type=str(row.get("type") or ""),
+        parsed=None if row.get("parsed") is None else str(row["parsed"]),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmkit.eval.report.collect import Run, Score
-from mmkit.eval.report.tables import Condition, Row
+from mmkit.eval.report.runs import Run, Score
+from mmkit.eval.report.systems import Condition, Row
 
 # Printed name -> the keys of a score's settings that hold it, in the order of the page.
 KNOWN = {
@@ -17,6 +17,8 @@ KNOWN = {
     "Decoding": ("decoding", "generation", "generate"),
     "Batch size": ("batch_size",),
 }
+# Scores that differ in one of these answer different questions: they never share a column.
+APART = ("OCR", "Rule")
 FINGERPRINT_KEYS = ("fingerprint", "model_fingerprint", "model")
 
 
@@ -63,6 +65,36 @@ def settings_of(score: Score, task: str, run: Run) -> dict[str, str]:
     found["Model"] = model_of(run) or ", ".join(map(short, named)) or "not recorded"
     found.update({key: flat(value) or "none" for key, value in sorted(left.items())})
     return found
+
+
+def variant_of(score: Score) -> tuple[tuple[str, str], ...]:
+    """The conditions that decide in which column of its task a score stands, as (name, value) pairs."""
+    return tuple((name, value) for name in APART if (value := _setting(score, name)))
+
+
+def departures(score: Score, usual: Score) -> list[str]:
+    """In what a score of the same column was made otherwise than the column's first one, so that the two do not compare.
+
+    Args:
+        score: The score.
+        usual: The column's first score.
+
+    Returns:
+        One line for each difference in tokenizer or samples; none where the two compare.
+    """
+    lines = []
+    own, other = _setting(score, "Tokenizer"), _setting(usual, "Tokenizer")
+    if own != other:
+        lines.append(f"tokenizer {own or 'not recorded'}, the column's first has {other or 'not recorded'}")
+    # A limit, and results with gaps, both show in the number of samples.
+    if score.n != usual.n:
+        lines.append(f"{score.n} samples, the column's first has {usual.n}")
+    return lines
+
+
+def _setting(score: Score, name: str) -> str:
+    """A known setting as printed, empty where the score does not tell."""
+    return next((flat(score.settings[key]) for key in KNOWN[name] if key in score.settings), "")
 
 
 def prompt_of(run: Run, task: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os.path
 import random
 from collections import Counter
@@ -11,30 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from mmkit.eval.report.pictures import Picture, read_picture
+from mmkit.eval.report.runs import Prediction, Run
+from mmkit.eval.report.systems import Row
 
-from mmkit.data.images import ImageRef, decode_image
-from mmkit.data.skipped import SampleError
-from mmkit.eval.report.collect import Prediction, Run
-from mmkit.eval.report.tables import Row
-
-SMALL = 160  # px: up to here a picture is shown enlarged, pixel by pixel, instead of being re-encoded as JPEG
-WIDEST = 320  # px: longer sides are scaled down before inlining
+SAMPLE = 12  # pictures that are on the page itself, also without JavaScript
 SHOWN = 224  # px: longest side on the page
 THUMB = 56  # px: pictures that a blind system was really shown
 QUESTIONS = 4  # per picture
 
-
-@dataclass(frozen=True)
-class Picture:
-    """An inlined picture; `uri` is empty and `missing` says why when it could not be read."""
-
-    name: str
-    uri: str = ""
-    width: int = 0
-    height: int = 0
-    pixelated: bool = False
-    missing: str = ""
+# Picture -> (task, id) -> prediction and its run, of one system.
+Asked = dict[str, dict[tuple[str, str], tuple[Prediction, Run]]]
 
 
 @dataclass(frozen=True)
@@ -74,11 +59,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Gallery:
-    """The drawn pictures, how many there were to draw from, and the systems in column order."""
+    """The sample on the page, the names of all drawn pictures, how many there were to draw from, systems in column order."""
 
     systems: list[str]
     entries: list[Entry]
     pool: int
+    names: list[str]
+    asked: list[Asked]
 
     def missing(self) -> list[Picture]:
         """Pictures that could not be shown, each once."""
@@ -96,57 +83,27 @@ def build_gallery(rows: Sequence[Row], *, count: int, seed: int) -> Gallery:
         seed: Seed of the draw (pictures and questions).
 
     Returns:
-        The gallery; the pool is the pictures that every system was asked about, or all if there is no such picture.
+        The gallery; the pool is every picture that some system was asked about. Those that all were asked about come first.
     """
     rows = [row for row in rows if row.predictions]
-    # Pictures are what is compared: systems without predictions (probes) would empty the common pool.
     asked = [_by_picture(row) for row in rows]
-    common = set.intersection(*(set(a) for a in asked)) if asked else set()
-    # Without a common picture (a captioner and an MLLM on different sets) any is better than none.
-    pool = common or {name for a in asked for name in a}
-    # File names decide the order, not folders: the same data elsewhere gives the same gallery.
-    names = sorted(pool, key=lambda name: (Path(name).name, name))
     # No score enters the draw, so nobody can be shown only the pictures on which a system shines.
     rng = random.Random(seed)
-    drawn = rng.sample(names, min(count, len(names)))
+    common = set.intersection(*(set(a) for a in asked)) if asked else set()
+    # Without a common picture (a captioner and an MLLM on different sets) any is better than none.
+    names = _shuffled(common, rng) + _shuffled({name for a in asked for name in a} - common, rng)
+    drawn = names[:count]
     cache: dict[tuple[str, int], Picture] = {}
-    entries = [_entry(name, rows, asked, rng, cache) for name in drawn]
-    return Gallery([row.label for row in rows], entries, len(names))
+    entries = [_entry(name, rows, asked, rng, cache) for name in drawn[:SAMPLE]]
+    return Gallery([row.label for row in rows], entries, len(names), drawn, asked)
 
 
-def read_picture(name: str, run: Run, *, side: int) -> Picture:
-    """Read, scale and encode one picture.
-
-    Args:
-        name: Path as the predictions have it: absolute, or relative to the working directory or the run.
-        run: The run whose predictions name it.
-        side: Longest side on the page, px.
-
-    Returns:
-        The picture, or a placeholder that says what is wrong.
-    """
-    path = next((p for p in (Path(name), run.path / name) if p.is_file()), None)
-    label = Path(name).name or "(no name)"
-    if path is None:
-        return Picture(label, missing="file not found")
-    try:
-        # The loader's own decoder: what is shown is what the model saw. Encoding anew below also drops what the page must
-        # not carry (GPS position, embedded previews, trailing bytes).
-        image = decode_image(ImageRef(str(path)).read())
-    except SampleError as error:
-        return Picture(label, missing=str(error))
-    longest = max(image.size)
-    if longest <= SMALL:
-        # A whole factor, so that every pixel of a small drawing becomes a square of one size.
-        factor = max(1, side // longest) if side >= longest else side / longest
-        # PNG, since JPEG would smear the very pixels that are shown enlarged.
-        uri = _encode(image, "PNG") if side >= longest else _encode(_scaled(image, 2 * side), "JPEG")
-        width, height = round(image.width * factor), round(image.height * factor)
-        return Picture(label, uri, width, height, pixelated=side >= longest)
-    # Twice the size on the page, for screens of high density, within the limit on file size.
-    factor = side / longest
-    uri = _encode(_scaled(image, min(WIDEST, 2 * side)), "JPEG")
-    return Picture(label, uri, max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+def _shuffled(names: set[str], rng: random.Random) -> list[str]:
+    """In an order that depends on the seed alone; a smaller gallery is the beginning of a larger one."""
+    # File names decide the order, not folders: the same data elsewhere gives the same gallery.
+    ordered = sorted(names, key=lambda name: (Path(name).name, name))
+    rng.shuffle(ordered)
+    return ordered
 
 
 def truth_of(references: Sequence[str]) -> str:
@@ -164,17 +121,23 @@ def mark_of(prediction: Prediction) -> tuple[str, str]:
     # A caption is neither right nor wrong, and CIDEr has no threshold that would make it so.
     if "CIDEr" in prediction.score:
         return "", f"CIDEr {prediction.score['CIDEr'] * 100:.0f}"
-    accuracy = prediction.score.get("accuracy")
+    accuracy = figure_of(prediction, "accuracy")
     if accuracy is None:
-        return "", ""
+        # Of a suite that scores its samples otherwise, its own first figure.
+        return "", next((f"{name} {value:.3g}" for name, value in prediction.score.items()), "")
     if accuracy >= 1 - 1e-9:
         return "right", ""
     return ("partly", f"{accuracy * 100:.0f} %") if accuracy > 0 else ("wrong", "")
 
 
-def _by_picture(row: Row) -> dict[str, dict[tuple[str, str], tuple[Prediction, Run]]]:
-    """Picture -> (task, id) -> prediction and its run."""
-    found: dict[str, dict[tuple[str, str], tuple[Prediction, Run]]] = {}
+def figure_of(prediction: Prediction, metric: str) -> float | None:
+    """A sample's figure on one metric, None where it has none."""
+    # A rotation of MMBench is right or wrong, but only a question with all its rotations has an accuracy.
+    return prediction.score.get(metric, prediction.score.get("correct") if metric == "accuracy" else None)
+
+
+def _by_picture(row: Row) -> Asked:
+    found: Asked = {}
     for run in row.runs:
         for p in run.predictions:
             # Systems may spell one path differently, and pictures are joined by it.
@@ -185,7 +148,7 @@ def _by_picture(row: Row) -> dict[str, dict[tuple[str, str], tuple[Prediction, R
 def _entry(
     name: str,
     rows: Sequence[Row],
-    asked: Sequence[dict[str, dict[tuple[str, str], tuple[Prediction, Run]]]],
+    asked: Sequence[Asked],
     rng: random.Random,
     cache: dict[tuple[str, int], Picture],
 ) -> Entry:
@@ -238,18 +201,3 @@ def _cached(name: str, run: Run, side: int, cache: dict[tuple[str, int], Picture
     if (name, side) not in cache:
         cache[name, side] = read_picture(name, run, side=side)
     return cache[name, side]
-
-
-def _scaled(image: Image.Image, side: int) -> Image.Image:
-    """Down to `side` px, never up."""
-    # thumbnail works in place.
-    image = image.copy()
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return image
-
-
-def _encode(image: Image.Image, kind: str) -> str:
-    """As a data URI."""
-    file = io.BytesIO()
-    image.save(file, kind, **({"quality": 82, "optimize": True} if kind == "JPEG" else {"optimize": True}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -22,43 +22,41 @@ _STEPS = [1, 2, 2.5, 5, 10]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One run's losses: training rows as a line, validation rows as a dotted line with markers."""
+class Line:
+    """One series of a chart; `marks` draws hollow circles on dots, for values that are few."""
 
-    label: str
-    run: str
     style: int
     steps: list[float]
-    loss: list[float]
-    val_steps: list[float]
-    val_loss: list[float]
-
-    @property
-    def colour(self) -> str:
-        """Stroke colour of this curve's system."""
-        return COLOURS[self.style % len(COLOURS)]
-
-    @property
-    def dashes(self) -> str:
-        """SVG ``stroke-dasharray`` of this curve's system."""
-        return DASHES[self.style % len(DASHES)]
+    values: list[float]
+    marks: bool = False
 
 
-def curves_svg(curves: Sequence[Curve], *, name: str, size: tuple[float, float] = (4.4, 2.5)) -> str:
-    """Draw one panel of loss curves.
+def colour_of(style: int) -> str:
+    """Stroke colour of a system."""
+    return COLOURS[style % len(COLOURS)]
+
+
+def dashes_of(style: int) -> str:
+    """SVG ``stroke-dasharray`` of a system."""
+    return DASHES[style % len(DASHES)]
+
+
+def chart_svg(lines: Sequence[Line], *, name: str, label: str, size: tuple[float, float] = (3.5, 2.3)) -> str:
+    """Draw one chart over training steps.
 
     Args:
-        curves: The curves, drawn over each other.
-        name: Distinguishes the ids inside this SVG from those of other panels on the page.
+        lines: The series, drawn over each other.
+        name: Distinguishes the ids inside this SVG from those of other charts on the page.
+        label: Of the vertical axis, with its unit.
         size: Width and height in inches, before the page scales it.
 
     Returns:
-        An ``<svg>`` element without title, legend or any text from the data: those belong to the page.
+        An ``<svg>`` element without title, legend, style or any text from the data: those belong to the page.
     """
     style = {
         "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
-        "svg.hashsalt": name,  # reproducible ids, different in every panel
-        "font.size": 10.5,
+        "svg.hashsalt": name,  # reproducible ids, different in every chart
+        "font.size": 10,
         "font.family": ["sans-serif"],
         "text.color": _INK,
         "axes.labelcolor": _INK,
@@ -71,12 +69,14 @@ def curves_svg(curves: Sequence[Curve], *, name: str, size: tuple[float, float] 
         # No pyplot: it keeps global state and may ask for a display.
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
-        for curve in curves:
-            _draw(axes, curve)
+        for line in lines:
+            _draw(axes, line)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss")
+        axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+        # Learning rates as 5e-4 over the axis, not as 0.0005 beside each tick.
+        axes.ticklabel_format(axis="y", scilimits=(-2, 5), useMathText=False)
         axes.grid(axis="y", linewidth=0.4, alpha=0.25, color=_INK)
         axes.spines[["top", "right"]].set_visible(False)
         # Without date and version the same runs give the same bytes.
@@ -103,16 +103,18 @@ def thin(steps: Sequence[float], values: Sequence[float], most: int = MAX_POINTS
     return [g[-1][0] for g in groups], [math.fsum(v for _, v in g) / len(g) for g in groups]
 
 
-def _draw(axes: matplotlib.axes.Axes, curve: Curve) -> None:
-    """Training loss as a line; validation loss with markers, hollow so that both show where they meet."""
-    dashes = (0, [float(d) for d in curve.dashes.split()]) if curve.dashes else "-"
-    steps, loss = thin(curve.steps, curve.loss)
-    # A single point draws no line, so it gets a mark.
-    if steps:
-        axes.plot(steps, loss, color=curve.colour, linewidth=1.3, linestyle=dashes, marker="." if len(steps) == 1 else "")
-    steps, loss = thin(curve.val_steps, curve.val_loss)
-    if steps:
-        axes.plot(steps, loss, color=curve.colour, linewidth=0.7, linestyle=":", marker="o", markersize=3.5, mfc="none")
+def _draw(axes: matplotlib.axes.Axes, line: Line) -> None:
+    """A plain or dashed line; few values with markers, hollow so that both show where they meet a line."""
+    steps, values = thin(line.steps, line.values)
+    if not steps:
+        return
+    colour, dashes = colour_of(line.style), dashes_of(line.style)
+    if line.marks:
+        axes.plot(steps, values, color=colour, linewidth=0.7, linestyle=":", marker="o", markersize=3.5, mfc="none")
+    else:
+        pattern = (0, [float(d) for d in dashes.split()]) if dashes else "-"
+        # A single point draws no line, so it gets a mark.
+        axes.plot(steps, values, color=colour, linewidth=1.3, linestyle=pattern, marker="." if len(steps) == 1 else "")
 
 
 def _inline(svg: str) -> str:
@@ -123,7 +125,21 @@ def _inline(svg: str) -> str:
     # The size goes and the view box stays: the page decides how large a panel is.
     box = re.search(r'viewBox="[^"]+"', svg)
     assert box is not None, "matplotlib wrote an SVG without viewBox"
+    # A page that allows no style but its own (by hash) ignores style attributes; the same as attributes of SVG is no style.
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' style="([^"]*)"', _attributes, svg)
+    # matplotlib numbers its groups in every drawing anew; nothing refers to them.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     # Hidden from screen readers, since title and legend are text of the page.
     svg = re.sub(r"<svg[^>]*>", f'<svg {box.group()} aria-hidden="true" focusable="false">', svg, count=1)
     # HTML knows no namespaces, and the ink takes the page's colour, light or dark.
     return svg.replace("xlink:href", "href").replace(_INK, "currentColor").strip()
+
+
+def _attributes(style: re.Match[str]) -> str:
+    """A style attribute's declarations as presentation attributes, fonts left to the page."""
+    pairs = [declaration.partition(":") for declaration in style.group(1).split(";") if declaration.strip()]
+    kept = [(name.strip(), value.strip()) for name, _, value in pairs if not name.strip().startswith("font-family")]
+    # ``font: 10.5px sans-serif`` is shorthand, which SVG has no attribute for.
+    sizes = [("font-size", size.group()) for name, value in kept if name == "font" and (size := re.search(r"[\d.]+px", value))]
+    return "".join(f' {name}="{value}"' for name, value in [*(pair for pair in kept if pair[0] != "font"), *sizes])

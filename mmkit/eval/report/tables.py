@@ -1,286 +1,264 @@
-"""Scores of several runs as tables: one row per system, paired differences, and the conditions behind each number."""
+"""Scores of several systems as tables: a row per system, a column per metric, references of papers below."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from mmkit.eval.report.collect import Prediction, Run, Score
-from mmkit.eval.statistics import paired_bootstrap
+from mmkit.eval.metrics import Metric, describe, headline
+from mmkit.eval.report.conditions import departures, settings_of, variant_of
+from mmkit.eval.report.runs import Score
+from mmkit.eval.report.systems import Row
 
-# Metric name in scores.json -> heading, factor, unit. CIDEr and its kin are printed x100, as papers do.
-METRICS = {
-    "accuracy": ("Accuracy", 100.0, "%"),
-    "CIDEr": ("CIDEr", 100.0, "×100"),
-    "Bleu_4": ("BLEU-4", 100.0, "×100"),
-    "METEOR": ("METEOR", 100.0, "×100"),
-    "ROUGE_L": ("ROUGE-L", 100.0, "×100"),
-    "SPICE": ("SPICE", 100.0, "×100"),
-    "f1": ("F1", 100.0, "%"),
-}
 # Columns of one table before the next begins: what fits a page of 1280 px and a sheet of paper.
 COLUMNS_PER_TABLE = 7
 MISSING = "–"
 
 
 @dataclass(frozen=True)
-class Row:
-    """A system and the runs that speak for it."""
-
-    label: str
-    runs: list[Run]
-
-    @property
-    def scores(self) -> dict[str, Score]:
-        """Task name -> score over all runs of the row."""
-        return {task: score for run in self.runs for task, score in run.scores.items()}
-
-    @property
-    def predictions(self) -> list[Prediction]:
-        """Predictions of all runs of the row."""
-        return [p for run in self.runs for p in run.predictions]
-
-    def run_of(self, task: str) -> Run:
-        """The run that scored `task`."""
-        return next(run for run in self.runs if task in run.scores)
-
-
-@dataclass(frozen=True)
 class Column:
-    """One metric of one task."""
+    """One metric of one task, under one rule and OCR mode; `variant` names the two where the task has several."""
 
     task: str
     metric: str
+    variant: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def known(self) -> Metric:
+        """How the metric is printed."""
+        return describe(self.metric)
 
     @property
     def heading(self) -> str:
         """Metric name as papers print it."""
-        return METRICS.get(self.metric, (self.metric, 1.0, ""))[0]
-
-    @property
-    def scale(self) -> float:
-        """Factor from the stored fraction to the printed figure."""
-        return METRICS.get(self.metric, (self.metric, 1.0, ""))[1]
+        return self.known.heading
 
     @property
     def unit(self) -> str:
-        """Unit of the printed figure; empty where the file's own figure is printed."""
-        return METRICS.get(self.metric, (self.metric, 1.0, ""))[2]
+        """Unit of the printed figure."""
+        return self.known.unit
 
     def show(self, value: float | None) -> str:
-        """A figure as printed: one decimal after scaling, three for metrics without a known scale."""
-        if value is None or not math.isfinite(value):
-            return MISSING
-        # One decimal of a percentage, as papers print; an unknown metric may live between 0 and 1.
-        return f"{value * self.scale:.{1 if self.metric in METRICS else 3}f}"
+        """A figure as printed."""
+        return MISSING if value is None or not math.isfinite(value) else self.known.show(value)
+
+    def signed(self, value: float) -> str:
+        """A difference with its sign, a real minus; none where it prints as zero, since its side cannot be seen."""
+        text = self.show(abs(value))
+        return text if text == MISSING or float(text) == 0 else ("+" if value > 0 else "−") + text
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A printed figure, its 95 % interval, and whether it is the best of its column."""
+    """A printed figure and what is to know of it.
+
+    Attributes:
+        text: The figure.
+        interval: Its 95 % interval.
+        best: Whether it is the best of those that compare.
+        delta: The difference to the first row, where that compares.
+        mark: ``*`` where the paired test, corrected for all of the report, finds the difference to be real.
+        warnings: What makes the figure doubtful.
+        apart: Why it does not compare with the column's first figure.
+        conditions: Printed settings, in the order of the page.
+        key: The cell's name on the page.
+    """
 
     text: str
-    interval: str
-    best: bool
+    interval: str = ""
+    best: bool = False
+    delta: str = ""
+    mark: str = ""
+    warnings: list[str] = field(default_factory=list)
+    apart: list[str] = field(default_factory=list)
+    conditions: list[tuple[str, str]] = field(default_factory=list)
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The columns of one task (in one variant) in a table."""
+
+    task: str
+    variant: str
+    columns: list[Column]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Some columns (grouped by task) of the score table over all rows."""
+    """Some columns (grouped by task) of the score table over all rows; `references` are published figures."""
 
-    tasks: list[tuple[str, list[Column]]]
+    groups: list[Group]
     rows: list[tuple[str, list[tuple[Column, Cell]]]]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A system against the first one on the same samples; fractions, `verdict` is higher, lower or unclear."""
-
-    system: str
-    baseline: str
-    column: Column
-    n: int
-    value: float
-    low: float
-    high: float
+    references: list[tuple[str, list[tuple[Column, Cell]]]]
 
     @property
-    def verdict(self) -> str:
-        """Which side of zero the whole interval lies on."""
-        # Zero inside the interval is no verdict, however large the difference.
-        return "higher" if self.low > 0 else "lower" if self.high < 0 else "unclear"
-
-    def show(self, value: float) -> str:
-        """A signed figure with a real minus sign."""
-        text = self.column.show(abs(value))
-        # A figure that prints as 0.0 gets no sign: which side it is on cannot be seen.
-        return text if float(text) == 0 else ("+" if value > 0 else "−") + text
+    def variants(self) -> list[str]:
+        """What is to be known of each column's task."""
+        return [group.variant for group in self.groups for _ in group.columns]
 
 
-@dataclass(frozen=True)
-class Condition:
-    """One setting of one task, and the systems it holds for (all of the task's when `systems` is empty)."""
-
-    name: str
-    value: str
-    systems: list[str]
-
-
-def system_rows(runs: Sequence[Run]) -> list[Row]:
-    """One row per system in the order of first mention.
-
-    Runs of one system merge (a captioner and an MLLM) unless two of them score the same task: then each keeps its own row,
-    with the run's name behind the system's.
-
-    Args:
-        runs: Eval runs, or probe runs.
-
-    Returns:
-        The rows.
-    """
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        # A run without a label speaks for itself alone.
-        groups.setdefault(run.system or run.name, []).append(run)
-    rows = []
-    for label, members in groups.items():
-        tasks = [task for run in members for task in run.scores]
-        # Two scores of one task in one row would hide one of them.
-        if len(tasks) == len(set(tasks)):
-            rows.append(Row(label, members))
-        else:
-            rows.extend(Row(f"{label} ({run.name})", [run]) for run in members)
-    return rows
-
-
-def headline_metrics(score: Score) -> list[str]:
-    """The metrics of a task that belong in the main table, most important first."""
-    # BLEU-1 to 3 stay in the JSON: papers print BLEU-4 alone.
-    if "CIDEr" in score.metrics:
-        return [m for m in ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE") if m in score.metrics]
-    if "accuracy" in score.metrics:
-        return [m for m in ("accuracy", "f1") if m in score.metrics]
-    # Of an unknown task the first two, so that a long list of figures does not fill a table.
-    return list(score.metrics)[:2]
+def apart_lines(tables: Sequence[Table]) -> list[str]:
+    """Figures that do not compare with the first of their column, and why; a line for each system and task."""
+    lines = [
+        f"{label}, {column.task}: {'; '.join(cell.apart)}"
+        for table in tables
+        for label, cells in table.rows
+        for column, cell in cells
+        if cell.apart
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def task_columns(rows: Sequence[Row]) -> list[tuple[str, list[Column]]]:
-    """Tasks in order of first mention, each with the headline metrics that any row has."""
-    tasks: dict[str, dict[str, Column]] = {}
+    """Tasks in order of first mention, each with the headline metrics that any row has, variants apart."""
+    tasks: dict[str, dict[tuple[tuple[str, str], ...], dict[str, Column]]] = {}
     for row in rows:
         for task, score in row.scores.items():
-            for metric in headline_metrics(score):
+            variant = variant_of(score)
+            for metric in headline(score.task, score.metrics):
                 # A metric that only a later system has still gets its column, behind the first one's.
-                tasks.setdefault(task, {}).setdefault(metric, Column(task, metric))
-    return [(task, list(columns.values())) for task, columns in tasks.items()]
+                tasks.setdefault(task, {}).setdefault(variant, {}).setdefault(metric, Column(task, metric, variant))
+    return [(task, [c for columns in variants.values() for c in columns.values()]) for task, variants in tasks.items()]
 
 
-def score_tables(rows: Sequence[Row]) -> list[Table]:
-    """The table of scores, cut between tasks into as many tables as keep it narrow."""
-    parts: list[list[tuple[str, list[Column]]]] = [[]]
+def groups_of(rows: Sequence[Row]) -> list[Group]:
+    """The columns of all tasks, one group for each task and variant, labelled by what is to be known of it."""
+    groups = []
     for task, columns in task_columns(rows):
-        # Never inside a task: its metrics are read side by side.
-        if parts[-1] and sum(len(c) for _, c in parts[-1]) + len(columns) > COLUMNS_PER_TABLE:
-            parts.append([])
-        parts[-1].append((task, columns))
-    return [_table(part, rows) for part in parts if part]
+        variants = list(dict.fromkeys(column.variant for column in columns))
+        for variant in variants:
+            # OCR always, since a figure with it says nothing of one without; the rule where it is not the same for all.
+            told = [
+                f"{name} {value}" for name, value in variant if name == "OCR" or not all((name, value) in v for v in variants)
+            ]
+            groups.append(Group(task, ", ".join(told), [c for c in columns if c.variant == variant]))
+    return groups
 
 
-def differences(rows: Sequence[Row], *, seed: int) -> tuple[list[Difference], list[str]]:
-    """Every other system against the first, per task, on the samples both have (paired bootstrap over pictures).
+def score_tables(
+    rows: Sequence[Row], marks: Mapping[tuple[str, Column], str] | None = None, *, key: str = "score"
+) -> list[Table]:
+    """The table of scores, cut between tasks into as many tables as keep it narrow.
 
     Args:
-        rows: The score table's rows; the first is the baseline.
-        seed: Seed of the resampling.
+        rows: Systems; the first is the one that differences refer to.
+        marks: (system, column) -> ``*`` for differences that a test found to be real.
+        key: Begins the cells' names, which are anchors on a page that has several kinds of tables.
 
     Returns:
-        The differences, and a line for each pair that cannot be compared.
+        The tables; keys of cells are distinct over all of them.
     """
-    found: list[Difference] = []
-    without: list[str] = []
-    # Tasks of the first system only: what it was not scored on cannot be compared with it.
-    for task, columns in task_columns(rows[:1]):
-        # The headline metric alone. Its corpus score is the mean over samples, which BLEU's is not, so the paired
-        # bootstrap of means is right for it.
-        column = columns[0]
-        first = per_sample(rows[0], column)
-        for row in rows[1:]:
-            if task not in row.scores:
-                continue
-            other = per_sample(row, column)
-            # Paired on what both have; a smaller set than either's is told below instead of passed over.
-            shared = [key for key in first if key in other]
-            # One sample has no spread, so its interval would be a point.
-            if len(shared) < 2:
-                without.append(f"{row.label}, {task}: fewer than two samples in common with {rows[0].label}")
-                continue
-            mine: dict[Hashable, float] = {k: other[k] for k in shared}
-            base: dict[Hashable, float] = {k: first[k] for k in shared}
-            # By the picture asked about: a blind system was shown another one.
-            pictures = {p.id: p.image for p in row.run_of(task).predictions if p.task == task}
-            # Questions on one picture are not independent: they are drawn together.
-            clusters: dict[Hashable, Hashable] = {k: pictures.get(k, k) for k in shared}
-            found.append(_difference(row.label, rows[0].label, column, mine, base, clusters, seed=seed))
-            if len(shared) < max(len(first), len(other)):
-                total = f"{len(shared)} of {max(len(first), len(other))}"
-                without.append(f"{row.label}, {task}: only {total} samples are shared with {rows[0].label}")
-    return found, without
+    parts: list[list[Group]] = [[]]
+    for group in groups_of(rows):
+        # Never inside a task: its metrics are read side by side.
+        if parts[-1] and sum(len(g.columns) for g in parts[-1]) + len(group.columns) > COLUMNS_PER_TABLE:
+            parts.append([])
+        parts[-1].append(group)
+    return [_table(part, rows, marks or {}, f"{key}{i}") for i, part in enumerate(parts) if part]
 
 
-def _difference(
-    system: str,
-    baseline: str,
-    column: Column,
-    mine: dict[Hashable, float],
-    base: dict[Hashable, float],
-    clusters: dict[Hashable, Hashable],
-    *,
-    seed: int,
-) -> Difference:
-    """Bootstrap one pair of systems; all three mappings have the same sample ids."""
-    value, low, high, n = paired_bootstrap(mine, base, clusters=clusters, seed=seed)
-    return Difference(system, baseline, column, n, value, low, high)
-
-
-def per_sample(row: Row, column: Column) -> dict[str, float]:
-    """Sample id -> score on one metric; from ``scores.json``, else from the predictions."""
-    score = row.scores[column.task]
-    metric = column.metric
-    values = {str(s["id"]): float(s[metric]) for s in score.per_sample if "id" in s and s.get(metric) is not None}
-    # Another program's scores may lack single samples; the predictions beside them need not.
-    if not values:
-        run = row.run_of(column.task)
-        values = {p.id: p.score[metric] for p in run.predictions if p.task == column.task and metric in p.score}
-    return values
-
-
-def _table(tasks: list[tuple[str, list[Column]]], rows: Sequence[Row]) -> Table:
-    """Fill the cells and mark the best of each column (only where there is something to compare)."""
-    columns = [column for _, group in tasks for column in group]
-    best: dict[Column, str] = {}
-    for column in columns:
-        values = [v for row in rows if (v := _value(row, column)) is not None and math.isfinite(v)]
-        # The best of one is no distinction.
-        if len(values) > 1:
-            best[column] = column.show(max(values))
-    lines = []
-    for row in rows:
-        cells = [(column, _cell(row, column, best.get(column))) for column in columns]
-        # A system that was not scored on any of these tasks would be a row of dashes.
-        if any(cell.text != MISSING for _, cell in cells):
-            lines.append((row.label, cells))
-    return Table(tasks, lines)
-
-
-def _value(row: Row, column: Column) -> float | None:
+def column_score(row: Row, column: Column) -> Score | None:
+    """A row's score in a column, None where it was not scored under that column's conditions."""
     score = row.scores.get(column.task)
-    return None if score is None else score.metrics.get(column.metric)
+    return score if score is not None and variant_of(score) == column.variant else None
 
 
-def _cell(row: Row, column: Column, best: str | None) -> Cell:
+def _table(groups: list[Group], rows: Sequence[Row], marks: Mapping[tuple[str, Column], str], key: str) -> Table:
+    """Fill the cells and mark the best of each column (only where there is something to compare)."""
+    columns = [column for group in groups for column in group.columns]
+    cells: dict[tuple[int, int], Cell] = {}
+    for j, column in enumerate(columns):
+        best, first = _best(rows, column), _first(rows, column)
+        for i, row in enumerate(rows):
+            cells[i, j] = _cell(row, column, first, rows[0], best, marks, f"{key}-{i}-{j}")
+    lines = [(row.label, [(column, cells[i, j]) for j, column in enumerate(columns)]) for i, row in enumerate(rows)]
+    # A system that was not scored on any of these tasks would be a row of dashes.
+    shown = [(label, line) for label, line in lines if any(cell.text != MISSING for _, cell in line)]
+    return Table(groups, shown, _references(rows, columns, f"{key}-r"))
+
+
+def _first(rows: Sequence[Row], column: Column) -> Score | None:
+    """The column's first score, which the others are held against."""
+    return next((score for row in rows if (score := column_score(row, column)) is not None), None)
+
+
+def _best(rows: Sequence[Row], column: Column) -> str | None:
+    """The best figure of a column as printed, of those that compare; None where there is no choice, or more is not better."""
+    first = _first(rows, column)
+    values = []
+    for row in rows:
+        score = column_score(row, column)
+        value = score.metrics.get(column.metric) if score else None
+        if score and first and value is not None and math.isfinite(value) and not departures(score, first):
+            values.append(value)
+    # The best of one is no distinction.
+    return column.show(max(values)) if len(values) > 1 and column.known.ranked else None
+
+
+def _cell(
+    row: Row,
+    column: Column,
+    first: Score | None,
+    baseline: Row,
+    best: str | None,
+    marks: Mapping[tuple[str, Column], str],
+    key: str,
+) -> Cell:
     """Ties at the printed precision are all best: the digits that are not shown decide nothing."""
-    text = column.show(_value(row, column))
-    ci = row.scores[column.task].ci95.get(column.metric) if text != MISSING else None
-    interval = f"{column.show(ci[0])} to {column.show(ci[1])}" if ci else ""
-    return Cell(text, interval, best is not None and text == best)
+    score = column_score(row, column)
+    value = score.metrics.get(column.metric) if score else None
+    text = column.show(value)
+    if score is None or first is None or value is None or text == MISSING:
+        return Cell(MISSING)
+    ci = score.ci95.get(column.metric)
+    apart = departures(score, first)
+    base = column_score(baseline, column)
+    against = base.metrics.get(column.metric) if base and row is not baseline and not apart else None
+    return Cell(
+        text,
+        interval=f"{column.show(ci[0])} to {column.show(ci[1])}" if ci else "",
+        best=best is not None and text == best and not apart,
+        delta="" if against is None or not math.isfinite(against) else column.signed(value - against),
+        mark=marks.get((row.label, column), ""),
+        warnings=warnings_of(score),
+        apart=apart,
+        conditions=list(settings_of(score, column.task, row.run_of(column.task)).items()),
+        key=key,
+    )
+
+
+def warnings_of(score: Score) -> list[str]:
+    """The score's own notes, and the answers that were counted without having been understood."""
+    lines = list(score.notes)
+    total = score.answers.get("total", 0)
+    for kind, meaning in (("unparsed", "no answer was found in"), ("defaulted", "a default was counted for")):
+        count = score.answers.get(kind, 0)
+        # The suite may have put it in words already.
+        if count and not any(re.search(rf"\b{count} of {total}\b", note) for note in score.notes):
+            lines.append(f"{meaning} {count} of {total} texts")
+    return lines
+
+
+def _references(rows: Sequence[Row], columns: Sequence[Column], key: str) -> list[tuple[str, list[tuple[Column, Cell]]]]:
+    """Published figures, a row per system; under another source or conditions the same system has another row."""
+    found: dict[str, dict[Column, Cell]] = {}
+    seen: set[tuple[Column, str]] = set()
+    for column in columns:
+        for row in rows:
+            score = column_score(row, column)
+            for entry in score.published if score else []:
+                value = entry.metrics.get(column.metric)
+                # Every run of the task brings the same references along.
+                if value is None or (column, entry.key) in seen:
+                    continue
+                seen.add((column, entry.key))
+                label = entry.system
+                if column in found.get(label, {}):
+                    label = f"{entry.system} ({', '.join(filter(None, (entry.source, entry.conditions)))})"
+                told = [("Published for", entry.system), ("Source", entry.source or "not given")]
+                told.append(("Conditions", entry.conditions or "not given"))
+                found.setdefault(label, {})[column] = Cell(column.show(value), conditions=told, key=f"{key}{len(seen)}")
+    return [(label, [(c, line.get(c, Cell(MISSING))) for c in columns]) for label, line in found.items()]

@@ -8,36 +8,72 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmkit.eval.report.collect import Collection, Run
+from mmkit.eval.report.collect import Collection
 from mmkit.eval.report.conditions import conditions, flat
+from mmkit.eval.report.curves import Panel, panels_of
+from mmkit.eval.report.differences import Difference, differences
 from mmkit.eval.report.gallery import Gallery, build_gallery
-from mmkit.eval.report.plots import Curve, curves_svg
-from mmkit.eval.report.tables import Condition, Difference, Row, Table, differences, score_tables, system_rows
+from mmkit.eval.report.lineage import Lineage, build_lineage
+from mmkit.eval.report.pictures import UNLOGGED, Picture
+from mmkit.eval.report.runs import Run, Score
+from mmkit.eval.report.systems import Condition, Row, system_rows
+from mmkit.eval.report.tables import Column, Table, apart_lines, score_tables
+from mmkit.eval.report.viewer import Viewer, build_viewer
 
+PART_FIGURES = ("points", "f1", "accuracy")  # of MME's subtasks, of POPE's splits, of all else
+SKIPPED_LISTED = 50  # skipped samples named one by one for each run; skipped.jsonl has all
 REASONS = 8  # distinct reasons listed per run; the JSON has all
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Training curves of one stage, and the drawing of them."""
-
-    title: str
-    curves: list[Curve]
-    svg: str
+MISSING_LISTED = 20  # pictures named one by one; the JSON has all
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Samples a run left out, by reason, most frequent first; `total` is what its manifest counts."""
+    """Samples a run left out, by reason, most frequent first; `total` is what its manifest counts.
+
+    `samples` are the first `SKIPPED_LISTED` of them: source, key, reason.
+    """
 
     run: str
     total: int
     reasons: list[tuple[str, int]]
+    samples: list[tuple[str, str, str]]
 
     @property
     def listed(self) -> int:
         """How many samples the reasons account for."""
         return sum(count for _, count in self.reasons)
+
+
+@dataclass(frozen=True)
+class DataUse:
+    """What a run read: fingerprint, how many samples the data has, and further facts of its manifest."""
+
+    run: str
+    fingerprint: str
+    samples: int | None
+    facts: str
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """How a system's answers to one task looked: counts of the wrong shapes, and what the score says of them."""
+
+    system: str
+    task: str
+    total: int
+    counts: dict[str, int]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Figures of one task by question type or the like: name, samples, and a printed figure per system."""
+
+    task: str
+    kind: str
+    heading: str
+    systems: list[str]
+    rows: list[tuple[str, int, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -58,18 +94,46 @@ class Report:
     probe_conditions: dict[str, list[Condition]]
     panels: list[Panel]
     gallery: Gallery
+    viewer: Viewer
+    shapes: list[Shapes]
+    parts: list[Parts]
+    data: list[DataUse]
     skipped: list[Skipped]
     notes: list[str]
     runs: list[Run]
+    lineage: Lineage
+
+    @property
+    def apart(self) -> list[str]:
+        """Figures that do not compare with the first of their column, in words."""
+        return apart_lines(self.tables)
+
+    @property
+    def sources(self) -> list[tuple[str, str, str, str, str]]:
+        """Every published figure in words: system, task and metric, figure, source, conditions."""
+        lines = []
+        for table in self.tables:
+            cells = [(label, c, cell) for label, line in table.references for c, cell in line if cell.key]
+            for label, c, cell in cells:
+                told = dict(cell.conditions)
+                lines.append((label, f"{c.task}, {c.heading} {c.unit}", cell.text, told["Source"], told["Conditions"]))
+        return list(dict.fromkeys(lines))
+
+    @property
+    def missing_pictures(self) -> list[Picture]:
+        """Pictures that could not be shown, each once; an import, which has none, is a note instead."""
+        found = [*self.gallery.missing(), *(p for p in self.viewer.pictures if p.missing)]
+        return list({p.name: p for p in found if p.missing != UNLOGGED}.values())
 
 
-def assemble(collection: Collection, *, title: str, gallery: int, seed: int) -> Report:
+def assemble(collection: Collection, *, title: str, gallery: int, thumbnail: int, seed: int) -> Report:
     """Compute the report's content from the runs.
 
     Args:
         collection: The runs and their ancestors.
         title: Heading of the page.
         gallery: How many pictures to show.
+        thumbnail: Longest side of the gallery's thumbnails, px.
         seed: Seed of the gallery's draw and of the bootstrap.
 
     Returns:
@@ -79,26 +143,33 @@ def assemble(collection: Collection, *, title: str, gallery: int, seed: int) -> 
     rows = system_rows([run for run in collection.runs if run.kind == "eval"])
     probes = system_rows([run for run in collection.runs if run.kind == "probe" or (run.kind == "train" and run.scores)])
     found, without = differences(rows, seed=seed) if rows else ([], [])
+    marks = {(d.system, d.column): "*" for d in found if d.significant}
     everything = collection.everything()
+    pictures = build_gallery(rows, count=gallery, seed=seed)
     return Report(
         title=title,
         seed=seed,
         summary=summary_of(rows, probes, everything),
         facts=facts_of(collection),
         rows=rows,
-        tables=score_tables(rows),
+        tables=score_tables(rows, marks),
         differences=found,
         not_compared=without,
         conditions=conditions(rows),
         probe_rows=probes,
-        probes=score_tables(probes),
+        probes=score_tables(probes, key="probe"),
         probe_conditions=conditions(probes),
         panels=panels_of(collection, rows),
-        gallery=build_gallery(rows, count=gallery, seed=seed),
+        gallery=pictures,
+        viewer=build_viewer(pictures, thumbnail=thumbnail),
+        shapes=[shapes_of(row.label, task, score) for row in rows for task, score in row.scores.items()],
+        parts=parts_of(rows),
+        data=[use for run in everything if (use := data_of(run)) is not None],
         # Of all runs: what an encoder's training left out is a condition of every score built on it.
         skipped=[skipped_of(run) for run in everything],
-        notes=[f"{run.name}: {note}" for run in everything for note in run.notes],
+        notes=[f"{run.name}: {note}" for run in everything for note in notes_of(run)],
         runs=everything,
+        lineage=build_lineage(everything),
     )
 
 
@@ -150,36 +221,64 @@ def hardware_of(hardware: object) -> str:
     return "; ".join([*parts, *(f"{key} {flat(value)}" for key, value in left.items())])
 
 
-def panels_of(collection: Collection, rows: Sequence[Row]) -> list[Panel]:
-    """One panel per training stage, in the order the stages were run, systems overlaid.
+def shapes_of(system: str, task: str, score: Score) -> Shapes:
+    """Counts of answers with the wrong shape; captions have none."""
+    counts = {kind: count for kind, count in score.answers.items() if kind != "total"}
+    return Shapes(system, task, score.answers.get("total", score.n), counts, score.notes)
 
-    Two runs of one stage in a chain (align, then fine-tune) are two panels: ``llava``, ``llava, step 2``.
-    """
-    # Backwards, so that of two rows of one system the first gives the colour.
-    styles = {row.runs[0].system or row.runs[0].name: i for i, row in reversed(list(enumerate(rows)))}
-    by_path = {run.path: run for run in collection.everything()}
-    stages: dict[tuple[int, str], list[Curve]] = {}
-    for run in collection.everything():
-        if run.kind == "train":
-            lineage = [by_path[path] for path in collection.lineage(run)]
-            step = 1 + sum(other.stage == run.stage for other in lineage)
-            title = (run.stage or "training") + (f", step {step}" if step > 1 else "")
-            # Counted along the lineage, not by start time: a later run of an early stage still belongs in front.
-            depth = sum(other.kind == "train" for other in lineage)
-            # An MLLM on a downloaded encoder has an ancestor fewer than one on an encoder that was pretrained here.
-            stages.setdefault((depth, title), []).append(_curve(run, collection, styles))
-    # The same stage at two depths is one panel, at the place of the first.
-    merged: dict[str, list[Curve]] = {}
-    for (_, title), curves in sorted(stages.items(), key=lambda item: item[0][0]):
-        merged.setdefault(title, []).extend(curves)
-    return [Panel(t, c, curves_svg(c, name=f"panel{i}")) for i, (t, c) in enumerate(merged.items())]
+
+def notes_of(run: Run) -> list[str]:
+    """What reading the run found, and that an import's samples have no pictures."""
+    bare = (
+        [f"its samples are shown without pictures, which {run.imported} does not log"] if run.imported and run.predictions else []
+    )
+    return [*run.notes, *bare]
+
+
+def parts_of(rows: Sequence[Row]) -> list[Parts]:
+    """The breakdowns of all tasks, systems side by side."""
+    found: dict[tuple[str, str], dict[str, dict[str, dict[str, float]]]] = {}
+    for row in rows:
+        for task, score in row.scores.items():
+            for kind, figures in score.breakdown.items():
+                found.setdefault((task, kind), {})[row.label] = figures
+    tables = []
+    for (task, kind), systems in found.items():
+        every = [figures for parts in systems.values() for figures in parts.values()]
+        # Suites give counts along; the figure is the one that their papers print by part.
+        column = Column(task, next((name for name in PART_FIGURES if any(name in figures for figures in every)), "accuracy"))
+        lines = []
+        for name in dict.fromkeys(name for parts in systems.values() for name in parts):
+            here = [parts.get(name, {}) for parts in systems.values()]
+            counts = [int(figures["n"]) for figures in here if "n" in figures]
+            shown = [column.show(figures.get(column.metric)) for figures in here]
+            lines.append((name, max(counts, default=0), shown))
+        heading = f"{column.heading} {column.unit}".strip()
+        tables.append(Parts(task, kind.replace("_", " "), heading, list(systems), lines))
+    return tables
+
+
+def data_of(run: Run) -> DataUse | None:
+    """The data a run's manifest names, None where it names none."""
+    data = run.manifest.get("data") or {}
+    if not isinstance(data, dict) or not data.get("fingerprint"):
+        return None
+    samples = run.manifest.get("samples_in_data")
+    facts = flat({key: value for key, value in data.items() if key != "fingerprint"})
+    return DataUse(run.name, str(data["fingerprint"]), samples if isinstance(samples, int) else None, facts)
 
 
 def skipped_of(run: Run) -> Skipped:
     """Count a run's left-out samples by reason."""
     reasons = Counter(str(row.get("reason", "no reason given")) for row in run.skipped)
     # The manifest's count holds even where a kill cut the list short.
-    return Skipped(run.name, int(run.manifest.get("skipped") or len(run.skipped)), reasons.most_common())
+    total = int(run.manifest.get("skipped") or len(run.skipped))
+    samples = [(_text(row, "source"), _text(row, "key"), _text(row, "reason")) for row in run.skipped[:SKIPPED_LISTED]]
+    return Skipped(run.name, total, reasons.most_common(), samples)
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    return str(row.get(key) or "")
 
 
 def duration(seconds: float) -> str:
@@ -187,31 +286,6 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _curve(run: Run, collection: Collection, styles: dict[str, int]) -> Curve:
-    """A run's losses, labelled and coloured by the system it made; several systems may share an encoder."""
-    made = list(dict.fromkeys(c.system or c.name for c in collection.descendants(run) if c.kind != "train"))
-    label = run.system or ", ".join(made) or run.name
-    # A run that no system of the table came from gets a colour of its own.
-    style = next((styles[s] for s in [label, *made] if s in styles), len(styles))
-    # Rows of metrics.jsonl hold a training loss, a validation loss, or both.
-    train = [row for row in run.metrics if _number(row.get("loss"))]
-    held_out = [row for row in run.metrics if _number(row.get("val_loss"))]
-    return Curve(
-        label=label,
-        run=run.name,
-        style=style,
-        steps=[float(row.get("step", i)) for i, row in enumerate(train)],
-        loss=[float(row["loss"]) for row in train],
-        val_steps=[float(row.get("step", i)) for i, row in enumerate(held_out)],
-        val_loss=[float(row["val_loss"]) for row in held_out],
-    )
-
-
-def _number(value: Any) -> bool:
-    # JSON from Python may hold NaN and inf, which no axis can show.
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _distinct(values: Iterable[Any]) -> list[str]:

@@ -99,18 +99,18 @@ def _row(where: str, row: Any) -> Row:
     return Row(where, row)
 
 
-def answer_rows(source: Source, ids: Sequence[str]) -> list[Row]:
-    """`read_rows` for files of one row an answer, where a single object is a file of one row.
+def answer_rows(source: Source, ids: Sequence[str], label: str = "predictions") -> list[Row]:
+    """`read_rows` for files of one row a question, where a single object is a file of one row.
 
     Raises:
         InputError: See `read_rows`; or an object that is no row.
     """
-    rows = read_rows(source, "predictions")
+    rows = read_rows(source, label)
     if isinstance(rows, list):
         return rows
-    name = str(source) if isinstance(source, (str, Path)) else "predictions"
+    name = str(source) if isinstance(source, (str, Path)) else label
     if not any(key in rows for key in ids):
-        what = f"one object without {' or '.join(ids)} is no file of answers"
+        what = f"one object without {' or '.join(ids)} is no file of {label}"
         raise InputError(what, where=name, mend="are predictions and annotations the wrong way round?")
     return [Row(f"{name}:1", rows)]
 

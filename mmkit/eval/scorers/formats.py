@@ -5,11 +5,13 @@ Each reader takes a path or the data already loaded (a notebook's lists and dict
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmkit.errors import InputError
 
@@ -20,14 +22,28 @@ ANSWERS = 10
 _SHOWN = 5
 
 
-@dataclass(frozen=True)
-class VqaQuestion:
-    """One annotated question: its ids, its ten answer entries and, for VQAv2, the official answer type."""
+class VqaQuestion(NamedTuple):
+    """One question: its ids, its ten answer entries (none in a test set), what the files call its kind, and its text."""
 
-    question_id: int
+    question_id: int | str
     image_id: int | str
     answers: list[dict[str, Any]]
     answer_type: str = ""
+    question_type: str = ""
+    question: str = ""
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection for a while: it would look at millions of new objects again and again, at twice the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        # What is read has no cycles, so that nothing waits for the collector meanwhile.
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def listed(items: Iterable[object]) -> str:
@@ -37,12 +53,13 @@ def listed(items: Iterable[object]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def load_json(source: Source, label: str) -> tuple[Any, str]:
+def load_json(source: Source, label: str, *, unique: bool = False) -> tuple[Any, str]:
     """Read JSON from a path, or pass loaded data through.
 
     Args:
         source: A path, or data already loaded.
         label: What to call loaded data in messages.
+        unique: Refuse an object that has a key twice, for files whose keys are ids; Python would take the last.
 
     Returns:
         The data and the name to use for it in messages.
@@ -62,12 +79,21 @@ def load_json(source: Source, label: str) -> tuple[Any, str]:
         what = f"byte {error.start} is not UTF-8"
         raise InputError(what, where=name, mend="save the file as UTF-8") from None
     try:
-        return json.loads(text), name
+        with _collector_paused():
+            return json.loads(text, object_pairs_hook=functools.partial(_unique_keys, name) if unique else None), name
     except json.JSONDecodeError as error:
         raise _json_error(text, error, name) from None
     # A file of brackets alone reaches the parser's recursion limit; that is the file's fault, not a bug.
     except RecursionError:
         raise InputError("nested too deeply for an annotation file", where=name, mend="check the file") from None
+
+
+def _unique_keys(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a file whose keys may come once only."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        refuse_repeated([key for key, _ in pairs], kind="key", name=name)
+    return found
 
 
 def _json_error(text: str, error: json.JSONDecodeError, name: str) -> InputError:
@@ -98,22 +124,38 @@ def _field_fault(row: Mapping[str, Any], field: str, kind: type) -> str | None:
     return None if isinstance(value, kind) else f'has "{field}" {value!r:.40}, not a text'
 
 
-def _check_rows(rows: Sequence[Any], fields: Mapping[str, type], *, kind: str, key: str, name: str) -> None:
-    """Refuse rows that lack a field or hold the wrong type, naming each row by its id where it has one."""
+def check_rows(rows: Sequence[Any], fields: Mapping[str, type], *, kind: str, key: str, name: str) -> None:
+    """Refuse rows that lack a field or hold the wrong type, naming each by its id, where it has one, and its number.
+
+    Args:
+        rows: The rows.
+        fields: Field -> ``int`` (an id) or ``str``.
+        kind: What a row is called in messages.
+        key: The field that holds its id.
+        name: The file, for messages.
+
+    Raises:
+        InputError: Some are wrong; the first five are named.
+    """
+    checks = list(fields.items())
     faults = []
     for index, row in enumerate(rows):
+        # Exact types first: of 200,000 rows nearly all are right, and JSON has no subclasses.
+        if type(row) is dict and all(type(row.get(field)) is of for field, of in checks):
+            continue
         if not isinstance(row, dict):
             faults.append(f"{kind} number {index + 1} is {type(row).__name__}, not an object")
             continue
         # Cut at 40 characters, because a value of the wrong type can be of any size.
         who = f"{kind} {row[key]!r:.40}" if key in row else f"{kind} number {index + 1}"
-        faults += [f"{who} {fault}" for field, of in fields.items() if (fault := _field_fault(row, field, of))]
+        place = f" (row {index + 1})" if key in row else ""
+        faults += [f"{who} {fault}{place}" for field, of in checks if (fault := _field_fault(row, field, of))]
     if faults:
-        needs = ", ".join(f'"{field}" ({"whole number" if of is int else "text"})' for field, of in fields.items())
+        needs = ", ".join(f'"{field}" ({"whole number" if of is int else "text"})' for field, of in checks)
         raise InputError(listed(faults), where=name, mend=f"every {kind} needs {needs}")
 
 
-def _section(data: object, field: str, name: str, what: str) -> list[Any]:
+def section(data: object, field: str, name: str, what: str) -> list[Any]:
     """Take a non-empty list out of an annotation file."""
     section = data.get(field) if isinstance(data, dict) else None
     if not isinstance(section, list):
@@ -123,12 +165,20 @@ def _section(data: object, field: str, name: str, what: str) -> list[Any]:
     return section
 
 
-def _refuse_repeated(ids: Sequence[int], *, kind: str, name: str) -> None:
-    """Refuse ids that come twice; taking the first or the last in silence would change the score."""
-    seen: set[int] = set()
-    repeated = dict.fromkeys(value for value in ids if value in seen or seen.add(value))  # type: ignore[func-returns-value]
-    if repeated:
-        raise InputError(f"more than one row for {kind} {listed(repeated)}", where=name, mend=f"keep one for each {kind}")
+def refuse_repeated(ids: Sequence[int | str], *, kind: str, name: str) -> None:
+    """Refuse ids that come twice; taking the first or the last in silence would change the score.
+
+    Raises:
+        InputError: Some do, with their rows.
+    """
+    # One pass of a set is enough for the usual case; rows are looked for only when there is something to name.
+    if len(set(ids)) == len(ids):
+        return
+    places: dict[int | str, list[int]] = {}
+    for row, value in enumerate(ids, start=1):
+        places.setdefault(value, []).append(row)
+    repeated = [f"{value} (rows {listed(rows)})" for value, rows in places.items() if len(rows) > 1]
+    raise InputError(f"more than one row for {kind} {listed(repeated)}", where=name, mend=f"keep one for each {kind}")
 
 
 def read_captions(source: Source) -> dict[int, list[str]]:
@@ -146,11 +196,11 @@ def read_captions(source: Source) -> dict[int, list[str]]:
     """
     data, name = load_json(source, "annotations")
     # All fields are checked before any is used, so that one message names every fault.
-    images = _section(data, "images", name, "COCO caption annotation")
-    annotations = _section(data, "annotations", name, "COCO caption annotation")
-    _check_rows(images, {"id": int}, kind="image", key="id", name=name)
-    _check_rows(annotations, {"image_id": int, "caption": str}, kind="annotation", key="id", name=name)
-    _refuse_repeated([image["id"] for image in images], kind="image", name=name)
+    images = section(data, "images", name, "COCO caption annotation")
+    annotations = section(data, "annotations", name, "COCO caption annotation")
+    check_rows(images, {"id": int}, kind="image", key="id", name=name)
+    check_rows(annotations, {"image_id": int, "caption": str}, kind="annotation", key="id", name=name)
+    refuse_repeated([image["id"] for image in images], kind="image", name=name)
     # Ascending, so that per-sample rows and bootstrap draws do not depend on the order of the file.
     references: dict[int, list[str]] = {image: [] for image in sorted(image["id"] for image in images)}
     # dict.fromkeys keeps the file's order, in which a reader will look for them; a set has none.
@@ -168,13 +218,14 @@ def read_captions(source: Source) -> dict[int, list[str]]:
     return references
 
 
-def read_results(source: Source, *, key: str, text: str) -> tuple[dict[int, str], str]:
+def read_results(source: Source, *, key: str, text: str, of: type = int) -> tuple[dict[Any, str], str]:
     """Read an official result file.
 
     Args:
-        source: ``[{key: int, text: str}]`` or a path to it.
+        source: ``[{key: id, text: str}]`` or a path to it.
         key: ``image_id`` or ``question_id``.
         text: ``caption`` or ``answer``.
+        of: Type of the ids, ``int`` or ``str``.
 
     Returns:
         Id -> text, and the name of the file for messages.
@@ -183,7 +234,16 @@ def read_results(source: Source, *, key: str, text: str) -> tuple[dict[int, str]
         InputError: Not a list, an empty one, fields missing or of the wrong type, or an id that comes twice.
     """
     data, name = load_json(source, "predictions")
-    shape = f'[{{"{key}": 1, "{text}": "..."}}]'
+    return check_results(data, name, key=key, text=text, of=of), name
+
+
+def check_results(data: Any, name: str, *, key: str, text: str, of: type = int) -> dict[Any, str]:
+    """As `read_results`, of data that is loaded already.
+
+    Raises:
+        InputError: See `read_results`.
+    """
+    shape = f'[{{"{key}": {"1" if of is int else chr(34) + "..." + chr(34)}, "{text}": "..."}}]'
     # Annotation files are objects: the message asks whether the two were swapped.
     if not isinstance(data, list):
         what = f"results are a JSON list, this is {type(data).__name__}"
@@ -191,16 +251,18 @@ def read_results(source: Source, *, key: str, text: str) -> tuple[dict[int, str]
     if not data:
         raise InputError("no results in the file", where=name, mend=f"write {shape}")
     # The commonest slip of all has its own message: matched as they are, no id would be found.
-    stringly = [row[key] for row in data if isinstance(row, dict) and isinstance(row.get(key), str)]
-    if stringly:
-        what = f'"{key}" is a string in {len(stringly)} of {len(data)} rows: {listed(repr(value) for value in stringly)}'
-        raise InputError(what, where=name, mend="write ids as whole numbers, without quotes")
-    _check_rows(data, {key: int, text: str}, kind="row", key=key, name=name)
-    _refuse_repeated([row[key] for row in data], kind=key.removesuffix("_id"), name=name)
-    return {row[key]: row[text] for row in data}, name
+    other = str if of is int else int
+    odd = [row[key] for row in data if type(row) is dict and type(row.get(key)) is other]
+    if odd:
+        what = f'"{key}" is a {"string" if of is int else "number"} in {len(odd)} of {len(data)} rows: {listed(map(repr, odd))}'
+        mend = "write ids as whole numbers, without quotes" if of is int else "write ids as texts"
+        raise InputError(what, where=name, mend=mend)
+    check_rows(data, {key: of, text: str}, kind="row", key=key, name=name)
+    refuse_repeated([row[key] for row in data], kind=key.removesuffix("_id"), name=name)
+    return {row[key]: row[text] for row in data}
 
 
-def match_results(results: Mapping[int, str], known: Collection[int], *, kind: str, name: str, allow_missing: bool) -> list[int]:
+def match_results(results: Mapping[Any, str], known: Collection[Any], *, kind: str, name: str, allow_missing: bool) -> list[Any]:
     """Check that results and annotations are about the same ids.
 
     Args:
@@ -234,81 +296,120 @@ def match_results(results: Mapping[int, str], known: Collection[int], *, kind: s
     return scored
 
 
+@_collector_paused()
 def read_vqa(annotations: Source, questions: Source | None = None) -> dict[int, VqaQuestion]:
     """Read VQAv2 annotations and, where given, check them against their questions.
 
     Args:
-        annotations: ``{"annotations": [{"question_id", "image_id", "answer_type", "answers": [{"answer"}]}]}``.
+        annotations: ``{"annotations": [{"question_id", "image_id", "answer_type", "question_type"?, "answers": [{"answer"}]}]}``.
         questions: ``{"questions": [{"question_id", "image_id", "question"}]}``.
 
     Returns:
-        Question id -> question, in file order.
+        Question id -> question, in file order; its text where the questions are given.
 
     Raises:
         InputError: Fields missing or of the wrong type, other than ten answers, repeated ids, or questions and
             annotations about different ids.
     """
     data, name = load_json(annotations, "annotations")
-    rows = _section(data, "annotations", name, "VQA annotation")
-    # question_type and multiple_choice_answer are not asked for: no rule uses them.
+    rows = section(data, "annotations", name, "VQA annotation")
+    # multiple_choice_answer is not asked for: no rule uses it. The question type gives a breakdown, where there is one.
     fields = {"question_id": int, "image_id": int, "answer_type": str}
-    _check_rows(rows, fields, kind="annotation", key="question_id", name=name)
-    _refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
-    _check_answers(rows, name, dict)
-    if questions is not None:
-        _check_questions({row["question_id"]: row["image_id"] for row in rows}, questions, name)
+    typed = [row for row in rows if type(row) is dict and "question_type" in row]
+    check_rows(rows, fields, kind="annotation", key="question_id", name=name)
+    check_rows(typed, {"question_type": str}, kind="annotation", key="question_id", name=name)
+    refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
+    check_answers(rows, name, dict)
+    asked = read_vqa_questions(questions) if questions is not None else {}
+    # One comparison finds questions that either file lacks and those about another image.
+    images = {row["question_id"]: row["image_id"] for row in rows} if asked else {}
+    odd = [key for key in {**asked, **images} if key not in asked or asked[key].image_id != images.get(key)]
+    if odd:
+        what = f"questions and annotations ({name}) differ on question {listed(odd)}"
+        where = str(questions) if isinstance(questions, (str, Path)) else "questions"
+        raise InputError(what, where=where, mend="give the two files of the same split")
     # A dictionary keeps file order, and so does the result.
     return {
-        row["question_id"]: VqaQuestion(row["question_id"], row["image_id"], row["answers"], row["answer_type"]) for row in rows
+        (key := row["question_id"]): VqaQuestion(
+            key,
+            row["image_id"],
+            row["answers"],
+            row["answer_type"],
+            row.get("question_type", ""),
+            asked[key].question if asked else "",
+        )
+        for row in rows
     }
 
 
-def _check_questions(annotated: Mapping[int, int], questions: Source, annotations_name: str) -> None:
-    """Refuse a questions file that is about other questions or other images than the annotations."""
-    data, name = load_json(questions, "questions")
-    rows = _section(data, "questions", name, "VQA question")
+def read_vqa_questions(source: Source) -> dict[int, VqaQuestion]:
+    """Read a VQAv2 question file, which is all there is of a test set.
+
+    Args:
+        source: ``{"questions": [{"question_id", "image_id", "question"}]}``.
+
+    Returns:
+        Question id -> question without answers, in file order.
+
+    Raises:
+        InputError: Fields missing or of the wrong type, or repeated ids.
+    """
+    data, name = load_json(source, "questions")
+    rows = section(data, "questions", name, "VQA question")
     fields = {"question_id": int, "image_id": int, "question": str}
-    _check_rows(rows, fields, kind="question", key="question_id", name=name)
-    _refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
-    asked = {row["question_id"]: row["image_id"] for row in rows}
-    # One comparison finds questions that either file lacks and those about another image.
-    odd = [key for key in {**asked, **annotated} if asked.get(key) != annotated.get(key)]
-    if odd:
-        what = f"questions and annotations ({annotations_name}) differ on question {listed(odd)}"
-        raise InputError(what, where=name, mend="give the two files of the same split")
+    check_rows(rows, fields, kind="question", key="question_id", name=name)
+    refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
+    return {row["question_id"]: VqaQuestion(row["question_id"], row["image_id"], [], question=row["question"]) for row in rows}
 
 
-def _check_answers(rows: Sequence[Mapping[str, Any]], name: str, kind: type) -> None:
-    """Refuse questions without exactly ten answers; with fewer, leave-one-out gives scores no paper means."""
+def check_answers(rows: Sequence[Mapping[str, Any]], name: str, kind: type, key: str = "question_id") -> None:
+    """Refuse questions without exactly ten answers; with fewer, leave-one-out gives scores no paper means.
+
+    Args:
+        rows: Annotated questions.
+        name: The file, for messages.
+        kind: ``dict`` where an answer is ``{"answer": text}``, ``str`` where it is a text.
+        key: The field that holds a question's id.
+
+    Raises:
+        InputError: Some have other than ten, or one that is no answer; the first five are named.
+    """
+    fits = _is_entry if kind is dict else _is_text
     faults = []
-    for row in rows:
+    for index, row in enumerate(rows):
         answers = row.get("answers")
-        if not isinstance(answers, list) or len(answers) != ANSWERS:
-            count = f"{len(answers)} answers" if isinstance(answers, list) else "no list of answers"
-            faults.append(f"question {row['question_id']} has {count}")
         # Only the shape: what an answer says, even nothing, is the rules' business.
-        elif not all(isinstance(_text_of(answer, kind), str) for answer in answers):
+        if isinstance(answers, list) and len(answers) == ANSWERS and all(map(fits, answers)):
+            continue
+        what = "no list of answers"
+        if isinstance(answers, list):
             shape = '{"answer": text, "answer_id": number}' if kind is dict else "a text"
-            faults.append(f"question {row['question_id']} has an answer that is not {shape}")
+            what = f"{len(answers)} answers" if len(answers) != ANSWERS else f"an answer that is not {shape}"
+        faults.append(f"question {row[key]} has {what} (row {index + 1})")
     if faults:
         raise InputError(listed(faults), where=name, mend=f"the rule needs exactly {ANSWERS} human answers a question")
 
 
-def _text_of(answer: object, kind: type) -> object:
-    """The text of an answer: itself in TextVQA, its field in VQAv2."""
-    if kind is dict:
-        # An id that is a list could not be told apart from others.
-        if not isinstance(answer, dict) or isinstance(answer.get("answer_id"), (list, dict)):
-            return None
-        return answer.get("answer")
-    return answer
+def _is_text(answer: object) -> bool:
+    """An answer of TextVQA."""
+    return isinstance(answer, str)
 
 
-def read_textvqa(source: Source) -> dict[int, VqaQuestion]:
+def _is_entry(answer: object) -> bool:
+    """An answer of VQAv2; an id that is a list could not be told apart from others."""
+    return (
+        isinstance(answer, dict)
+        and isinstance(answer.get("answer"), str)
+        and not isinstance(answer.get("answer_id"), (list, dict))
+    )
+
+
+def read_textvqa(source: Source, *, answers: bool = True) -> dict[int, VqaQuestion]:
     """Read TextVQA annotations (0.5.1 layout).
 
     Args:
         source: ``{"data": [{"question_id", "image_id", "question", "answers": [str] * 10}]}`` or a path to it.
+        answers: Whether there are any; the file of the test set has none.
 
     Returns:
         Question id -> question, in file order.
@@ -316,17 +417,19 @@ def read_textvqa(source: Source) -> dict[int, VqaQuestion]:
     Raises:
         InputError: Fields missing or of the wrong type, other than ten answers, or repeated ids.
     """
-    data, name = load_json(source, "annotations")
-    rows = _section(data, "data", name, "TextVQA")
-    _check_rows(rows, {"question_id": int, "question": str}, kind="entry", key="question_id", name=name)
-    _refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
-    _check_answers(rows, name, str)
+    data, name = load_json(source, "annotations" if answers else "questions")
+    rows = section(data, "data", name, "TextVQA")
+    check_rows(rows, {"question_id": int, "question": str}, kind="entry", key="question_id", name=name)
+    refuse_repeated([row["question_id"] for row in rows], kind="question", name=name)
+    if answers:
+        check_answers(rows, name, str)
     # Image ids are Open Images names here; without one, a question stands alone in the bootstrap.
     return {
         row["question_id"]: VqaQuestion(
             row["question_id"],
             str(row.get("image_id", f"question {row['question_id']}")),
-            [{"answer": answer, "answer_id": index} for index, answer in enumerate(row["answers"], start=1)],
+            [{"answer": answer, "answer_id": n} for n, answer in enumerate(row["answers"], start=1)] if answers else [],
+            question=row["question"],
         )
         for row in rows
     }

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmkit.eval.scorers.normalise import (
-    clean,
-    normalise_m4c,
-    normalise_vqa,
-    process_digits_and_articles,
-    process_punctuation,
-)
+from mmkit.eval.scorers.normalise import clean, normalise_m4c, normalise_vqa, process_punctuation
 
 Rule = Callable[[str, Sequence[str]], tuple[str, list[str]]]
 
@@ -26,12 +20,13 @@ def rule_2021(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]]:
     Returns:
         Prediction and answers as they are compared.
     """
-    # Stripped before the test below: ten answers that differ in a final space do agree.
-    prediction, cleaned = clean(prediction), [clean(answer) for answer in answers]
+    # Stripped before the test: ten answers that differ in a final space do agree.
+    cleaned = {answer: clean(answer) for answer in set(answers)}
     # Meant to spare answers read off signs; "Yes" against ten "yes" scores 0 because of it.
-    if len(set(cleaned)) == 1:
-        return prediction, cleaned
-    return normalise_vqa(prediction), [process_digits_and_articles(process_punctuation(answer)) for answer in cleaned]
+    if len(set(cleaned.values())) == 1:
+        return clean(prediction), [cleaned[answer] for answer in answers]
+    # Cleaning again inside changes nothing, and raw answers are found in the cache.
+    return normalise_vqa(prediction), [normalise_vqa(answer) for answer in answers]
 
 
 def rule_2017(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]]:
@@ -83,6 +78,7 @@ RULE_SOURCES = {
     "2017": "GT-Vision-Lab/VQA a4f1afd (before 2021-03-11)",
     "always": "lmms-eval 0.7.2 vqav2_val",
     "m4c": "facebookresearch/mmf m4c_evaluators.py",
+    "vizwiz": "VizWiz API vqaEval.py (Qing Li)",
 }
 
 
@@ -97,7 +93,7 @@ def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
         0, 0.3, 0.6, 0.9 or 1 with ten answers.
     """
     # Upstream's double loop over the answers in closed form; a test holds it against the loop.
-    matches = sum(answer == prediction for answer in answers)
+    matches = answers.count(prediction)
     others = len(answers) - matches
     # An answer that matches is not among its own others, hence matches - 1 for those.
     return (matches * min(1.0, (matches - 1) / 3) + others * min(1.0, matches / 3)) / len(answers)

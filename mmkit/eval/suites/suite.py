@@ -46,6 +46,7 @@ class Suite:
         rows: Content of the official result file, from predictions in the order of the examples.
         options: Names of the scorer settings that it takes, beside those of all suites (`mmkit.eval.result.Settings`).
         submit: Writes what the evaluation server takes into a folder and returns the file; None where no server exists.
+        submit_options: Names of the settings that ``submit`` takes as keywords.
     """
 
     name: str
@@ -53,7 +54,8 @@ class Suite:
     score: Scorer
     rows: Callable[[Sequence[Example], Predictions], Any]
     options: tuple[str, ...] = ()
-    submit: Callable[[Path, Sequence[Example], Predictions], Path] | None = None
+    submit: Callable[..., Path] | None = None
+    submit_options: tuple[str, ...] = ()
 
     def write_results(self, path: Path, examples: Sequence[Example], predictions: Predictions) -> None:
         """Write the official result file, which `score` reads.
@@ -64,6 +66,25 @@ class Suite:
             predictions: Answer of each example, by id.
         """
         write_json(path, self.rows(examples, predictions))
+
+    def write_submission(
+        self, folder: Path, examples: Sequence[Example], predictions: Predictions, settings: Mapping[str, Any] | None = None
+    ) -> Path | None:
+        """Write what the evaluation server takes.
+
+        Args:
+            folder: An existing folder.
+            examples: What was asked.
+            predictions: Answer of each example, by id.
+            settings: The task's settings; those of scoring are passed over.
+
+        Returns:
+            The file; None for a suite without a server.
+        """
+        if self.submit is None:
+            return None
+        given = {key: value for key, value in (settings or {}).items() if key in self.submit_options and value is not None}
+        return self.submit(folder, examples, predictions, **given)
 
 
 def question_rows(examples: Sequence[Example], predictions: Predictions) -> list[dict[str, Any]]:

@@ -1,7 +1,12 @@
-"""TextVQA (Singh et al. 2019): questions about text in the picture, by the M4C evaluator."""
+"""TextVQA (Singh et al. 2019): questions about text in the picture, by the M4C evaluator.
+
+Scores with and without the data set's OCR tokens in the prompt are scores of two tasks (LLaVA-1.5 7B: 58.2 and about 46), so
+every score says which it is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmkit.config import TaskConfig
@@ -9,36 +14,46 @@ from mmkit.errors import InputError
 from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings, refuse_questions
 from mmkit.eval.scorers import formats
+from mmkit.eval.scorers.anls import anls
 from mmkit.eval.scorers.formats import Source
 from mmkit.eval.scorers.textvqa import textvqa_accuracy
+from mmkit.eval.scorers.vqa import RULE_SOURCES
 from mmkit.eval.suites.answers import score_answers
-from mmkit.eval.suites.suite import Suite, question_rows
-from mmkit.files import read_json
+from mmkit.eval.suites.suite import Predictions, Suite, question_rows
+from mmkit.files import read_json, write_json
+
+# A result file does not say how its prompts were made; whoever scores it may.
+OCR = ("unknown", "none", "reference")
 
 
 def examples(config: TaskConfig) -> list[Example]:
     """An example for each question, with or without the reference OCR tokens in the prompt.
 
     Args:
-        config: ``annotations`` hold the questions; ``ocr`` says whether their OCR tokens are shown.
+        config: ``annotations`` hold the questions (``questions`` the file of a test set, whose answers the server keeps);
+            ``ocr`` says whether their OCR tokens are shown.
 
     Returns:
-        Examples in the order of the annotations.
+        Examples in the order of the file.
 
     Raises:
         InputError: Broken files, no OCR tokens where they are asked for, or a picture's name that cannot be made.
     """
-    known = formats.read_textvqa(required(config, "annotations"))
+    if config.annotations is not None and config.questions is not None:
+        refuse_questions(config.questions, config.task)
+    file = config.annotations or required(config, "questions")
+    known = formats.read_textvqa(file, answers=config.annotations is not None)
     found = []
-    for row in read_json(Path(str(config.annotations)))["data"]:
+    for row in read_json(Path(file))["data"]:
         i, question = row["question_id"], row["question"]
         if config.ocr == "reference":
-            if "ocr_tokens" not in row:
+            tokens = row.get("ocr_tokens")
+            if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
                 # Refused, not left out: the score's conditions would claim OCR tokens that the model never saw.
                 what = f"question {i} has no ocr_tokens"
-                raise InputError(what, where=config.annotations, mend="use ocr=none, or the 0.5.1 files with OCR")
+                raise InputError(what, where=file, mend="use ocr=none, or the 0.5.1 files with OCR")
             # On a line of their own after the question, as in LLaVA's file llava_textvqa_val_v051_ocr.jsonl.
-            question = f"{question}\nReference OCR token: {', '.join(row['ocr_tokens'])}"
+            question = f"{question}\nReference OCR token: {', '.join(tokens)}"
         # Open Images ids are text, which a number pattern would refuse.
         image = picture_file(config, row["image_id"], None, "{}.jpg")
         answers = [answer["answer"] for answer in known[i].answers]
@@ -49,12 +64,15 @@ def examples(config: TaskConfig) -> list[Example]:
 def score_textvqa(task: str, predictions: Source, annotations: Source, questions: Source | None, s: Settings) -> Score:
     """Score TextVQA answers by the M4C rule.
 
+    LLaVA pairs answers with questions by image and text, which can confuse two equal questions on one picture; here the
+    question's id pairs them.
+
     Args:
         task: Name for messages and for the result.
         predictions: ``[{"question_id", "answer"}]``.
         annotations: TextVQA annotations; they hold the questions.
         questions: Must be None.
-        s: Settings.
+        s: Settings; ``ocr`` says whether the prompts had the reference OCR tokens, ``anls=true`` adds that metric.
 
     Returns:
         The design's score object.
@@ -64,11 +82,38 @@ def score_textvqa(task: str, predictions: Source, annotations: Source, questions
     """
     # mmf, LLaVA and lmms-eval share one TextVQA evaluator, so there is no rule to choose.
     refuse_questions(questions, task)
+    ocr = s.choice("ocr", OCR, "unknown")
+    wants_anls = s.choice("anls", ("true", "false"), "false", any_case=True) == "true"
     # Ids and answers are checked by the readers; from here on nothing can be malformed.
     known = formats.read_textvqa(annotations)
+    results, name = formats.read_results(predictions, key="question_id", text="answer")
     return score_answers(
-        task, predictions, known, s, "m4c", lambda text, q: textvqa_accuracy(text, [a["answer"] for a in q.answers])
+        task,
+        results,
+        name,
+        known,
+        s,
+        lambda text, q: textvqa_accuracy(text, [a["answer"] for a in q.answers]),
+        settings={"rule": "m4c", "evaluator": RULE_SOURCES["m4c"], "ocr": ocr},
+        beside={"anls": lambda text, q: anls(text, [a["answer"] for a in q.answers])} if wants_anls else None,
     )
 
 
-SUITE = Suite("textvqa", examples, score_textvqa, question_rows)
+def submit(folder: Path, asked: Sequence[Example], predictions: Predictions) -> Path:
+    """Write what EvalAI's TextVQA challenge takes: ``[{"question_id", "answer"}]``, answers as they are.
+
+    Args:
+        folder: Where to write.
+        asked: The questions that were asked.
+        predictions: Answer of each, by id.
+
+    Returns:
+        The file.
+    """
+    path = folder / "textvqa_submission.json"
+    # Unprocessed: that server runs the M4C processing itself.
+    write_json(path, question_rows(asked, predictions))
+    return path
+
+
+SUITE = Suite("textvqa", examples, score_textvqa, question_rows, options=("ocr", "anls"), submit=submit)

@@ -1,4 +1,4 @@
-"""Synthetic run directories for the report's tests, all made by one helper."""
+"""Synthetic run directories for the report's tests, all made by one builder."""
 
 from __future__ import annotations
 
@@ -50,8 +50,12 @@ class Runs:
     def train(self, name: str, stage: str, *, parents: list[Path] = (), system: str | None = None, steps: int = 60) -> Path:
         rng = random.Random(name)
         rows: list[dict[str, Any]] = [
-            {"step": s, "samples": s * 32, "loss": 4 / (1 + s / 12) + rng.random() * 0.3, "lr": 1e-3} for s in range(1, steps + 1)
-        ]
+            {
+                "step": s, "samples": s * 32, "loss": 4 / (1 + s / 12) + rng.random() * 0.3, "lr": 1e-3,
+                "samples_per_second": 500 + 50 * rng.random(), "data_wait": rng.random() / 10,
+            }
+            for s in range(1, steps + 1)
+        ]  # fmt: skip
         rows.append({"step": steps, "val_loss": 0.9 + rng.random() / 10})
         entries = [
             {"role": "encoder" if i == 0 else "llm", "path": str(p), "fingerprint": p.name * 8} for i, p in enumerate(parents)
@@ -71,15 +75,16 @@ class Runs:
         *,
         model: Path | None = None,
         settings: dict[str, Any] | None = None,
+        more: dict[str, Any] | None = None,
         **manifest: Any,
     ) -> Path:
-        """`tasks`: name -> prediction rows (see `row`); scores are their means."""
+        """`tasks`: name -> prediction rows (see `row`); scores are their means; `more` goes into every score object."""
         scores = {}
         for task, rows in tasks.items():
             names = list(rows[0]["score"])
             metrics = {m: sum(r["score"][m] for r in rows) / len(rows) for m in names}
             samples = [{"id": r["id"], **r["score"]} for r in rows]
-            scores[task] = score(task, metrics, n=len(rows), per_sample=samples, **(settings or {}))
+            scores[task] = {**score(task, metrics, n=len(rows), per_sample=samples, **(settings or {})), **(more or {})}
         parents = [{"role": "model", "path": str(model / "model"), "fingerprint": "m" * 32}] if model else []
         rows = [{**r, "task": task} for task, found in tasks.items() for r in found]
         manifest = {"system": system, "parents": parents, **manifest}
@@ -121,6 +126,65 @@ def say(images: list[Path], skill: float, *, shown: list[Path] | None = None, se
     return {"coco-caption": captions, "vqav2": answers}
 
 
+LLAVA = {"system": "LLaVA-1.5 7B", "metrics": {"accuracy": 0.582}, "source": "LLaVA MODEL_ZOO", "conditions": "val, with OCR"}
+
+
+def many(runs: Runs, *, pictures: int, questions: int, systems: int = 3, size: tuple[int, int] = (320, 240)) -> list[Path]:
+    """Eval runs over many samples; the pictures are noise with a shape, so that they compress no better than photographs."""
+    rng = random.Random(0)
+    images = []
+    for i in range(pictures):
+        path = runs.pictures / f"{i:05}.jpg"
+        noise = Image.frombytes("RGB", (40, 30), rng.randbytes(3600)).resize(size, Image.Resampling.BICUBIC)
+        ImageDraw.Draw(noise).rectangle([40, 40, 200, 160], fill=COLOURS[i % len(COLOURS)])
+        noise.save(path, quality=80)
+        images.append(path)
+    found = []
+    for system in range(systems):
+        rows = []
+        for i in range(pictures * questions):
+            gold = COLOURS[i % len(COLOURS)]
+            right = rng.random() < 0.8 - system / 10
+            text, value = (gold, 1.0) if right else rng.choice([("grey", 0.0), ("greyish " + gold, 0.3)])
+            question = f"What colour is the rectangle number {i} in the picture?"
+            kind = ("other", "number", "yes/no")[i % 3]
+            image = images[i // questions]
+            rows.append(row(i, image, text, [gold] * 10, {"accuracy": value}, question=question, type=kind))
+        found.append(runs.eval(f"many-{system}", f"System {system}", {"vqav2": rows}))
+    return found
+
+
+def lmms_results(folder: Path, tasks: dict[str, dict[str, Any]], *, date: str = "20260101_120000", **top: Any) -> Path:
+    """A results file as lmms-eval 0.7 writes it; per task: results, config, samples, n (original, effective)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "results": {name: {"alias": name, **task["results"]} for name, task in tasks.items()},
+        "group_subtasks": {},
+        "configs": {
+            name: {
+                "task": name, "dataset_path": "lmms-lab/" + name, "test_split": "validation",
+                "generation_kwargs": {"max_new_tokens": 16, "do_sample": False}, "metadata": [{"version": 0.0}],
+                "lmms_eval_specific_kwargs": {"default": {"pre_prompt": "", "post_prompt": "\nShort answer."}},
+                **task.get("config", {}),
+            }
+            for name, task in tasks.items()
+        },
+        "versions": dict.fromkeys(tasks, 0.0), "n-shot": dict.fromkeys(tasks, 0),
+        "higher_is_better": {},
+        "n-samples": {name: {"original": t["n"][0], "effective": t["n"][1]} for name, t in tasks.items() if "n" in t},
+        "config": {"model": "llava_hf", "model_args": "pretrained=llava-hf/llava-1.5-7b-hf,dtype=auto", "batch_size": "1"},
+        "git_hash": "75571cf", "lmms_eval_version": "0.7.2", "date": date, "total_evaluation_time_seconds": "61.5",
+        "model_name": "llava-hf/llava-1.5-7b-hf", **top,
+    }  # fmt: skip
+    for name, task in tasks.items():
+        if "samples" in task:
+            rows = "".join(json.dumps(row) + "\n" for row in task["samples"])
+            (folder / f"{date}_samples_{name}.jsonl").write_text(rows, encoding="utf-8")
+    path = folder / f"{date}_results.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path)
@@ -128,6 +192,17 @@ def runs(tmp_path: Path) -> Runs:
 
 @pytest.fixture
 def world(runs: Runs) -> list[Path]:
+    """See `make_world`."""
+    return make_world(runs)
+
+
+@pytest.fixture
+def rich(runs: Runs, world: list[Path]) -> list[Path]:
+    """See `make_rich`."""
+    return make_rich(runs, world)
+
+
+def make_world(runs: Runs) -> list[Path]:
     """SuperClass (captioner and MLLM, with lineage), random frozen, blind; probes; 14 small pictures and a large one."""
     images = [runs.picture(f"{i:03}.png", COLOURS[i % len(COLOURS)]) for i in range(14)]
     images.append(runs.picture("large.jpg", "green", (900, 600)))
@@ -150,3 +225,24 @@ def world(runs: Runs) -> list[Path]:
     manifest = json.loads((found[0] / "manifest.json").read_text())
     (found[0] / "manifest.json").write_text(json.dumps({**manifest, "skipped": 3}))
     return found
+
+
+def make_rich(runs: Runs, world: list[Path]) -> list[Path]:
+    """The world, and TextVQA with and without OCR, a published figure, a doubtful one, types, a parsed answer, a limit."""
+    images = [runs.pictures / f"{i:03}.png" for i in range(14)]
+
+    def textvqa(name: str, system: str, skill: float, count: int = 14, **settings: Any) -> Path:
+        said = say(images[:count], skill, seed=5)["vqav2"]
+        rows = [{**r, "type": "colour" if i % 2 == 0 else "count", "parsed": r["prediction"].upper()} for i, r in enumerate(said)]
+        answers = {"total": len(rows), "empty": 0, "long": 3, "unparsed": 2, "defaulted": 0}
+        parts = {"question_type": {"what": {"accuracy": 0.5, "n": count}, "how many": {"accuracy": 0.25, "n": count}}}
+        more = {"answers": answers, "published": [LLAVA], "breakdown": parts}
+        return runs.eval(name, system, {"textvqa-val": rows}, settings={"rule": "m4c", **settings}, more=more)
+
+    return [
+        *world,
+        textvqa("ocr-a", "SuperClass", 0.8, ocr="none", notes=["3 of 28 answers have more than 5 words and can hardly match"]),
+        textvqa("ocr-b", "random frozen", 0.6, ocr="none"),
+        textvqa("ocr-c", "with OCR", 0.9, ocr="reference"),
+        textvqa("ocr-d", "a part only", 1.0, count=5, ocr="none"),
+    ]

@@ -73,7 +73,7 @@ def test_same_folder_names_are_told_apart_and_repeats_dropped(runs) -> None:
 def test_refusals_name_what_and_mend(runs, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run directory given"):
         collect([])
-    with pytest.raises(InputError, match=r"nowhere: no such directory; give the directory of a finished"):
+    with pytest.raises(InputError, match=r"nowhere: no such file or directory; give the directory of a finished"):
         collect([tmp_path / "nowhere"])
     with pytest.raises(InputError, match=r"pictures: not a run directory \(it has no manifest.json\)"):
         collect([runs.pictures])

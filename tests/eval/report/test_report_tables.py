@@ -1,25 +1,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from report_runs import row, score
 
-from mmkit.eval.report.collect import Score, collect
+from mmkit.eval.report.collect import collect
 from mmkit.eval.report.conditions import conditions, flat
-from mmkit.eval.report.tables import (
-    Column,
-    Difference,
-    differences,
-    headline_metrics,
-    score_tables,
-    system_rows,
-    task_columns,
-)
+from mmkit.eval.report.differences import Difference, differences
+from mmkit.eval.report.systems import Row, system_rows
+from mmkit.eval.report.tables import Column, apart_lines, score_tables, task_columns
+from mmkit.eval.report.view import parts_of
 
 
-def rows_of(world: list[Path]):
+def rows_of(world: list[Path]) -> list[Row]:
     return system_rows([run for run in collect(world).runs if run.kind == "eval"])
 
 
@@ -39,7 +35,7 @@ def test_the_same_task_twice_gives_rows_with_the_runs_names(runs) -> None:
 def test_cells_are_scaled_and_the_best_is_bold(world: list[Path]) -> None:
     rows = rows_of(world)
     (table,) = score_tables(rows)
-    assert [(t, [c.heading for c in cs]) for t, cs in table.tasks] == [
+    assert [(g.task, [c.heading for c in g.columns]) for g in table.groups] == [
         ("coco-caption", ["CIDEr", "BLEU-4"]),
         ("vqav2", ["Accuracy"]),
     ]
@@ -63,20 +59,115 @@ def test_ties_are_all_best_one_row_has_none_and_missing_is_a_dash(runs) -> None:
     assert not any(cell.best for _, cells in table.rows for _, cell in cells)
 
 
+def test_parts_show_the_figure_of_their_suite(runs) -> None:
+    def run(name: str, **figures: float) -> Path:
+        more = {"breakdown": {"split": {"random": {"tp": 3, **figures, "n": 10}}}}
+        return runs.run(name, "eval", scores={"x": {**score("mme", {"perception": 1.0}), **more}})
+
+    assert parts_of(rows_of([run("a", f1=0.5, accuracy=0.7)]))[0].rows == [("random", 10, ["50.0"])]
+    points = parts_of(rows_of([run("b", points=185.0, accuracy=0.9), run("c", points=90.5)]))[0]
+    assert (points.heading, points.systems, points.rows) == ("Points", ["b", "c"], [("random", 10, ["185.0", "90.5"])])
+
+
+def test_with_and_without_ocr_never_share_a_column(rich: list[Path]) -> None:
+    rows = rows_of(rich)
+    tables = score_tables(rows)
+    groups = [(g.task, g.variant) for t in tables for g in t.groups]
+    assert groups[-2:] == [("textvqa-val", "OCR none"), ("textvqa-val", "OCR reference")]
+    figures = {label: [cell for column, cell in cells if column.task == "textvqa-val"] for label, cells in tables[-1].rows}
+    assert [cell.text != "–" for cell in figures["SuperClass"]] == [True, False]
+    assert [cell.text != "–" for cell in figures["with OCR"]] == [False, True]
+    # Alone in its column it is the best of nothing, and has no difference to a figure without OCR.
+    assert not figures["with OCR"][1].best and figures["with OCR"][1].delta == ""
+
+
+def test_a_figure_over_other_samples_or_another_tokenizer_is_never_the_best(runs, rich: list[Path]) -> None:
+    (table,) = [t for t in score_tables(rows_of(rich)) if "textvqa-val" in [g.task for g in t.groups]]
+    cells = {label: next(cell for c, cell in line if c.task == "textvqa-val") for label, line in table.rows}
+    part = cells["a part only"]
+    assert part.text == "100.0" and not part.best and part.delta == "" and cells["SuperClass"].best
+    assert part.apart == ["10 samples, the column's first has 28"]
+    assert apart_lines([table]) == ["a part only, textvqa-val: 10 samples, the column's first has 28"]
+    rows = {"coco-caption": [row(i, Path(f"{i}.png"), "x", ["x"], {"CIDEr": 1.0 + i}) for i in range(3)]}
+    java = runs.eval("java", "java", rows, settings={"tokenizer": "java"})
+    python = runs.eval("python", "python", rows, settings={"tokenizer": "python"})
+    (table,) = score_tables(rows_of([java, python]))
+    assert [line[0][1].apart for _, line in table.rows] == [[], ["tokenizer python, the column's first has java"]]
+
+
+def test_a_cell_says_its_conditions_and_what_makes_it_doubtful(rich: list[Path]) -> None:
+    (table,) = [t for t in score_tables(rows_of(rich)) if "textvqa-val" in [g.task for g in t.groups]]
+    cell = next(cell for c, cell in table.rows[0][1] if c.task == "textvqa-val")
+    told = dict(cell.conditions)
+    assert told["OCR"] == "none" and told["Rule"] == "m4c" and told["n"] == "28" and told["Decoding"] == "greedy"
+    assert cell.warnings == [
+        "3 of 28 answers have more than 5 words and can hardly match",
+        "no answer was found in 2 of 28 texts",
+    ]
+    keys = [cell.key for t in score_tables(rows_of(rich)) for _, line in [*t.rows, *t.references] for _, cell in line if cell.key]
+    assert len(keys) == len(set(keys))
+
+
+def test_published_figures_stand_below_once_and_never_count(runs) -> None:
+    def run(name: str, value: float, published: list[dict[str, object]]) -> Path:
+        more = {**score("gqa", {"accuracy": value}), "published": published}
+        return runs.run(name, "eval", manifest={"system": name}, scores={"gqa": more})
+
+    llava = {"system": "LLaVA", "metrics": {"accuracy": 0.62, "other": 1.0}, "source": "MODEL_ZOO", "conditions": "7B"}
+    other = {**llava, "metrics": {"accuracy": 0.633}, "conditions": "13B"}
+    (table,) = score_tables(rows_of([run("a", 0.5, [llava, other]), run("b", 0.4, [llava])]))
+    assert [(label, cells[0][1].text) for label, cells in table.references] == [
+        ("LLaVA", "62.0"), ("LLaVA (MODEL_ZOO, 13B)", "63.3"),
+    ]  # fmt: skip
+    assert dict(table.references[0][1][0][1].conditions) == {"Published for": "LLaVA", "Source": "MODEL_ZOO", "Conditions": "7B"}
+    assert [cells[0][1].best for _, cells in [*table.rows, *table.references]] == [True, False, False, False]
+
+
+def test_more_is_not_better_for_a_share_of_yes(runs) -> None:
+    paths = [runs.run(n, "eval", scores={"mine": score("mine", {"yes_ratio": v})}) for n, v in (("a", 0.5), ("b", 0.9))]
+    (table,) = score_tables(rows_of(paths))
+    assert [cells[0][1].best for _, cells in table.rows] == [False, False]
+
+
+def test_stars_and_deltas(world: list[Path]) -> None:
+    rows = rows_of(world)
+    marks = {(d.system, d.column): "*" for d in differences(rows, seed=0)[0] if d.significant}
+    assert marks
+    (table,) = score_tables(rows, marks)
+    for label, cells in table.rows:
+        for column, cell in cells:
+            assert cell.mark == marks.get((label, column), "")
+            # The first row is what the others are held against.
+            assert (cell.delta == "") == (label == "SuperClass")
+    assert not any(cell.mark for _, cells in table.rows for column, cell in cells if column.metric == "Bleu_4")
+
+
+def test_points_are_tested_by_which_answers_are_right(runs) -> None:
+    def run(name: str, right: int) -> Path:
+        samples = [{"id": i, "accuracy": float(i < right)} for i in range(30)]
+        return runs.run(name, "eval", scores={"mme": score("mme", {"perception": 50.0 * right}, per_sample=samples)})
+
+    rows = rows_of([run("a", 28), run("b", 9)])
+    found, without = differences(rows, seed=0)
+    assert [(d.column.metric, d.n, d.verdict) for d in found] == [("accuracy", 30, "lower")] and without == []
+    # Points have a difference, and no star: they are not what was tested.
+    (table,) = score_tables(rows, {(d.system, d.column): "*" for d in found})
+    assert (table.rows[1][1][0][1].delta, table.rows[1][1][0][1].mark) == ("−950.0", "")
+
+
+def test_scores_without_samples_are_not_tested(runs) -> None:
+    paths = [runs.run(n, "eval", scores={"mme": score("mme", {"perception": 1000.0})}) for n in "ab"]
+    assert differences(rows_of(paths), seed=0) == ([], ["b, mme: no paired test, single samples are not in the scores"])
+
+
 def test_wide_tables_are_cut_between_tasks(runs) -> None:
     tasks = {f"task{i}": score("coco-caption", {"CIDEr": 1.0, "Bleu_4": 0.3, "ROUGE_L": 0.5}) for i in range(5)}
     tables = score_tables(rows_of([runs.run("a", "eval", scores=tasks)]))
-    assert [[task for task, _ in t.tasks] for t in tables] == [["task0", "task1"], ["task2", "task3"], ["task4"]]
+    assert [[g.task for g in t.groups] for t in tables] == [["task0", "task1"], ["task2", "task3"], ["task4"]]
 
 
-def test_headline_metrics_and_figures_without_a_known_scale() -> None:
-    def of(*names: str) -> list[str]:
-        return headline_metrics(Score("t", dict.fromkeys(names, 0.5), {}, 1, {}, []))
-
-    assert of("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr") == ["CIDEr", "Bleu_4", "ROUGE_L"]
-    assert of("yes_ratio", "f1", "accuracy") == ["accuracy", "f1"]
-    assert of("perception", "cognition", "x") == ["perception", "cognition"]
-    assert Column("mme", "perception").show(1510.7) == "1510.700"
+def test_figures_without_a_known_scale_are_as_stored() -> None:
+    assert Column("mme", "perception").show(1510.7) == "1510.7" and Column("mine", "wups").show(0.1234) == "0.123"
     assert Column("vqav2", "accuracy").show(math.nan) == "–"
 
 
@@ -93,7 +184,7 @@ def test_differences_are_system_minus_first_with_the_sign_of_the_interval(world:
             next(r for r in rows if r.label == s).scores[d.column.task].metrics[d.column.metric] for s in (d.system, d.baseline)
         ]
         assert d.value == pytest.approx(expected[0] - expected[1])
-        assert d.low <= d.value <= d.high < 0 and d.verdict == "lower"
+        assert d.low <= d.value <= d.high < 0 and d.verdict == "lower" and d.p <= d.p_holm < 0.05
     assert found == differences(rows, seed=0)[0] != differences(rows, seed=1)[0]
 
 
@@ -112,9 +203,11 @@ def test_differences_pair_by_id_and_tell_what_is_not_shared(runs) -> None:
 
 def test_signed_figures() -> None:
     column = Column("vqav2", "accuracy")
-    d = Difference("b", "a", column, 10, 0.031, 0.001, 0.06)
+    d = Difference("b", "a", column, 10, 0.031, 0.001, 0.06, 0.04, 0.049)
     assert [d.show(v) for v in (0.031, -0.031, 0.0, -0.00001)] == ["+3.1", "−3.1", "0.0", "0.0"]
-    assert d.verdict == "higher"
+    assert d.verdict == "higher" and replace(d, value=-0.031).verdict == "lower"
+    # The interval excludes zero, the corrected test does not find it enough.
+    assert replace(d, p_holm=0.05).verdict == "unclear"
 
 
 def test_conditions_merge_equal_values_and_split_different_ones(runs) -> None:

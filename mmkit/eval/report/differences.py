@@ -1,0 +1,139 @@
+"""Every other system against the first, task by task, on the samples both have."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from mmkit.eval.report.conditions import variant_of
+from mmkit.eval.report.runs import Score
+from mmkit.eval.report.significance import LEVEL, holm, permutation_test
+from mmkit.eval.report.systems import Row
+from mmkit.eval.report.tables import Column, task_columns
+from mmkit.eval.statistics import paired_bootstrap
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A system against the first one on the same samples; figures as stored.
+
+    `p` is of the permutation test, `p_holm` corrected for all tests of the report.
+    """
+
+    system: str
+    baseline: str
+    column: Column
+    n: int
+    value: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the corrected p-value is below `LEVEL`."""
+        return self.p_holm < LEVEL
+
+    @property
+    def verdict(self) -> str:
+        """higher, lower, or unclear where the corrected test does not tell."""
+        # Not told by the interval: of twenty of them one misses zero by chance alone.
+        return "unclear" if not self.significant else "higher" if self.value > 0 else "lower"
+
+    def show(self, value: float) -> str:
+        """A signed figure with a real minus sign."""
+        return self.column.signed(value)
+
+
+def differences(rows: Sequence[Row], *, seed: int) -> tuple[list[Difference], list[str]]:
+    """Every other system against the first, per task, on the samples both have.
+
+    One metric of a task is tested, the first whose figure is a mean over samples: each further test would cost all others
+    some of their power.
+
+    Args:
+        rows: The score table's rows; the first is the baseline.
+        seed: Seed of the resampling.
+
+    Returns:
+        The differences, and a line for each pair that cannot be compared.
+    """
+    found: list[Difference] = []
+    without: list[str] = []
+    # Tasks of the first system only: what it was not scored on cannot be compared with it.
+    for task, columns in task_columns(rows[:1]):
+        base = rows[0].scores[task]
+        # A suite whose figures are no means (MME's points) still says which answers are right.
+        column = next((c for c in columns if c.known.mean), Column(task, "accuracy", columns[0].variant))
+        for row in rows[1:]:
+            if task not in row.scores:
+                continue
+            # A difference between two rules, or with and without OCR, is none between two systems.
+            if (why := _conditions_differ(row.scores[task], base)) is not None:
+                without.append(f"{row.label}, {task}: not compared with {rows[0].label}, {why}")
+            elif not per_sample(rows[0], column) or not per_sample(row, column):
+                without.append(f"{row.label}, {task}: no paired test, single samples are not in the scores")
+            else:
+                _compare(row, rows[0], column, found, without, seed=seed)
+    adjusted = holm({i: d.p for i, d in enumerate(found)})
+    return [replace(d, p_holm=adjusted[i]) for i, d in enumerate(found)], without
+
+
+def per_sample(row: Row, column: Column) -> dict[str, float]:
+    """Sample id -> score on one metric; from ``scores.json``, else from the predictions."""
+    score = row.scores[column.task]
+    metric = column.metric
+    values = {str(s["id"]): float(s[metric]) for s in score.per_sample if "id" in s and s.get(metric) is not None}
+    # Another program's scores may lack single samples; the predictions beside them need not.
+    if not values:
+        run = row.run_of(column.task)
+        values = {p.id: p.score[metric] for p in run.predictions if p.task == column.task and metric in p.score}
+    return values
+
+
+def _conditions_differ(score: Score, base: Score) -> str | None:
+    """Why two scores of a task stand in two columns, None where they share one."""
+    own, other = dict(variant_of(score)), dict(variant_of(base))
+    names = [name for name in dict.fromkeys([*own, *other]) if own.get(name) != other.get(name)]
+    words = [f"{name} is {own.get(name, 'not recorded')}, there {other.get(name, 'not recorded')}" for name in names]
+    return "; ".join(words) or None
+
+
+def _compare(row: Row, first: Row, column: Column, found: list[Difference], without: list[str], *, seed: int) -> None:
+    """Test one pair of systems; adds the difference to `found`, or to `without` what stood against it."""
+    task = column.task
+    base, mine = per_sample(first, column), per_sample(row, column)
+    # Paired on what both have; a smaller set than either's is told below instead of passed over.
+    shared = [key for key in base if key in mine]
+    # One sample has no spread, so its interval would be a point.
+    if len(shared) < 2:
+        without.append(f"{row.label}, {task}: fewer than two samples in common with {first.label}")
+        return
+    # By the picture asked about: a blind system was shown another one.
+    pictures = {p.id: p.image for p in row.run_of(task).predictions if p.task == task}
+    # Questions on one picture are not independent: they are drawn together.
+    clusters: dict[Hashable, Hashable] = {key: pictures.get(key, key) for key in shared}
+    own: dict[Hashable, float] = {key: mine[key] for key in shared}
+    theirs: dict[Hashable, float] = {key: base[key] for key in shared}
+    found.append(_difference(row.label, first.label, column, own, theirs, clusters, seed=seed))
+    if len(shared) < max(len(base), len(mine)):
+        total = f"{len(shared)} of {max(len(base), len(mine))}"
+        without.append(f"{row.label}, {task}: only {total} samples are shared with {first.label}")
+
+
+def _difference(
+    system: str,
+    baseline: str,
+    column: Column,
+    mine: dict[Hashable, float],
+    base: dict[Hashable, float],
+    clusters: dict[Hashable, Hashable],
+    *,
+    seed: int,
+) -> Difference:
+    """Interval and p-value of one pair; all three mappings have the same sample ids in the same order."""
+    value, low, high, n = paired_bootstrap(mine, base, clusters=clusters, seed=seed)
+    p = permutation_test([mine[k] - base[k] for k in mine], [clusters[k] for k in mine], seed=seed)
+    # Corrected when all tests of the report are known.
+    return Difference(system, baseline, column, n, value, low, high, p, p)
