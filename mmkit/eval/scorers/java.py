@@ -100,7 +100,7 @@ def run_java(arguments: Sequence[str], *, where: str, seconds: float, text: str 
         _kill(process)
     if process.returncode:
         what = f"Java failed with exit code {process.returncode}: {_last_line(complaints)}"
-        raise InputError(what, where=where, mend="see the Java message; Java 8 to 21 are known to work")
+        raise InputError(what, where=where, mend="see the Java message; Java 17 is what it is tested with")
     return out.decode("utf-8", errors="replace")
 
 
