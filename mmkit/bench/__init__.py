@@ -22,6 +22,7 @@ BENCHMARKS = {
     "packing": "packing",
     "lm-loss": "lm_loss",
     "generation": "generation",
+    "caption-metrics": "caption_metrics",
     "vqa-metrics": "vqa_metrics",
 }
 

@@ -120,7 +120,8 @@ def score(
         bootstrap: Number of resamples behind the 95 % intervals; 0 leaves them out.
         seed: Seed of the resamples.
         **options: The task's own settings; each suite's module says what they do (`mmkit.eval.suites`). Captions: ``tokenizer``,
-            ``python`` (PTB-compatible, the default), ``java`` (CoreNLP's) or ``none``. VQAv2: ``rule``, ``official`` (2021, the
+            ``python`` (PTB-compatible, the default), ``java`` (CoreNLP's) or ``none``, and ``metrics``, names with commas,
+            ``bleu,rouge,cider`` by default (``meteor`` and ``spice`` need Java). VQAv2: ``rule``, ``official`` (2021, the
             default), ``2017`` or ``always`` (lmms-eval). TextVQA: ``ocr``, ``none`` or ``reference``, which is recorded only, and
             ``anls``. VizWiz: ``rule``, ``official`` or ``m4c`` (lmms-eval). GQA: ``rule``, ``llava`` (the default), ``lmms`` or
             ``official``, and ``choices``, a file. generic: ``metric``, by name, and ``tolerance`` of ``metric=numeric``.
