@@ -17,7 +17,7 @@ from click import Command
 
 from mmkit.cli import app
 from mmkit.config import load_recipe
-from mmkit.recipes import find_recipe, list_recipes
+from mmkit.recipes import find_recipe, list_recipes, list_tasks
 from mmkit.validate import check_parts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +149,7 @@ def test_shellcheck(path: Path) -> None:
 @pytest.mark.parametrize("path", SCRIPTS + READMES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_commands_and_recipes_in_the_text_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    commands, recipes = _commands(), list_recipes()
+    commands, recipes = _commands(), list_recipes() | list_tasks()
     used = re.findall(r"(?<![\w/.-])mmkit ([a-z]+)(?: ([\w\"$-]+))?", code_in(path))
     assert used or path.parent.name == "launch" or path.name in ("prepare.sh", "run.sh")
     for command, word in used:
