@@ -150,7 +150,7 @@ def test_shellcheck(path: Path) -> None:
 def test_commands_and_recipes_in_the_text_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     commands, recipes = _commands(), list_recipes() | list_tasks()
-    used = re.findall(r"(?<![\w/.-])mmkit ([a-z]+)(?: ([\w\"$-]+))?", code_in(path))
+    used = re.findall(r"(?<![\w/.-])mmkit ([a-z]+)(?: ([\w\"$.-]+))?", code_in(path))
     assert used or path.parent.name == "launch" or path.name in ("prepare.sh", "run.sh")
     for command, word in used:
         assert command in commands, f"mmkit {command}"
