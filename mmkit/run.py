@@ -32,7 +32,17 @@ from mmkit.lock import FolderLock
 State = Literal["new", "continue", "done"]
 # What a kill leaves of a file or folder that was being written beside its place: .NAME.xxxxxxxx.
 _LEFTOVERS = tuple(
-    f".{name}." for name in ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "nonfinite.json", "model")
+    f".{name}."
+    for name in (
+        "recipe.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "nonfinite.json",
+        "model",
+        "scores.json",
+        "predictions.jsonl",
+    )
 )
 # Those that can change a number; listed, so that a manifest stays short and two of them can be compared.
 _PACKAGES = (

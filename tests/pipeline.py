@@ -125,10 +125,10 @@ def python(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(**more), cwd=root(), capture_output=True, text=True, timeout=300, check=False)
 
 
-def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """The command line on several processes with DDP over gloo."""
+def torchrun(*arguments: str, processes: int = 2, **more: str) -> subprocess.CompletedProcess[str]:
+    """The command line on several processes with DDP over gloo; ``more`` goes into their environment."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "mmkit"]
-    return python(*launch, *arguments)
+    return python(*launch, *arguments, **more)
 
 
 def pictures() -> list[Path]:

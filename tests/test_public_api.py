@@ -85,7 +85,7 @@ def test_products_open_without_mmkit_and_say_the_same(tmp_path):
     # The same square pixels on both sides: resizing is the caller's.
     pixels = torch.from_numpy(np.stack([fit_square(p, 32, fit="squash") for p in pictures]))
     squares = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
-    assert torch.equal(_pixels(squares, 32, "squash"), pixels)
+    assert torch.equal(_pixels(squares, 32), pixels)
     given = {"encoder": str(encoder / "model"), "mllm": str(mllm / "model"), "pixels": pixels}
     torch.save(given, tmp_path / "given.pt")
     done = pipeline.python("-c", WITHOUT_MMKIT, tmp_path / "given.pt", tmp_path / "found.pt", PYTHONPATH="")

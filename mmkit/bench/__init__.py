@@ -22,6 +22,7 @@ BENCHMARKS = {
     "packing": "packing",
     "lm-loss": "lm_loss",
     "caption-metrics": "caption_metrics",
+    "generation": "generation",
     "vqa-metrics": "vqa_metrics",
 }
 

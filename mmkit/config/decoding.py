@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, model_validator
 
@@ -59,4 +59,15 @@ class DecodingConfig(Section):
 class GenerationConfig(DecodingConfig):
     """Decoding settings of an evaluation, printed beside every score."""
 
-    batch_size: int = Field(32, ge=1)
+    batch_size: Union[Annotated[int, Field(ge=1)], Literal["auto"]] = Field(
+        "auto", description="questions answered together; auto: what fits the memory. Halved where memory runs out"
+    )
+    cache: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="of keys and values. dynamic: questions on a picture share its part; static: of one size, compiled on a GPU",
+    )
+    reuse: bool = Field(True, description="take answers that the same model gave to the same question in an earlier run")
+
+    def decoding_alone(self) -> dict[str, Any]:
+        """The keys of `DecodingConfig`: what an answer depends on."""
+        return self.model_dump(include=set(DecodingConfig.model_fields))

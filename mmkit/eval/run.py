@@ -1,168 +1,238 @@
-"""Evaluate one model on some tasks: generate, write the official result files, score."""
+"""Evaluate one model on some tasks: generate, write the official result files, score.
+
+On several processes each answers its share of the questions; the main one merges the answers and scores them. An interrupted
+evaluation goes on from the answers that are on disk.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import time
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mmkit.config import EvalRecipe, TaskConfig
-from mmkit.data.images import decode_image
-from mmkit.data.skipped import LeftOut, SampleError
-from mmkit.errors import InputError
+from mmkit.distributed.preemption import Preemption
+from mmkit.distributed.ranks import Ranks
+from mmkit.errors import InputError, LostError, StoppedError
 from mmkit.eval.examples import Example, Id
+from mmkit.eval.generation import Generator, check_lost
+from mmkit.eval.parts import Answers, read_parts, remove_parts
+from mmkit.eval.predictions import FOLDER, PictureFiles, prediction_rows, write_predictions
+from mmkit.eval.reuse import AnswerCache
 from mmkit.eval.score import score
 from mmkit.eval.suites import find_suite
 from mmkit.eval.tasks import load_task, shuffle_pictures
-from mmkit.files import hash_file, hash_text, write_json
-from mmkit.models.inference import Predictor, load_model
-from mmkit.run import Parent, Run, append_jsonl, one_process, resolve_parent
+from mmkit.files import hash_file, hash_folder, hash_text, write_json
+from mmkit.models.inference import kind_of, load_model
+from mmkit.run import Parent, Run, hardware, resolve_parent
 
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A task with its questions.
+
+    Attributes:
+        name: In scores.json and the report.
+        config: The task.
+        examples: As the data set has them.
+        shown: As the model sees them.
+    """
+
+    name: str
+    config: TaskConfig
+    examples: list[Example]
+    shown: list[Example]
+
+
 def run_eval(recipe: EvalRecipe, *, restart: bool = False) -> Run:
-    """Run an evaluation; returns at once when it is done.
+    """Run an evaluation, or its share of one that a launcher started on many processes; returns at once when it is done.
 
     Raises:
         InputError: Unfinished model, broken files, too many unreadable pictures, or a task that the model cannot do.
+        StoppedError: A signal came; the answers so far are on disk.
+        LostError: Another process is gone.
     """
-    run = Run(Path(recipe.run))
+    # From the environment: of a finished run the answer comes before anything heavy.
+    run = Run(Path(recipe.run), write=int(os.environ.get("RANK", "0")) == 0)
     parent = resolve_parent("model", recipe.model)
-    # Under a launcher every process would generate the same answers and write the same files.
-    one_process("eval")
-    state = run.state(recipe, [parent], restart=restart)
     # Before files and model are opened, so that a finished pipeline can be run again in seconds.
-    if state == "done":
+    if run.state(recipe, [parent], restart=restart) == "done":
+        # What a kill in the last moment left behind.
+        remove_parts(run.path)
         return run
-    # Everything that can be wrong with the files is found before the model is loaded.
-    examples = {_name(task, recipe.tasks): load_task(task) for task in recipe.tasks}
-    model: Predictor = load_model(recipe.model)
-    for task in recipe.tasks:
-        if model.kind == "encoder" or (model.kind == "captioner" and task.task != "coco-caption"):
-            raise InputError(f"a model of kind {model.kind} cannot do {task.task}", where=recipe.model, mend="use an MLLM")
-    # For the manifest alone: a run that starts anew has nothing to compare it with.
-    fingerprint = hash_text(*(hash_file(Path(p)) for t in recipe.tasks for p in (t.annotations, t.questions) if p))
-    # An evaluation is minutes, not days: an interrupted one starts anew.
-    run.start(recipe, [parent], state="new" if state == "continue" else state, data_fingerprint=fingerprint, kind="eval")
-    scores = {}
-    for task in recipe.tasks:
-        name = _name(task, recipe.tasks)
-        scores[name] = _run_task(name, task, examples[name], model, recipe, run, parent)
-    write_json(run.path / "scores.json", {"tasks": scores})
-    run.finish("done")
+    with Preemption() as preemption:
+        ranks = Ranks(preemption)
+        try:
+            _run_on(ranks, recipe, run, parent, restart=restart)
+        except StoppedError:
+            # A run that had not begun has nothing to note down.
+            if run.manifest:
+                run.finish("stopped")
+            ranks.close()
+            raise
+        except LostError:
+            raise
+        except RuntimeError as error:
+            # Each library reports a lost process in its own words.
+            explained = ranks.explain(error)
+            if explained is error:
+                raise
+            raise explained from None
+        finally:
+            run.unlock()
     return run
 
 
-def _name(task: TaskConfig, tasks: tuple[TaskConfig, ...]) -> str:
-    """Name of a task in the scores: its own, with the OCR mode where both are run."""
-    same = [t for t in tasks if t.task == task.task]
-    if len(same) == 1:
-        return task.task
-    names = [f"{t.task}+ocr" if t.ocr == "reference" else t.task for t in same]
-    if len(set(names)) < len(names):
-        # Scores are kept by name: the second result would replace the first.
-        raise InputError(f"task {task.task} is listed twice with the same OCR mode", where="tasks", mend="use two eval runs")
-    return f"{task.task}+ocr" if task.ocr == "reference" else task.task
+def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, restart: bool) -> None:
+    """Answer and score all tasks on the processes of a launcher."""
+    # Before anything is read or written: of two starts of one run the second must not disturb the first.
+    ranks.on_main(run.lock)
+    kind = kind_of(parent)
+    # Everything that can be wrong with the files is found before the model is loaded.
+    tasks = [_ask(task, recipe, kind) for task in recipe.tasks]
+    # Every process asks before any process writes; the answer is the same for all.
+    state = run.state(recipe, [parent], restart=restart)
+    ranks.meet()
+    ranks.on_main(lambda: run.start(recipe, [parent], state=state, data_fingerprint=_data_hash(recipe), kind="eval"))
+    # All of them before anyone adds to it: what is left is shared out by what everybody knows.
+    known = read_parts(run.path)
+    ranks.meet()
+    # A GPU may round another way than the next one.
+    computer = " ".join([ranks.device.type, *hardware()["gpus"][:1]])
+    generator = Generator(
+        lambda: load_model(recipe.model, ranks.device), recipe, run, ranks, lambda: AnswerCache(parent.fingerprint, computer)
+    )
+    scores: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for task in tasks:
+        ranks.look()
+        generator.answer(task.name, task.config, task.shown, known[task.name])
+        ranks.meet()
+        ranks.on_main(lambda task=task: rows.extend(_score(task, recipe, run, parent, kind, scores)))  # type: ignore[misc]
+    generator.close()
+    ranks.on_main(lambda: _finish(run, scores, rows))
+    ranks.meet()
+    ranks.close()
 
 
-def _run_task(
-    name: str, task: TaskConfig, examples: list[Example], model: Predictor, recipe: EvalRecipe, run: Run, parent: Parent
-) -> dict[str, Any]:
-    """Generate and score one task; returns its score object."""
+def _ask(task: TaskConfig, recipe: EvalRecipe, kind: str) -> Asked:
+    """A task's questions.
+
+    Raises:
+        InputError: The model cannot do the task, or a file is broken.
+    """
+    if kind == "encoder" or (kind == "captioner" and task.task != "coco-caption"):
+        raise InputError(f"a model of kind {kind} cannot do {task.task}", where=recipe.model, mend="use an MLLM")
+    if kind == "captioner" and task.generation.cache == "static":
+        raise InputError("generation.cache=static is for MLLMs", where=task.task, mend="leave it out for a captioner")
+    if task.annotations is None and find_suite(task.task).submit is None:
+        # Known before hours of answering: there is nobody who could score the answers.
+        raise InputError(
+            f"{task.task} without annotations has no score", where=f"tasks: {task.task}", mend="give annotations=PATH"
+        )
+    examples = load_task(task)
     # Only what the model sees changes: ids, questions and references stay those of the true picture.
     shown = shuffle_pictures(examples, recipe.seed) if recipe.blind else examples
-    began = time.monotonic()
-    predictions = generate(shown, model, task, recipe, run)
-    seconds = time.monotonic() - began
-    results = run.path / "results" / f"{name}.json"
+    if kind == "captioner":
+        # It refuses prompts, and caption examples carry one whoever is asked.
+        shown = [dataclasses.replace(e, prompt="") for e in shown]
+    return Asked(_name(task, recipe.tasks), task, examples, shown)
+
+
+def _name(task: TaskConfig, tasks: Sequence[TaskConfig]) -> str:
+    """Name of a task in the scores: its own, or its suite's, with the OCR mode where both are run.
+
+    Raises:
+        InputError: Two tasks would have the same.
+    """
+
+    def name(one: TaskConfig) -> str:
+        both = {t.ocr for t in tasks if t.task == one.task and t.name is None} == {"none", "reference"}
+        return one.name or (f"{one.task}+ocr" if both and one.ocr == "reference" else one.task)
+
+    if [name(one) for one in tasks].count(name(task)) > 1:
+        # Scores are kept by name: the second result would replace the first.
+        what = f"task {name(task)} is listed twice with the same OCR mode"
+        raise InputError(what, where="tasks", mend="give each a name, or use two eval runs")
+    return name(task)
+
+
+def _data_hash(recipe: EvalRecipe) -> str:
+    """Hash of the tasks' files: a run that goes on with other questions would be another run."""
+    named = [name for task in recipe.tasks for name in (task.annotations, task.questions) if name]
+    folders = {name for name in named if Path(name).is_dir()}
+    return hash_text(*(hash_folder(Path(name)) if name in folders else hash_file(Path(name)) for name in named))
+
+
+def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str, scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write a task's official results and score them; returns the rows of its predictions."""
+    config = task.config
+    # Of all processes and starts.
+    answers = read_parts(run.path)[task.name]
+    run.skip(answers.left_out)
+    check_lost(len(answers.left_out), len(task.examples), recipe.max_skipped, run)
+    # Back from the order of length to that of the data set, in which the result file is written.
+    texts = {e.id: answers.texts[e.id] for e in task.examples}
+    results = run.path / "results" / f"{task.name}.json"
     # Scored from the written file, not from memory: the score is that of what can be handed to an evaluation server.
-    find_suite(task.task).write_results(results, examples, predictions)
-    # With a limit most ids lack a result on purpose; without one a missing id stays an error.
-    subset = task.limit is not None
-    found = score(task.task, results, Path(str(task.annotations)), task.questions, allow_missing=subset, **task.settings)
-    generation = task.generation
-    found["settings"] |= {
-        # One prompt for all captions is shown as it was asked; questions differ, so theirs is shown as a template.
-        "prompt": "" if model.kind == "captioner" else examples[0].prompt if task.task == "coco-caption" else task.prompt,
+    find_suite(config.task).write_results(results, task.examples, texts)
+    if config.annotations is None:
+        found = _hand_in(task, texts, run)
+    else:
+        # With a limit most ids lack a result on purpose; without one a missing id stays an error.
+        subset = config.limit is not None
+        found = score(config.task, results, Path(config.annotations), config.questions, allow_missing=subset, **config.settings)
+    found["settings"] |= _settings(task, recipe, parent, kind, answers)
+    if config.published:
+        found["published"] = [published.model_dump() for published in config.published]
+    scores[task.name] = found
+    metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items()) or f"for the server: {found['submission']}"
+    logger.info("%s: %s (n %d): %s", "/".join(run.path.parts[-2:]), task.name, found["n"], metrics)
+    return prediction_rows(task.name, task.examples, task.shown, texts, found["per_sample"], PictureFiles(run.path))
+
+
+def _hand_in(task: Asked, texts: dict[Id, str], run: Run) -> dict[str, Any]:
+    """Write what the evaluation server takes; an object in the place of the score that only the server can give."""
+    folder = run.path / "submission" / task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    file = find_suite(task.config.task).write_submission(folder, task.examples, texts, task.config.settings)
+    empty: dict[str, Any] = {"metrics": {}, "ci95": {}, "settings": {}, "per_sample": []}
+    return {"task": task.config.task, "n": len(task.examples), **empty, "submission": str(file)}
+
+
+def _settings(task: Asked, recipe: EvalRecipe, parent: Parent, kind: str, answers: Answers) -> dict[str, Any]:
+    """What the figures depend on beside the rule, and what they took."""
+    config, generation = task.config, task.config.generation
+    # One prompt for all captions is shown as it was asked; questions differ, so theirs is shown as a template.
+    one = task.examples[0].prompt if config.task == "coco-caption" else config.prompt
+    return {
+        "prompt": "" if kind == "captioner" else one,
         "decoding": generation.describe(),
         "max_new_tokens": generation.max_new_tokens,
         "batch_size": generation.batch_size,
+        "cache": generation.cache,
         "blind": recipe.blind,
         "model": recipe.model,
         "model_fingerprint": parent.fingerprint,
-        "samples_per_second": round(len(examples) / max(seconds, 1e-9), 2),
+        "answers_from_cache": len(answers.from_cache),
+        "speed": answers.speed(),
+        **({"ocr": config.ocr} if config.task == "textvqa" else {}),
     }
-    if task.task == "textvqa":
-        found["settings"]["ocr"] = task.ocr
-    # Metrics are the floats of a row; the id is a whole number.
-    by_id = {row["id"]: {k: v for k, v in row.items() if isinstance(v, float)} for row in found["per_sample"]}
-    rows = [
-        {
-            "task": name,
-            "id": truth.id,
-            "image": truth.images[0].name,
-            # Differs from "image" in a blind run; the report shows both.
-            "image_shown": seen.images[0].name,
-            "prompt": seen.prompt if model.kind == "mllm" else "",
-            "question": truth.question,
-            "prediction": predictions[truth.id],
-            "references": truth.references,
-            "score": by_id[truth.id],
-        }
-        for truth, seen in zip(examples, shown, strict=True)
-    ]
-    append_jsonl(run.path / "predictions.jsonl", rows)
-    metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items())
-    logger.info("%s: %s (n %d): %s", "/".join(run.path.parts[-2:]), name, found["n"], metrics)
-    return found
 
 
-def generate(examples: list[Example], model: Predictor, task: TaskConfig, recipe: EvalRecipe, run: Run) -> dict[Id, str]:
-    """Predictions by id, in the order of the examples.
-
-    Batches are formed by prompt length, so that little is padded. An unreadable picture is listed in skipped.jsonl and its
-    prediction is empty, which scores as wrong: the denominator stays the official one.
-
-    Raises:
-        InputError: More pictures are unreadable than allowed.
-    """
-    # Length in characters stands for that in tokens; the id makes the batches the same in every run.
-    order = sorted(examples, key=lambda e: (len(e.prompt), e.id))
-    size = task.generation.batch_size
-    predictions: dict[Id, str] = {}
-    lost = 0  # of this task alone: the limit is a share of its examples
-    for start in range(0, len(order), size):
-        batch, images = [], []
-        for example in order[start : start + size]:
-            try:
-                images.append(_open(example, recipe))
-                batch.append(example)
-            except SampleError as error:
-                run.skip([LeftOut(example.images[0].name, str(example.id), str(error))])
-                predictions[example.id] = ""
-                lost += 1
-        # After every batch: a wrong image_root ends the run at once, not after the last picture.
-        if lost > recipe.max_skipped * len(examples):
-            raise InputError(
-                f"{lost} of {len(examples)} pictures cannot be used, over the limit of {recipe.max_skipped:.2%}",
-                where=run.path / "skipped.jsonl",
-                mend="check image_root and image_name, or raise max_skipped",
-            )
-        # All pictures of a batch may have been unreadable, and no model takes an empty batch.
-        if batch:
-            # A captioner refuses prompts, and caption examples carry one whoever is asked.
-            prompts = [e.prompt for e in batch] if any(e.prompt for e in batch) and model.kind == "mllm" else None
-            # All of them, so that nothing is left to the model's own settings: the score's conditions name these.
-            texts = model.predict(images, prompts, **task.generation.model_dump(exclude={"batch_size"}))
-            predictions |= {e.id: text for e, text in zip(batch, texts, strict=True)}
-    # Back from order of length to that of the data set, in which the result file is written.
-    return {e.id: predictions[e.id] for e in examples}
-
-
-def _open(example: Example, recipe: EvalRecipe) -> Image.Image:
-    """The picture of an example."""
-    return decode_image(example.images[0].read(recipe.max_bytes), max_pixels=recipe.max_pixels)
+def _finish(run: Run, scores: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the product; the parts go when all of it is there and is known to be."""
+    write_json(run.path / "scores.json", {"tasks": scores})
+    write_predictions(run.path / "predictions.jsonl", rows)
+    run.finish("done")
+    # Last: killed before, the run would be unfinished and all answers gone.
+    remove_parts(run.path)
+    for folder in ("results", FOLDER):
+        # Half of a file that a kill cut off.
+        for path in (run.path / folder).glob(".*"):
+            path.unlink()

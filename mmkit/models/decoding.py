@@ -68,7 +68,11 @@ class RowDraws(LogitsProcessor):
         # On the CPU, so that a seed means the same draws on every device.
         self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self._streams = [self._streams[row] for row in rows]
+
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Scores f[B, V] -> f[B, V], the drawn token largest in each row."""
         noise = torch.empty(scores.shape, dtype=torch.float32)
         for row, stream in zip(noise, self._streams, strict=True):
@@ -109,6 +113,11 @@ def search_arguments(
     if how.decoding != "sample":
         return {"generation_config": settings}
     assert draws is not None, "sampling needs a seed for each row"
+    return {"generation_config": settings, "logits_processor": LogitsProcessorList([*shaping_steps(how), RowDraws(draws)])}
+
+
+def shaping_steps(how: DecodingConfig) -> list[LogitsProcessor]:
+    """What is done to the scores before a token is drawn; nothing where none is drawn."""
     # transformers' order. Top-p is taken of what top-k left.
     steps: list[LogitsProcessor] = []
     if how.temperature is not None:
@@ -117,7 +126,7 @@ def search_arguments(
         steps.append(TopKLogitsWarper(how.top_k))
     if how.top_p is not None:
         steps.append(TopPLogitsWarper(how.top_p))
-    return {"generation_config": settings, "logits_processor": LogitsProcessorList([*steps, RowDraws(draws)])}
+    return steps
 
 
 def saved_settings(how: DecodingConfig, *, stop: Sequence[int], fill: int, bos: int | None) -> GenerationConfig:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pipeline
@@ -10,12 +13,22 @@ import yaml
 from PIL import Image
 
 import mmkit
+from mmkit.eval.batches import Batches
+from mmkit.eval.examples import Picture
+from mmkit.eval.report import build_report
+from mmkit.eval.tasks import load_task
 
 
 def evaluate(kind: str, run: Path, *more: str) -> int:
     """Evaluate the tiny captioner or MLLM with the demo's recipe."""
     model = {"captioner": "clipcap", "mllm": "finetune"}[kind]
     return pipeline.mmkit("eval", f"demo-eval-{kind}", f"run={run}", f"model={pipeline.trained(model)}", *more)
+
+
+@pytest.fixture(autouse=True)
+def no_answers_of_other_tests(tmp_path, monkeypatch) -> None:
+    """Answers are made, not taken over from the test before."""
+    monkeypatch.setenv("MMKIT_CACHE", str(tmp_path / "cache"))
 
 
 def scores(run: Path) -> dict:
@@ -56,10 +69,21 @@ def test_what_a_finished_run_holds(mllm_run, captioner_run):
     rows = pipeline.rows(mllm_run / "predictions.jsonl")
     assert {r["task"] for r in rows} == {"vqav2", "textvqa"}
     assert all(r["image"] == r["image_shown"] and r["prompt"].startswith(r["question"]) for r in rows)
+    # Answer types are for the report's filter; one picture needs no list of them.
+    assert {r["type"] for r in rows if r["task"] == "vqav2"} == {"yes/no", "number", "other"}
+    assert all("images" not in r and "parsed" not in r for r in rows)
+    ids = [
+        q["question_id"] for q in json.loads((pipeline.root() / "world" / "vqa_heldout_questions.json").read_text())["questions"]
+    ]
+    assert [r["id"] for r in rows if r["task"] == "vqav2"] == ids, "in the order of the data set"
+    assert not list(mllm_run.glob("*part*")), "what answers were kept in while they came is gone"
     per_sample = {r["id"]: r["accuracy"] for r in scores(mllm_run)["vqav2"]["per_sample"]}
     assert {r["id"]: r["score"]["accuracy"] for r in rows if r["task"] == "vqav2"} == per_sample
     settings = scores(mllm_run)["textvqa"]["settings"]
     assert settings["decoding"] == "greedy" and settings["ocr"] == "none" and settings["blind"] is False
+    assert settings["answers_from_cache"] == 0 and settings["batch_size"] == 64
+    speed = scores(mllm_run)["vqav2"]["settings"]["speed"]
+    assert speed["pictures_encoded"] == 8 and speed["processes"] == 1 and speed["answers_per_second"] > 0
     assert settings["model_fingerprint"] == pipeline.manifest(pipeline.trained("finetune"))["product"]
     assert {r["prompt"] for r in pipeline.rows(captioner_run / "predictions.jsonl")} == {""}
 
@@ -189,3 +213,154 @@ def test_an_unfinished_model_is_refused(tmp_path, capsys):
     (model / "manifest.json").write_text(json.dumps({**pipeline.manifest(model), "status": "stopped"}))
     assert pipeline.mmkit("eval", "demo-eval-mllm", f"run={tmp_path / 'run'}", f"model={model}") == 2
     assert "this model run is not finished (status 'stopped')" in capsys.readouterr().err
+
+
+def product(run: Path) -> tuple[bytes, dict]:
+    """Predictions as they are, and scores without what says how they were made."""
+    found = json.loads((run / "scores.json").read_text())
+    for task in found["tasks"].values():
+        for key in ("speed", "answers_from_cache", "batch_size", "cache"):
+            task["settings"].pop(key)
+    return (run / "predictions.jsonl").read_bytes(), found
+
+
+def test_two_processes_give_the_product_of_one(tmp_path, mllm_run):
+    model = pipeline.trained("finetune")
+    words = ["eval", "demo-eval-mllm", f"run={tmp_path / 'run'}", f"model={model}", "tasks.0.generation.batch_size=4"]
+    done = pipeline.torchrun(*words, MMKIT_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert product(tmp_path / "run") == product(mllm_run)
+    speed = scores(tmp_path / "run")["vqav2"]["settings"]["speed"]
+    # Every picture on one of the two only.
+    assert speed["processes"] == 2 and speed["pictures_encoded"] == 8
+    assert done.stdout.count("done: ") == 1 and "bug in mmkit" not in done.stderr
+    again = pipeline.torchrun(*words)
+    assert again.returncode == 0 and product(tmp_path / "run") == product(mllm_run)
+
+
+def test_wrong_input_ends_both_processes_with_one_line(tmp_path):
+    words = ["eval", "demo-eval-mllm", f"run={tmp_path / 'run'}", f"model={pipeline.trained('finetune')}"]
+    done = pipeline.torchrun(*words, f"tasks.0.image_root={tmp_path}", f"tasks.1.image_root={tmp_path}")
+    assert done.returncode != 0
+    assert done.stderr.count("pictures cannot be used, over the limit of 1.00%") == 1 and "bug in mmkit" not in done.stderr
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, number: signal.Signals) -> list[int]:
+    """Send this process a signal once so many batches are done; the sizes of those that were answered."""
+    answer, sizes = Batches.answer, []
+
+    def told(self, batch, *, following):
+        found = answer(self, batch, following=following)
+        sizes.append(len(batch))
+        if len(sizes) == batches:
+            os.kill(os.getpid(), number)
+        return found
+
+    monkeypatch.setattr(Batches, "answer", told)
+    return sizes
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_after_the_batch_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, mllm_run, number):
+    run, size = tmp_path / "run", ["tasks.0.generation.batch_size=8", "tasks.1.generation.batch_size=8"]
+    size += ["tasks.0.generation.reuse=false", "tasks.1.generation.reuse=false"]
+    with monkeypatch.context() as patch:
+        before = stop_after(patch, 2, number)
+        assert evaluate("mllm", run, *size) == 75
+    assert f"stopped by {number.name}; the same command goes on" in capsys.readouterr().err
+    assert pipeline.manifest(run)["status"] == "stopped" and not (run / "scores.json").exists()
+    with monkeypatch.context() as patch:
+        after = stop_after(patch, 10**6, number)
+        assert evaluate("mllm", run, *size) == 0
+    questions = len(pipeline.rows(run / "predictions.jsonl"))
+    assert len(before) == 2 and sum(before) + sum(after) == questions, "each question was asked once"
+    assert product(run) == product(mllm_run)
+
+
+def test_an_interrupted_run_with_another_recipe_is_refused(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, signal.SIGTERM)
+        assert evaluate("mllm", run, "tasks.0.generation.batch_size=4") == 75
+    changed = ["tasks.0.generation.batch_size=4", "tasks.0.generation.max_new_tokens=3"]
+    assert evaluate("mllm", run, *changed) == 2
+    assert "this run was made with another recipe" in capsys.readouterr().err
+    assert evaluate("mllm", run, *changed, "--restart") == 0
+    assert scores(run)["vqav2"]["settings"]["max_new_tokens"] == 3 and not list(run.glob("*part*"))
+
+
+def test_a_second_run_takes_the_answers_of_the_first_and_says_so(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "mmkit")
+    assert evaluate("mllm", tmp_path / "one") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("mmkit.eval.run.load_model", lambda *_: pytest.fail("the model was loaded"))
+        assert evaluate("mllm", tmp_path / "two") == 0
+    assert product(tmp_path / "one") == product(tmp_path / "two")
+    count = scores(tmp_path / "two")["vqav2"]["n"]
+    assert scores(tmp_path / "two")["vqav2"]["settings"]["answers_from_cache"] == count
+    assert scores(tmp_path / "two")["vqav2"]["settings"]["speed"] == {}
+    assert f"vqav2: {count} of {count} answers taken from earlier runs" in caplog.text
+    # With other pictures some are asked what they were asked before, the others are not.
+    fresh = ["tasks.0.generation.reuse=false", "tasks.1.generation.reuse=false"]
+    assert evaluate("mllm", tmp_path / "blind", "blind=true") == 0
+    assert evaluate("mllm", tmp_path / "blind-anew", "blind=true", *fresh) == 0
+    assert scores(tmp_path / "blind")["vqav2"]["settings"]["answers_from_cache"] < count
+    assert product(tmp_path / "blind")[0] == product(tmp_path / "blind-anew")[0]
+
+
+def test_a_static_cache_and_an_automatic_size_change_nothing(tmp_path, mllm_run):
+    generation = "{max_new_tokens: 8, batch_size: auto, cache: static, reuse: false}"
+    assert evaluate("mllm", tmp_path / "run", *(f"tasks.{i}.generation={generation}" for i in (0, 1))) == 0
+    assert product(tmp_path / "run") == product(mllm_run)
+    settings = scores(tmp_path / "run")["vqav2"]["settings"]
+    assert settings["cache"] == "static" and settings["batch_size"] == "auto" and settings["speed"]["batch_size_used"] == 64
+
+
+def test_a_captioner_has_no_static_cache(tmp_path, capsys):
+    assert evaluate("captioner", tmp_path / "run", "tasks.0.generation.cache=static") == 2
+    assert "generation.cache=static is for MLLMs" in capsys.readouterr().err
+
+
+def test_pictures_of_a_table_are_written_beside_the_predictions(tmp_path, monkeypatch, mllm_run):
+    def from_table(config):
+        examples = load_task(config)
+        return [dataclasses.replace(e, images=tuple(Picture(Path(p.name).stem, p.read()) for p in e.images)) for e in examples]
+
+    monkeypatch.setattr("mmkit.eval.run.load_task", from_table)
+    assert evaluate("mllm", tmp_path / "run") == 0
+    rows, files = pipeline.rows(tmp_path / "run" / "predictions.jsonl"), set((tmp_path / "run" / "pictures").iterdir())
+    assert {Path(row["image"]) for row in rows} == files and len(files) == 8
+    before = pipeline.rows(mllm_run / "predictions.jsonl")
+    assert [row["prediction"] for row in rows] == [row["prediction"] for row in before]
+    assert all(Path(row["image"]).read_bytes() == Path(old["image"]).read_bytes() for row, old in zip(rows, before, strict=True))
+    build_report([tmp_path / "run"], tmp_path / "report")
+    assert "data:image" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_test_set_whose_answers_the_server_keeps(tmp_path, capsys, mllm_run):
+    assert evaluate("mllm", tmp_path / "run", "tasks.0.annotations=null") == 0
+    found = scores(tmp_path / "run")["vqav2"]
+    assert found["metrics"] == {} and found["per_sample"] == [] and found["n"] == scores(mllm_run)["vqav2"]["n"]
+    submission = json.loads(Path(found["submission"]).read_text())
+    assert len(submission) == found["n"] and Path(found["submission"]).is_relative_to(tmp_path / "run" / "submission" / "vqav2")
+    results = [json.loads((run / "results" / "vqav2.json").read_text()) for run in (tmp_path / "run", mllm_run)]
+    assert results[0] == results[1]
+    rows = [row for row in pipeline.rows(tmp_path / "run" / "predictions.jsonl") if row["task"] == "vqav2"]
+    assert all(row["references"] == [] and row["score"] == {} for row in rows)
+    build_report([tmp_path / "run"], tmp_path / "report")
+    # A suite without a server: nobody could score the answers.
+    assert evaluate("captioner", tmp_path / "captions", "tasks.0.annotations=null") == 2
+    assert "coco-caption without annotations has no score" in capsys.readouterr().err
+
+
+def test_names_and_published_scores_of_a_task(tmp_path):
+    published = "[{system: Human, metrics: {accuracy: 0.84}, source: the paper, conditions: test-dev}]"
+    more = ["tasks.0.name=my-vqa", f"tasks.0.published={published}", "tasks.0.limit=3", "tasks.1.limit=2"]
+    assert evaluate("mllm", tmp_path / "run", *more) == 0
+    found = scores(tmp_path / "run")
+    assert list(found) == ["my-vqa", "textvqa"] and "published" not in found["textvqa"]
+    assert found["my-vqa"]["published"] == [
+        {"system": "Human", "metrics": {"accuracy": 0.84}, "source": "the paper", "conditions": "test-dev"}
+    ]
+    assert (tmp_path / "run" / "results" / "my-vqa.json").is_file()
+    assert {r["task"] for r in pipeline.rows(tmp_path / "run" / "predictions.jsonl")} == {"my-vqa", "textvqa"}

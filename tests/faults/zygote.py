@@ -91,6 +91,7 @@ def _serve() -> None:
     importlib.import_module("deepspeed")
     import mmkit.commands
     import mmkit.distributed.engine
+    import mmkit.eval.run
     import mmkit.training.loop
     import mmkit.training.stages.clipcap
     import mmkit.training.stages.llava

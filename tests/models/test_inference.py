@@ -152,8 +152,9 @@ def test_several_pictures_in_a_row_are_seen_in_their_order(pictures):
         assert up_to_the_end(ids, stop_ids(opened.model)) == up_to_the_end(alone, stop_ids(opened.model))
 
     def logits(row):
-        ids, mask = opened._left_padded([opened._encode(question, 2)])
-        return opened.model(input_ids=ids, attention_mask=mask, pixel_values=opened._values(opened._squares(row))).logits[0, -1]
+        ids = torch.tensor([opened.encode(question, 2)])
+        pixels = opened.values([opened.square(picture) for picture in row])
+        return opened.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits[0, -1]
 
     # Words of so small a model could be the same either way; what it computes is not.
     with torch.no_grad():
@@ -230,7 +231,7 @@ def test_padding_has_the_encoders_own_mean_colour():
     opened.meta = {**opened.meta, "image_fit": "pad", "mean": [0.1, 0.5, 0.9]}
     opened._mean = torch.tensor(opened.meta["mean"]).view(1, 3, 1, 1)
     size = opened.meta["image_size"]
-    values = opened._values(opened._squares([Image.new("RGB", (2 * size, size), "white")]))
+    values = opened.values([opened.square(Image.new("RGB", (2 * size, size), "white"))])
     # Above and below: nothing, but for rounding to a colour.
     assert values[0, :, 0].abs().max() < 1 / 255 / opened._std.min()
     assert values[0, :, size // 2].abs().min() > 0.1

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from mmkit.data.skipped import LeftOut
+from mmkit.eval.parts import Part, Speed, part_files, read_parts, remove_parts
+
+
+def test_what_several_processes_and_starts_wrote(tmp_path):
+    first, second = Part(tmp_path, 0), Part(tmp_path, 1)
+    first.add("vqa", {1: "a", "x": "b\nc"})
+    second.add("vqa", {2: "ü"}, from_cache=True)
+    second.add("other", {1: "elsewhere"})
+    second.leave_out("vqa", {3: LeftOut("p.jpg", "3", "is no picture")})
+    first.took("vqa", Speed(10, 2.0, 3, 32))
+    second.took("vqa", Speed(20, 5.0, 4, 16))
+    Part(tmp_path, 0).took("vqa", Speed(10, 2.0, 1, 8))
+    found = read_parts(tmp_path)
+    assert found["vqa"].texts == {1: "a", "x": "b\nc", 2: "ü", 3: ""} and found["other"].texts == {1: "elsewhere"}
+    assert found["vqa"].from_cache == {2} and found["vqa"].left_out == [LeftOut("p.jpg", "3", "is no picture")]
+    # Starts of one process follow each other, processes work at the same time.
+    assert found["vqa"].speed() == {
+        "answers_per_second": 20 / 4 + 20 / 5,
+        "pictures_encoded": 8,
+        "batch_size_used": 8,
+        "processes": 2,
+    }
+    assert found["other"].speed() == {} and found["nothing"].texts == {}
+    remove_parts(tmp_path)
+    assert list(part_files(tmp_path)) == [] and not read_parts(tmp_path)
+
+
+def test_a_line_that_a_kill_cut_off_is_no_answer_and_is_repaired(tmp_path):
+    part = Part(tmp_path, 0)
+    part.add("vqa", {1: "a"})
+    part.add("vqa", {2: "b"})
+    whole = part.path.read_bytes()
+    for end in range(len(whole)):
+        part.path.write_bytes(whole[:end])
+        kept = {} if end <= whole.index(b"\n") else {1: "a"}
+        assert read_parts(tmp_path)["vqa"].texts == kept
+        part.add("vqa", {3: "c"})
+        assert read_parts(tmp_path)["vqa"].texts == {**kept, 3: "c"}
