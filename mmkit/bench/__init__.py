@@ -21,8 +21,8 @@ BENCHMARKS = {
     "loader": "loader",
     "packing": "packing",
     "lm-loss": "lm_loss",
-    "generation": "generation",
     "caption-metrics": "caption_metrics",
+    "generation": "generation",
     "vqa-metrics": "vqa_metrics",
 }
 
