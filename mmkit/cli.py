@@ -208,15 +208,11 @@ def _expect(recipe: Recipe, kind: type[Any]) -> Any:
 
 def _done(run: Run, product: str) -> None:
     """Say where the result lies, and the scores of an evaluation."""
-    scores = run.path / "scores.json"
-    if product == "scores.json" and scores.is_file():
-        # Read back from the file: a run that was done before prints the same as a fresh one.
-        for name, found in json.loads(scores.read_text(encoding="utf-8"))["tasks"].items():
-            for metric, value in found["metrics"].items():
-                # A metric that no resample could give has no interval.
-                low, high = found["ci95"].get(metric, (None, None))
-                interval = f"  [{low:.4f}, {high:.4f}]" if low is not None else ""
-                _say(f"{name:16} {metric:16} {value:.4f}{interval}")
+    from mmkit.commands import score_lines
+
+    # Read back from the file: a run that was done before prints the same as a fresh one.
+    for line in score_lines(run.path / "scores.json") if product == "scores.json" else []:
+        _say(line)
     _say(f"done: {run.path / product}")
 
 

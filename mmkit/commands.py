@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, TrainConfig
 from mmkit.errors import InputError, StoppedError
+from mmkit.files import read_json
 from mmkit.recipes import find_deepspeed
 from mmkit.run import Parent, Run, one_process, resolve_parent
 
@@ -201,6 +202,29 @@ def _tracker(recipe: Any, run: Run) -> Callable[[int], Tracker]:
 
     plain = recipe.model_dump(mode="json")
     return lambda start: make_tracker(recipe.track, run.path, start=lambda: start, settings=plain)
+
+
+def score_lines(path: Path) -> list[str]:
+    """The scores of an evaluation, a line for each metric.
+
+    Args:
+        path: ``scores.json``; an absent one has no lines.
+    """
+    if not path.is_file():
+        return []
+    tasks = read_json(path)["tasks"]
+    width = max(16, *map(len, tasks))
+    lines = []
+    for name, found in tasks.items():
+        for metric, value in found["metrics"].items():
+            # A metric that no resample could give has no interval.
+            low, high = found["ci95"].get(metric, (None, None))
+            interval = f"  [{low:.4f}, {high:.4f}]" if low is not None else ""
+            lines.append(f"{name:{width}} {metric:16} {value:.4f}{interval}")
+        if not found["metrics"]:
+            file = found.get("submission")
+            lines.append(f"{name:{width}} no score, the answers are the server's{f': {path.parent / file}' if file else ''}")
+    return lines
 
 
 def predict_files(model: str, images: Sequence[Path], prompt: str | None, how: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ def check_parts(recipe: Recipe) -> None:
     Raises:
         InputError: An architecture that timm does not know or that refuses its arguments, DeepSpeed settings that are missing
             or clash with the recipe, a tracker that is not installed, an IDF table of another vocabulary, a prompt without its
-            question.
+            question, a scorer's setting that it does not have.
     """
     config = getattr(recipe, "train", None)
     if isinstance(config, TrainConfig) and config.deepspeed:
@@ -40,9 +40,12 @@ def check_parts(recipe: Recipe) -> None:
     if isinstance(recipe, SuperclassRecipe):
         _check_labels(recipe)
     if isinstance(recipe, EvalRecipe):
+        from mmkit.eval.score import check_task_settings
+
         for i, task in enumerate(recipe.tasks):
             if task.task != "coco-caption" and "{question}" not in task.prompt:
                 raise InputError(f"prompt {task.prompt!r} has no {{question}}", where=f"tasks.{i}.prompt", mend="put it in")
+            check_task_settings(task)
 
 
 def _check_encoder(recipe: PretrainRecipe) -> None:

@@ -101,3 +101,11 @@ def test_shipped_tasks_are_evaluations(name):
 def test_faults_are_named(tmp_path, tasks, files, message):
     with pytest.raises(InputError, match=message):
         load(write(tmp_path, tasks, **files))
+
+
+def test_a_fault_in_a_task_is_the_only_one_told(tmp_path):
+    with pytest.raises(InputError) as error:
+        load(write(tmp_path, "[{from: mine.yaml, limt: 3}]"))
+    assert "Tuple should have" not in str(error.value) and "pictures" not in str(error.value)
+    with pytest.raises(InputError, match=r"tasks=.*: Tuple should have at least 1 item"):
+        load(write(tmp_path, "[]"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pipeline
 import pytest
@@ -44,6 +45,26 @@ def test_deepspeed_settings_are_looked_at(tmp_path):
 def test_a_prompt_without_its_question():
     with pytest.raises(InputError, match=r"tasks\.1\.prompt: prompt 'Answer!' has no \{question\}; put it in"):
         check("demo-eval-mllm", "tasks.1.prompt=Answer!")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("ruel=2017", "unknown setting 'ruel'; did you mean rule?"),
+        ("tokenizer=none", "tokenizer does not apply to vqav2; leave tokenizer out"),
+        ("bootstrap=many", "bootstrap is a whole number from 0, not 'many'"),
+        ("allow_missing=true", "settings.allow_missing: an evaluation answers all its questions; leave it out"),
+        ("all_questions=q.json", "all_questions is for the server's file of a test set"),
+    ],
+)
+def test_a_scorers_setting_is_refused_before_anything_is_asked(setting, told):
+    with pytest.raises(InputError, match=re.escape(told)):
+        check("vqav2-val", "model=m", f"tasks.0.settings.{setting}")
+
+
+def test_settings_of_a_submission_go_with_a_test_set():
+    check("vqav2-test-dev", "model=m")
+    check("vqav2-val", "model=m", "tasks.0.settings={rule: 2017, bootstrap: 0, seed: 3}")
 
 
 def test_the_command_starts_nothing(tmp_path, capsys):

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "loader": "loader",
     "packing": "packing",
     "lm-loss": "lm_loss",
+    "caption-metrics": "caption_metrics",
     "generation": "generation",
     "vqa-metrics": "vqa_metrics",
 }

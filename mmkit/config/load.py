@@ -84,7 +84,10 @@ def check_recipe(plain: dict[str, Any], *, where: object) -> Recipe:
     try:
         return _ADAPTER.validate_python(plain)
     except ValidationError as error:
-        faults = [_describe(dict(e), STAGES[stage]) for e in error.errors()]
+        found = error.errors()
+        # A list whose items are faulty counts as empty too: a fault that nobody made, and the list would be printed whole.
+        within = {e["loc"][:depth] for e in found for depth in range(1, len(e["loc"]))}
+        faults = [_describe(dict(e), STAGES[stage]) for e in found if e["type"] != "too_short" or e["loc"] not in within]
         # All at once: mending a recipe fault by fault costs a start each.
         raise InputError("; ".join(faults), where=where, mend="see the recipe's head or `mmkit copy` a shipped one") from None
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,18 @@ from mmkit.eval.examples import Example, Id
 from mmkit.eval.generation import Generator, check_lost
 from mmkit.eval.parts import Answers, read_parts, remove_parts
 from mmkit.eval.predictions import FOLDER, PictureFiles, prediction_rows, write_predictions
+from mmkit.eval.result import Score, answer_shapes, make_score
 from mmkit.eval.reuse import AnswerCache
 from mmkit.eval.score import score
 from mmkit.eval.suites import find_suite
 from mmkit.eval.tasks import load_task, shuffle_pictures
-from mmkit.files import hash_file, hash_folder, hash_text, write_json
+from mmkit.files import Writing, hash_file, hash_folder, hash_text, write_json
 from mmkit.models.inference import kind_of, load_model
 from mmkit.run import Parent, Run, hardware, resolve_parent
 
 logger = logging.getLogger(__name__)
+# Folder of what servers and official tools take, in the run directory.
+SUBMISSIONS = "submission"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +134,6 @@ def _ask(task: TaskConfig, recipe: EvalRecipe, kind: str) -> Asked:
         raise InputError(f"a model of kind {kind} cannot do {task.task}", where=recipe.model, mend="use an MLLM")
     if kind == "captioner" and task.generation.cache == "static":
         raise InputError("generation.cache=static is for MLLMs", where=task.task, mend="leave it out for a captioner")
-    if task.annotations is None and find_suite(task.task).submit is None:
-        # Known before hours of answering: there is nobody who could score the answers.
-        raise InputError(
-            f"{task.task} without annotations has no score", where=f"tasks: {task.task}", mend="give annotations=PATH"
-        )
     examples = load_task(task)
     # Only what the model sees changes: ids, questions and references stay those of the true picture.
     shown = shuffle_pictures(examples, recipe.seed) if recipe.blind else examples
@@ -181,28 +180,52 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     results = run.path / "results" / f"{task.name}.json"
     # Scored from the written file, not from memory: the score is that of what can be handed to an evaluation server.
     find_suite(config.task).write_results(results, task.examples, texts)
-    if config.annotations is None:
-        found = _hand_in(task, texts, run)
-    else:
-        # With a limit most ids lack a result on purpose; without one a missing id stays an error.
-        subset = config.limit is not None
-        found = score(config.task, results, Path(config.annotations), config.questions, allow_missing=subset, **config.settings)
+    submission = _write_submission(task, texts, run)
+    found = _unscored(config, texts, submission) if config.annotations is None else _scored(config, results, config.annotations)
     found["settings"] |= _settings(task, recipe, parent, kind, answers)
+    if submission is not None:
+        # Below the run directory, which may move.
+        found["submission"] = submission
     if config.published:
         found["published"] = [published.model_dump() for published in config.published]
     scores[task.name] = found
-    metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items()) or f"for the server: {found['submission']}"
+    metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items()) or "no score"
     logger.info("%s: %s (n %d): %s", "/".join(run.path.parts[-2:]), task.name, found["n"], metrics)
     return prediction_rows(task.name, task.examples, task.shown, texts, found["per_sample"], PictureFiles(run.path))
 
 
-def _hand_in(task: Asked, texts: dict[Id, str], run: Run) -> dict[str, Any]:
-    """Write what the evaluation server takes; an object in the place of the score that only the server can give."""
-    folder = run.path / "submission" / task.name
-    folder.mkdir(parents=True, exist_ok=True)
-    file = find_suite(task.config.task).write_submission(folder, task.examples, texts, task.config.settings)
-    empty: dict[str, Any] = {"metrics": {}, "ci95": {}, "settings": {}, "per_sample": []}
-    return {"task": task.config.task, "n": len(task.examples), **empty, "submission": str(file)}
+def _scored(config: TaskConfig, results: Path, annotations: str) -> Score:
+    """The score of a result file."""
+    # With a limit most ids lack a result on purpose; without one a missing id stays an error.
+    subset = config.limit is not None
+    return score(config.task, results, Path(annotations), config.questions, allow_missing=subset, **config.settings)
+
+
+def _unscored(config: TaskConfig, texts: Mapping[Id, str], submission: str | None) -> Score:
+    """What stands in place of the score of a test set, which only the server can give: counts and no metrics."""
+    counts, notes = answer_shapes(list(texts.values()))
+    notes.insert(0, f"a test set without answers has no score here; the file for the server is {submission}")
+    return make_score(config.task, {}, None, settings={}, per_sample=[], notes=notes, n=len(texts), answers=counts)
+
+
+def _write_submission(task: Asked, texts: Mapping[Id, str], run: Run) -> str | None:
+    """Write what the suite's server or official tool takes; returns its path in the run directory.
+
+    None where there is neither, or where only the first questions of an annotated set were asked.
+    """
+    config = task.config
+    if config.annotations is not None and config.limit is not None:
+        return None
+    suite = find_suite(config.task)
+    if suite.submit is None:
+        return None
+    # A folder for each task: the server's names of files are the same for all splits.
+    folder = run.path / SUBMISSIONS / task.name
+    with Writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    written = suite.write_submission(folder, task.examples, texts, config.settings)
+    assert written is not None
+    return str(written.relative_to(run.path))
 
 
 def _settings(task: Asked, recipe: EvalRecipe, parent: Parent, kind: str, answers: Answers) -> dict[str, Any]:
@@ -232,7 +255,10 @@ def _finish(run: Run, scores: dict[str, Any], rows: list[dict[str, Any]]) -> Non
     run.finish("done")
     # Last: killed before, the run would be unfinished and all answers gone.
     remove_parts(run.path)
-    for folder in ("results", FOLDER):
-        # Half of a file that a kill cut off.
-        for path in (run.path / folder).glob(".*"):
-            path.unlink()
+    for folder in ("results", FOLDER, SUBMISSIONS):
+        # Half of a file or folder that a kill cut off.
+        for path in list((run.path / folder).rglob(".*")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

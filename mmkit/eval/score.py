@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmkit.config import TaskConfig
 from mmkit.errors import InputError
 from mmkit.eval.result import Score, Settings, nearest
 from mmkit.eval.scorers.formats import Source
@@ -48,6 +49,45 @@ def parse_settings(task: str, pairs: Mapping[str, str]) -> dict[str, Any]:
     return out
 
 
+def check_task_settings(config: TaskConfig) -> None:
+    """Refuse a task that could not be scored, and settings that its scorer would refuse: before hours of generation, not after.
+
+    Raises:
+        InputError: No annotations and no server; a setting that is unknown to the suite, without effect here, or not of its type.
+    """
+    given, suite = dict(config.settings), find_suite(config.task)
+    if config.annotations is None and suite.submit is None:
+        # There is nobody who could score the answers.
+        what = f"{config.task} without annotations has no score"
+        raise InputError(what, where=f"tasks: {config.task}", mend="give annotations=PATH")
+    if "allow_missing" in given:
+        # Set by the limit: a result that is missing for another reason is an error that must not be hidden.
+        raise InputError("an evaluation answers all its questions", where="settings.allow_missing", mend="leave it out")
+    for key in suite.submit_options:
+        if given.pop(key, None) is not None and config.annotations is not None:
+            what = f"{key} is for the server's file of a test set, whose answers are not here"
+            raise InputError(what, where=f"settings.{key}", mend="leave it out, or use annotations=null")
+    for key in given:
+        _check_setting(config.task, key)
+    _check_common(**{key: value for key, value in given.items() if key in COMMON})
+
+
+def _check_common(*, allow_missing: object = False, bootstrap: object = 0, seed: object = 0) -> None:
+    """Refuse values of the common settings that only look like theirs.
+
+    Raises:
+        InputError: No true/false, or no whole number from 0.
+    """
+    # The text "false" would be true.
+    if not isinstance(allow_missing, bool):
+        what = f"allow_missing is true or false, not {allow_missing!r}"
+        raise InputError(what, where="allow_missing", mend="allow_missing=true")
+    for name, value in (("bootstrap", bootstrap), ("seed", seed)):
+        # True is an int to Python: bootstrap=True would mean a single resample.
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InputError(f"{name} is a whole number from 0, not {value!r}", where=name, mend=f"{name}=1000")
+
+
 def _check_setting(task: str, key: str) -> None:
     """Refuse a setting that this task does not have: whoever gave it believes that it has an effect."""
     own = (*find_suite(task).options, *COMMON)
@@ -80,7 +120,8 @@ def score(
         bootstrap: Number of resamples behind the 95 % intervals; 0 leaves them out.
         seed: Seed of the resamples.
         **options: The task's own settings; each suite's module says what they do (`mmkit.eval.suites`). Captions: ``tokenizer``,
-            ``python`` (PTB-compatible, the default), ``java`` (CoreNLP's) or ``none``. VQAv2: ``rule``, ``official`` (2021, the
+            ``python`` (PTB-compatible, the default), ``java`` (CoreNLP's) or ``none``, and ``metrics``, names with commas,
+            ``bleu,rouge,cider`` by default (``meteor`` and ``spice`` need Java). VQAv2: ``rule``, ``official`` (2021, the
             default), ``2017`` or ``always`` (lmms-eval). TextVQA: ``ocr``, ``none`` or ``reference``, which is recorded only, and
             ``anls``. VizWiz: ``rule``, ``official`` or ``m4c`` (lmms-eval). GQA: ``rule``, ``llava`` (the default), ``lmms`` or
             ``official``, and ``choices``, a file. generic: ``metric``, by name, and ``tolerance`` of ``metric=numeric``.
@@ -96,14 +137,7 @@ def score(
     suite = find_suite(task)
     for key in options:
         _check_setting(task, key)
-    # The text "false" would be true.
-    if not isinstance(allow_missing, bool):
-        what = f"allow_missing is true or false, not {allow_missing!r}"
-        raise InputError(what, where="allow_missing", mend="allow_missing=true")
-    for name, value in (("bootstrap", bootstrap), ("seed", seed)):
-        # True is an int to Python: bootstrap=True would mean a single resample.
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise InputError(f"{name} is a whole number from 0, not {value!r}", where=name, mend=f"{name}=1000")
+    _check_common(allow_missing=allow_missing, bootstrap=bootstrap, seed=seed)
     # A recipe or a shell may well read rule=2017 as a number; None stands for what was not given.
     given = {key: str(value) for key, value in options.items() if value is not None}
     return suite.score(task, predictions, annotations, questions, Settings(given, allow_missing, bootstrap, seed))

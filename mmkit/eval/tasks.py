@@ -8,6 +8,7 @@ import random
 from mmkit.config import TaskConfig
 from mmkit.errors import InputError
 from mmkit.eval.examples import Example
+from mmkit.eval.score import check_task_settings
 from mmkit.eval.suites import find_suite
 
 
@@ -15,8 +16,9 @@ def load_task(config: TaskConfig) -> list[Example]:
     """All examples of a task, in the order of its files.
 
     Raises:
-        InputError: Broken files, or an image name that cannot be made.
+        InputError: Broken files, an image name that cannot be made, or settings that scoring would refuse.
     """
+    check_task_settings(config)
     return find_suite(config.task).examples(config)[: config.limit]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs_java import needs_java
+from plain_captions import plain_cider_d, plain_lcs, plain_rouge_l
 
+from mmkit.errors import InputError
 from mmkit.eval.score import score
-from mmkit.eval.scorers.bleu import bleu_counters, bleu_from_statistics, bleu_statistics, ngram_counts
+from mmkit.eval.scorers.bleu import bleu_counters, bleu_from_statistics, bleu_statistics, bleu_table, ngram_counts
 from mmkit.eval.scorers.cider import cider_d
+from mmkit.eval.scorers.families import chosen_families
+from mmkit.eval.scorers.meteor import meteor_from_statistics, meteor_statistics
+from mmkit.eval.scorers.ngrams import ngram_table
 from mmkit.eval.scorers.rouge import lcs_length, rouge_l
 from mmkit.eval.suites.captions import METRICS
 
@@ -36,10 +44,10 @@ def coco(references: dict[str, list[str]], hypotheses: dict[str, str]) -> tuple[
     return [{"image_id": int(key), "caption": text} for key, text in hypotheses.items()], annotations
 
 
-def check(result: dict[str, Any], expected: dict[str, Any]) -> None:
+def check(result: dict[str, Any], expected: dict[str, Any], metrics: Sequence[str] = METRICS) -> None:
     """Corpus values, BLEU counters and every image's values, to 1e-9."""
-    assert list(result["metrics"]) == list(METRICS)
-    for name in METRICS:
+    assert list(result["metrics"]) == list(metrics)
+    for name in metrics:
         assert result["metrics"][name] == pytest.approx(expected["corpus"][name], abs=EXACT), name
     counters = result["settings"]["bleu_counters"]
     for name in ("test_length", "reference_length", "guess", "correct"):
@@ -47,7 +55,7 @@ def check(result: dict[str, Any], expected: dict[str, Any]) -> None:
     assert counters["ratio"] == pytest.approx(expected["bleu_counts"]["ratio"], abs=1e-12)
     assert {str(row["id"]) for row in result["per_sample"]} == set(expected["per_image"])
     for row in result["per_sample"]:
-        for name in METRICS:
+        for name in metrics:
             assert row[name] == pytest.approx(expected["per_image"][str(row["id"])][name], abs=EXACT), (row["id"], name)
 
 
@@ -164,18 +172,10 @@ def test_ngram_counts() -> None:
     assert ngram_counts(["a", "b", "a"], 2) == {("a",): 2, ("b",): 1, ("a", "b"): 1, ("b", "a"): 1}
 
 
-def slow_lcs(left: list[str], right: list[str]) -> int:
-    table = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
-    for i, a in enumerate(left):
-        for j, b in enumerate(right):
-            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
-    return table[-1][-1]
-
-
 @settings(max_examples=200, deadline=None)
 @given(WORDS, WORDS)
 def test_lcs_equals_the_table(left: str, right: str) -> None:
-    assert lcs_length(left.split(" "), right.split(" ")) == slow_lcs(left.split(" "), right.split(" "))
+    assert lcs_length(left.split(" "), right.split(" ")) == plain_lcs(left.split(" "), right.split(" "))
 
 
 def test_long_caption_is_quick() -> None:
@@ -203,3 +203,126 @@ def test_copying_a_reference_is_never_beaten(images: list[list[str]]) -> None:
     copied = cider_d([group[0] for group in references], references)
     reversed_ = cider_d([" ".join(words[::-1]) for words in images], references)
     assert all(best >= other - EXACT for best, other in zip(copied, reversed_, strict=True))
+
+
+SETS = st.lists(st.tuples(WORDS, st.lists(WORDS, min_size=1, max_size=3)), min_size=1, max_size=6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SETS)
+def test_fast_scorers_equal_their_definitions(images: list[tuple[str, list[str]]]) -> None:
+    hypotheses, references = [h for h, _ in images], [r for _, r in images]
+    table = ngram_table(hypotheses, references)
+    plain = np.stack([bleu_statistics(h, r) for h, r in images])
+    assert (bleu_table(table) == plain).all()
+    assert cider_d(hypotheses, references) == pytest.approx(plain_cider_d(hypotheses, references), abs=1e-12)
+    assert [rouge_l(h, r) for h, r in images] == pytest.approx([plain_rouge_l(h, r) for h, r in images], abs=1e-12)
+
+
+def test_fast_scorers_equal_their_definitions_on_real_captions(shared: Path) -> None:
+    folder = shared / "scoring"
+    hypotheses = {row["image_id"]: row["caption"] for row in load(folder / "coco_fakecap_a.json")}
+    references: dict[int, list[str]] = {}
+    for row in load(folder / "coco_fakecap_a_annotations.json")["annotations"]:
+        references.setdefault(row["image_id"], []).append(row["caption"])
+    sides = [hypotheses[key] for key in references], list(references.values())
+    pairs = list(zip(*sides, strict=True))
+    assert (bleu_table(ngram_table(*sides)) == np.stack([bleu_statistics(h, r) for h, r in pairs])).all()
+    assert cider_d(*sides) == pytest.approx(plain_cider_d(*sides), abs=1e-12)
+    assert [rouge_l(h, r) for h, r in pairs] == pytest.approx([plain_rouge_l(h, r) for h, r in pairs], abs=1e-12)
+
+
+def test_nothing_scores_nothing() -> None:
+    assert cider_d([], []) == []
+    assert bleu_table(ngram_table([], [])).shape == (0, 10)
+    assert cider_d(["", ""], [[""], ["", ""]]) == [0, 0]
+
+
+def test_metrics_names_families() -> None:
+    data = coco({"1": ["a cat"], "2": ["a dog"]}, {"1": "a cat", "2": "a cow"})
+    for given_, names in [("cider", ["CIDEr"]), (" Rouge, cider,rouge", ["ROUGE_L", "CIDEr"]), ("bleu", list(METRICS[:4]))]:
+        result = score("coco-caption", *data, metrics=given_, bootstrap=20)
+        assert list(result["metrics"]) == names == list(result["ci95"])
+        assert all(set(row) == {"id", *names} for row in result["per_sample"])
+        assert result["settings"]["metrics"] == ",".join(chosen_families(given_))
+        assert ("bleu_counters" in result["settings"]) == (given_ == "bleu")
+    full = score("coco-caption", *data, bootstrap=20)
+    assert full["settings"]["metrics"] == "bleu,rouge,cider"
+    part = score("coco-caption", *data, metrics="rouge", bootstrap=20)
+    assert part["ci95"]["ROUGE_L"] == full["ci95"]["ROUGE_L"]
+
+
+@pytest.mark.parametrize(
+    ("given_", "part"), [("cidr", "did you mean cider?"), ("bleu,x", "unknown metric 'x'"), (" , ", "no metric named")]
+)
+def test_unknown_metrics(given_: str, part: str) -> None:
+    with pytest.raises(InputError, match="metrics") as caught:
+        score("coco-caption", *coco({"1": ["a"]}, {"1": "a"}), metrics=given_)
+    assert part in str(caught.value)
+
+
+@needs_java
+@pytest.mark.slow
+def test_meteor_is_the_official_one(shared: Path) -> None:
+    folder = shared / "scoring"
+    files = folder / "coco_human_results.json", folder / "coco_human_annotations.json"
+    result = score("coco-caption", *files, metrics="meteor,bleu,rouge,cider", bootstrap=200)
+    check(result, load(folder / "coco_human_expected.json")["ptb"], [*METRICS[:4], "METEOR", *METRICS[4:]])
+    low, high = result["ci95"]["METEOR"]
+    assert low < result["metrics"]["METEOR"] < high < low + 0.06
+    assert "summed statistics" in result["settings"]["meteor"]
+
+
+@needs_java
+@pytest.mark.slow
+def test_meteor_of_every_fixture(shared: Path) -> None:
+    folder = shared / "scoring"
+    cases = load(folder / "caption_toy_cases.json")["cases"]
+    references: dict[str, list[str]] = {}
+    for row in load(folder / "coco_fakecap_a_annotations.json")["annotations"]:
+        references.setdefault(str(row["image_id"]), []).append(row["caption"])
+    hypotheses = {str(row["image_id"]): row["caption"] for row in load(folder / "coco_fakecap_a.json")}
+    expected = load(folder / "coco_fakecap_a_expected.json")["ptb"]
+    cases.append({"name": "fakecap", "references": references, "hypotheses": hypotheses, "expected": expected})
+    # One start of Java for all: METEOR of an image does not depend on the set.
+    named = [(case, key) for case in cases for key in case["references"]]
+    rows = meteor_statistics([c["hypotheses"][k] for c, k in named], [c["references"][k] for c, k in named])
+    per_image = meteor_from_statistics(rows)
+    assert len(rows) > 500
+    for case in cases:
+        mine = [n for n, (other, _) in enumerate(named) if other is case]
+        for n in mine:
+            assert per_image[n] == pytest.approx(case["expected"]["per_image"][named[n][1]]["METEOR"], abs=1e-12)
+        total = meteor_from_statistics(rows[mine].sum(axis=0))
+        assert total == pytest.approx(case["expected"]["corpus"]["METEOR"], abs=1e-12), case["name"]
+
+
+GOOD = coco({"1": ["a cat"], "2": ["a dog", "two dogs"]}, {"1": "a cat", "2": "a cow"})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.booleans())
+def test_a_damaged_file_is_scored_as_it_reads_or_refused_in_one_line(data: st.DataObject, damage_results: bool) -> None:
+    files = [json.dumps(part, indent=1).encode() for part in GOOD]
+    chosen = 0 if damage_results else 1
+    text = bytearray(files[chosen])
+    for _ in range(data.draw(st.integers(1, 3))):
+        begin = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(begin, min(len(text), begin + 12)))
+        text[begin:end] = data.draw(
+            st.sampled_from([b"", b"1", b'"', b"}", b"]", b",", b"\xff", b"null", b"1e999", b"NaN", b"\n"])
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("results.json", "annotations.json")]
+        for number, path in enumerate(paths):
+            path.write_bytes(text if number == chosen else files[number])
+        try:
+            result = score("coco-caption", *paths, bootstrap=0)
+        except InputError as error:
+            assert "\n" not in str(error)
+            # By name: the damaged file, or the other one that it no longer fits.
+            assert ".json" in str(error)
+        else:
+            # A digit or a letter was changed: whatever is scored is whole.
+            json.dumps(result, allow_nan=False)
+            assert result["n"] == len(json.loads(paths[1].read_bytes().decode("utf-8-sig"))["images"])

@@ -269,9 +269,15 @@ def test_a_signal_stops_after_the_batch_and_the_same_command_goes_on(tmp_path, m
         assert evaluate("mllm", run, *size) == 75
     assert f"stopped by {number.name}; the same command goes on" in capsys.readouterr().err
     assert pipeline.manifest(run)["status"] == "stopped" and not (run / "scores.json").exists()
+    # What a kill leaves of files and folders that were being written.
+    cut = ("results/.vqav2.json.ab12cd", "submission/vqav2/.vqav2_submission.json.ab12cd", "submission/mme/.mme.ab12cd/x.txt")
+    for left in cut:
+        (run / left).parent.mkdir(parents=True, exist_ok=True)
+        (run / left).touch()
     with monkeypatch.context() as patch:
         after = stop_after(patch, 10**6, number)
         assert evaluate("mllm", run, *size) == 0
+    assert not [path for path in run.glob("*/**/*") if path.name.startswith(".")]
     questions = len(pipeline.rows(run / "predictions.jsonl"))
     assert len(before) == 2 and sum(before) + sum(after) == questions, "each question was asked once"
     assert product(run) == product(mllm_run)
@@ -337,22 +343,6 @@ def test_pictures_of_a_table_are_written_beside_the_predictions(tmp_path, monkey
     assert "data:image" in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_a_test_set_whose_answers_the_server_keeps(tmp_path, capsys, mllm_run):
-    assert evaluate("mllm", tmp_path / "run", "tasks.0.annotations=null") == 0
-    found = scores(tmp_path / "run")["vqav2"]
-    assert found["metrics"] == {} and found["per_sample"] == [] and found["n"] == scores(mllm_run)["vqav2"]["n"]
-    submission = json.loads(Path(found["submission"]).read_text())
-    assert len(submission) == found["n"] and Path(found["submission"]).is_relative_to(tmp_path / "run" / "submission" / "vqav2")
-    results = [json.loads((run / "results" / "vqav2.json").read_text()) for run in (tmp_path / "run", mllm_run)]
-    assert results[0] == results[1]
-    rows = [row for row in pipeline.rows(tmp_path / "run" / "predictions.jsonl") if row["task"] == "vqav2"]
-    assert all(row["references"] == [] and row["score"] == {} for row in rows)
-    build_report([tmp_path / "run"], tmp_path / "report")
-    # A suite without a server: nobody could score the answers.
-    assert evaluate("captioner", tmp_path / "captions", "tasks.0.annotations=null") == 2
-    assert "coco-caption without annotations has no score" in capsys.readouterr().err
-
-
 def test_names_and_published_scores_of_a_task(tmp_path):
     published = "[{system: Human, metrics: {accuracy: 0.84}, source: the paper, conditions: test-dev}]"
     more = ["tasks.0.name=my-vqa", f"tasks.0.published={published}", "tasks.0.limit=3", "tasks.1.limit=2"]
@@ -364,3 +354,57 @@ def test_names_and_published_scores_of_a_task(tmp_path):
     ]
     assert (tmp_path / "run" / "results" / "my-vqa.json").is_file()
     assert {r["task"] for r in pipeline.rows(tmp_path / "run" / "predictions.jsonl")} == {"my-vqa", "textvqa"}
+
+
+def test_a_test_set_gets_the_servers_file_and_no_score(tmp_path, mllm_run, capsys):
+    run, questions = tmp_path / "run", pipeline.root() / "world" / "vqa_heldout_questions.json"
+    # The server's whole set has one question more than was asked.
+    every = json.loads(questions.read_text())
+    every["questions"].append({**every["questions"][0], "question_id": 10**9})
+    (tmp_path / "all.json").write_text(json.dumps(every))
+    published = [{"system": "Paper", "metrics": {"accuracy": 0.7}, "source": "table 1"}]
+    task = {
+        "name": "test-dev",
+        "annotations": None,
+        "settings": {"all_questions": str(tmp_path / "all.json")},
+        "published": published,
+    }
+    more = [f"tasks.0.{key}={json.dumps(value)}" for key, value in task.items()]
+    assert evaluate("mllm", run, *more) == 0
+    found = scores(run)["test-dev"]
+    asked = scores(mllm_run)["vqav2"]["n"]
+    assert (found["task"], found["metrics"], found["per_sample"], found["n"]) == ("vqav2", {}, [], asked)
+    assert found["answers"]["total"] == asked and found["published"][0]["metrics"] == {"accuracy": 0.7}
+    assert "has no score here" in found["settings"]["notes"][0]
+    # The same answers as with annotations, and nothing to compare them with.
+    rows = {r["id"]: r for r in pipeline.rows(run / "predictions.jsonl") if r["task"] == "test-dev"}
+    before = {r["id"]: r["prediction"] for r in pipeline.rows(mllm_run / "predictions.jsonl") if r["task"] == "vqav2"}
+    assert {i: r["prediction"] for i, r in rows.items()} == before
+    assert {(tuple(r["references"]), tuple(r["score"])) for r in rows.values()} == {((), ())}
+    file = run / found["submission"]
+    assert {row["question_id"] for row in json.loads(file.read_text())} == {*before, 10**9}
+    # What the command says, also of a run that was done before, and a report of it.
+    for _ in range(2):
+        assert f"test-dev         no score, the answers are the server's: {file}" in capsys.readouterr().out
+        assert evaluate("mllm", run, *more) == 0
+    assert json.loads((run / "results" / "test-dev.json").read_text()) == json.loads(
+        (mllm_run / "results" / "vqav2.json").read_text()
+    )
+    assert pipeline.mmkit("report", run, "--out", tmp_path / "report") == 0
+    assert "has no score here" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_part_of_an_annotated_set_is_no_submission(tmp_path, mllm_run):
+    # Of whole sets there is one, since a server may read answers otherwise than the rule here.
+    assert scores(mllm_run)["vqav2"]["submission"] == "submission/vqav2/vqav2_submission.json"
+    assert evaluate("mllm", tmp_path / "run", "tasks.0.limit=3", "tasks.1.limit=2") == 0
+    assert not (tmp_path / "run" / "submission").exists()
+    assert all("submission" not in found for found in scores(tmp_path / "run").values())
+
+
+def test_a_captioner_has_no_submission(tmp_path, captioner_run, capsys):
+    assert "submission" not in scores(captioner_run)["coco-caption"]
+    assert not (captioner_run / "submission").exists()
+    # So nobody could score the answers.
+    assert evaluate("captioner", tmp_path / "captions", "tasks.0.annotations=null") == 2
+    assert "coco-caption without annotations has no score" in capsys.readouterr().err

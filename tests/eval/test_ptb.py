@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs_java import needs_java
+from odd_captions import cleaned, odd_captions
 
-from mmkit.errors import InputError
+from mmkit.eval.score import score
 from mmkit.eval.scorers import ptb
 
 LINE_ENDS = ["\r", "\n", "\r\n", "\x0b", "\x0c", "\x85", "\u2028", "\u2029"]
@@ -83,6 +84,23 @@ def test_tokenised_text_stays(shared: Path) -> None:
         ("हिन्दी ไทย 北京 café", "हिन्दी ไทย 北京 café"),
         ("cannot gimme Gonna", "can not gim me gon na"),
         ("-LRB- literal", "-lrb- literal"),
+        ("1,000-foot 1.5-liter 1,000-2,000", "1,000-foot 1.5-liter 1,000-2 ,000"),
+        ("red,green-and-white stripes", "red,green-and-white stripes"),
+        ("black/white/red/blue a/b-c-d-e", "black/white/red / blue a/b-c-d e"),
+        ("U.S.-made setup.py-based v1.2-pre", "u.s.-made setup.py-based v1.2-pre"),
+        ("version 3.x runs", "version 3.x runs"),
+        ("a no-op., and dog.; cat", "a no-op. and dog. cat"),
+        ("away--400 a---b c----d e-----f", "away 400 a b c d e ----- f"),
+        ("noah's ark. Little Rock, Ark.", "noah 's ark little rock ark."),
+        ("a wash. Wash. mass. Mass.", "a wash wash. mass mass."),
+        ("fig. 5 and a fig.", "fig. 5 and a fig"),
+        ("Hallowe'en ma'ams X'dog x'dog", "hallowe'en ma'ams x'dog x dog"),
+        ("7½ people and 22  3/4", "7 1/2 people and 22 3/4"),
+        ("CAN`T “‘a’ b", "ca n`t ``` a b"),
+        ("A+B 10/20-30 7-8/9", "a+b 10/20 -30 7-8/9"),
+        ("&lt;len&gt; &mdash; &AMP;", "< len > &"),
+        ("http://localhost/a Http://a.com", "http://localhost/a http://a.com"),
+        ("photo.jpg 12.jpg public-inbox.org", "photo.jpg 12.jpg public-inbox org"),
         ("", ""),
         (" \t ", ""),
         ("...!", ""),
@@ -115,7 +133,7 @@ def test_any_text(caption: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.from_regex(r"[a-z]{2,8}", fullmatch=True), max_size=12))
 def test_plain_words_stay(words: list[str]) -> None:
-    special = {*ptb._SPLIT, *ptb._ABBREVIATIONS.split()}
+    special = {*ptb._SPLIT, *ptb._ABBREVIATIONS.split(), *ptb._CAPITALISED.split(), "mfg", "mtg", "pte", "pty"}
     words = [word for word in words if word not in special]
     assert ptb.ptb_tokens(" ".join(words).capitalize() + ".") == words
 
@@ -130,33 +148,84 @@ def test_lone_surrogate_does_not_crash() -> None:
     assert one("a dog \ud83d on a table") == "a dog on a table"
 
 
-def test_java_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ptb.shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match=r"no java on the PATH.*tokenizer=python"):
-        ptb.tokenise_java(["a dog"])
+def test_the_next_caption_decides_a_final_initial() -> None:
+    # As in Java, where all captions are one text.
+    captions = ["by K.", "", "A dog", "by K.", "two dogs", "No.", "5 dogs", "on St.", "A dog", "by K."]
+    want = ["by k", "", "a dog", "by k.", "two dogs", "no.", "5 dogs", "on st.", "a dog", "by k."]
+    assert ptb.tokenise_python(captions) == want
 
 
-def test_jar_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ptb.shutil, "which", lambda name: "/usr/bin/java")
-    monkeypatch.setattr(ptb, "java_jar", lambda: None)
-    with pytest.raises(InputError, match=r"pycocoevalcap is not installed.*mmkit\[java\]"):
-        ptb.tokenise_java(["a dog"])
+_PIECES = "a A I K. No. St. mass. Mass. dog dog. man's can't t-shirt T.V. 22 3/4 5 ( ) . , ? ! ... <b a> b>"
+PIECES = st.sampled_from([*_PIECES.split(), "\r"])
 
 
-def test_java_that_fails_is_an_input_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program = tmp_path / "java"
-    program.write_text("#!/bin/sh\necho one line only\nexit 3\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(ptb.shutil, "which", lambda name: str(program))
-    monkeypatch.setattr(ptb, "java_jar", lambda: tmp_path / "x.jar")
-    with pytest.raises(InputError, match=r"1 lines for 2 captions \(exit code 3\)"):
-        ptb.tokenise_java(["a dog", "a cat"])
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(PIECES, max_size=6).map(" ".join), max_size=5))
+def test_pieces_looked_up_equal_captions_read_whole(captions: list[str]) -> None:
+    heads = [" ".join(captions[n + 1 :]).split(maxsplit=1)[:1] for n in range(len(captions))]
+    whole = [" ".join(ptb.ptb_tokens(caption, *head)) for caption, head in zip(captions, heads, strict=True)]
+    assert ptb.tokenise_python(captions) == whole
+
+
+def real_captions(shared: Path) -> list[str]:
+    """All captions at hand: 80 + 79 pictures of COCO as they are, and those of 500 more, tokenised."""
+    files = ["coco-mini/captions_train.json", "coco-mini/captions_val.json", "scoring/coco_fakecap_a_annotations.json"]
+    captions = [row["caption"] for name in files for row in json.loads((shared / name).read_text())["annotations"]]
+    return captions + [row["caption"] for row in json.loads((shared / "scoring/coco_fakecap_a.json").read_text())]
+
+
+def share_equal(captions: list[str]) -> float:
+    java, python = ptb.tokenise_java(captions), ptb.tokenise_python(captions)
+    assert len(java) == len(python) == len(captions)
+    return sum(a == b for a, b in zip(java, python, strict=True)) / len(captions)
+
+
+@needs_java
+def test_java_agrees_on_all_captions_at_hand(shared: Path) -> None:
+    captions = real_captions(shared)
+    assert len(captions) == 3796
+    assert share_equal(captions) == 1
+
+
+@needs_java
+@pytest.mark.parametrize(("oddness", "bound"), [(0.1, 0.9999), (1.0, 0.9995)])
+def test_java_agrees_on_odd_captions(shared: Path, oddness: float, bound: float) -> None:
+    # COCO has about one odd word in a hundred captions; at 0.1 every tenth draw puts one in, at 1 every one does.
+    assert share_equal(odd_captions(real_captions(shared), 20_000, seed=3, oddness=oddness)) >= bound
+
+
+@needs_java
+def test_java_agrees_on_every_word_before_a_period(shared: Path) -> None:
+    words = sorted({word.strip(".,!?").lower() for caption in real_captions(shared) for word in caption.split()} - {""})
+    words += [*ptb._ABBREVIATIONS.split(), *ptb._CAPITALISED.split(), *ptb._BEFORE_NUMBERS.split(), "mfg", "mtg", "pte", "pty"]
+    captions = [f"by {form(word)}. {after}" for word in words for form in (str, str.capitalize) for after in ("dog", "A", "5")]
+    captions += [x for word in words for x in (f"by {word}.", f"a {word}'s", f"non-{word}")]
+    assert len(captions) > 10_000
+    assert share_equal(captions) >= 0.9995
+
+
+@needs_java
+def test_java_and_python_give_the_same_cider(shared: Path) -> None:
+    captions = odd_captions(real_captions(shared), 1200, seed=5, oddness=0.5)
+    images = range(200)
+    annotations = {
+        "images": [{"id": n} for n in images],
+        "annotations": [{"id": 5 * n + k, "image_id": n, "caption": captions[6 * n + k]} for n in images for k in range(5)],
+    }
+    # A reference with a word changed, so that scores are well above 0.
+    results = [{"image_id": n, "caption": captions[6 * n].replace(" a ", " the ") + " dog"} for n in images]
+    java, python = (score("coco-caption", results, annotations, tokenizer=name, bootstrap=0) for name in ("java", "python"))
+    assert java["settings"]["tokenizer"] == "java"
+    assert java["metrics"]["CIDEr"] > 1
+    for name, value in java["metrics"].items():
+        assert abs(value - python["metrics"][name]) <= 0.0005, name
+
+
+@needs_java
+def test_line_ends_shift_nothing_in_java() -> None:
+    captions = [f"one{end}two" for end in LINE_ENDS] + ["three\ud800", "four"]
+    want = ["one two"] * len(LINE_ENDS) + ["three", "four"]
+    assert ptb.tokenise_python(captions) == want
+    assert [line.replace(" ?", "") for line in ptb.tokenise_java(captions)] == want
+    assert cleaned(["a\rb"]) == ["a b"]
     assert ptb.tokenise_java([]) == []
-
-
-@pytest.mark.skipif(shutil.which("java") is None or ptb.java_jar() is None, reason="needs java and mmkit[java]")
-def test_java_and_python_agree(shared: Path) -> None:
-    rows = json.loads((shared / "scoring/coco_human_ptb.json").read_text())["captions"]
-    raw = [row["raw"] for row in rows]
-    assert ptb.tokenise_java(raw) == ptb.tokenise_python(raw)
-    assert ptb.tokenise_java(["one\rtwo", "three\u2028x", "four"]) == ["one two", "three x", "four"]

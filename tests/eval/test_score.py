@@ -247,8 +247,9 @@ def test_unknown_settings(task: str, given_: dict[str, Any], parts: list[str]) -
 
 
 def test_settings_of_a_command_line() -> None:
-    words = {"tokenizer": "none", "bootstrap": "20", "seed": "3", "allow_missing": "True"}
-    assert parse_settings("coco-caption", words) == {"tokenizer": "none", "bootstrap": 20, "seed": 3, "allow_missing": True}
+    words = {"tokenizer": "none", "metrics": "bleu,cider", "bootstrap": "20", "seed": "3", "allow_missing": "True"}
+    known = {"tokenizer": "none", "metrics": "bleu,cider", "bootstrap": 20, "seed": 3, "allow_missing": True}
+    assert parse_settings("coco-caption", words) == known
     for word, part in (
         ({"tokeniser": "none"}, "did you mean tokenizer?"),
         ({"rule": "2017"}, "rule does not apply to coco-caption"),

@@ -63,6 +63,11 @@ def test_a_file_without_ocr_is_refused(tmp_path):
         load_task(without.model_copy(update={"ocr": "reference"}))
 
 
+def test_settings_that_scoring_would_refuse_are_refused_before_the_files_are_read():
+    with pytest.raises(InputError, match=r"unknown setting 'ruel'; did you mean rule\?"):
+        load_task(config("vqav2", settings={"ruel": "2017"}, annotations="absent.json"))
+
+
 def test_limit_takes_the_first():
     assert load_task(config("vqav2", limit=3)) == load_task(config("vqav2"))[:3]
 

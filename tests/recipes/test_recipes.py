@@ -57,6 +57,8 @@ EXPECTED = [
     "coco-captions",
     "demo-eval-captioner",
     "demo-eval-mllm",
+    "llava-1.5",
+    "superclass-paper",
     "vqa-textvqa",
 ]
 
@@ -288,6 +290,8 @@ def test_llava_has_the_published_values(name: str) -> None:
 def test_evaluations_use_llavas_prompts() -> None:
     vqa, bare, ocr = plain(load_recipe(RECIPES["vqa-textvqa"]))["tasks"]
     assert [t["task"] for t in (vqa, bare, ocr)] == ["vqav2", "textvqa", "textvqa"]
+    # Of one suite, with and without OCR tokens: two names, so that nothing puts them side by side.
+    assert [t["name"] for t in (vqa, bare, ocr)] == ["vqav2-val", "textvqa-val", "textvqa-val-ocr"]
     assert [t["ocr"] for t in (vqa, bare, ocr)] == ["none", "none", "reference"]
     for task in (vqa, bare, ocr):
         assert task["prompt"] == "{question}\nAnswer the question using a single word or phrase."
@@ -296,6 +300,60 @@ def test_evaluations_use_llavas_prompts() -> None:
     (captions,) = plain(load_recipe(RECIPES["coco-captions"]))["tasks"]
     ways = captions["generation"]
     assert (ways["decoding"], ways["num_beams"], ways["max_new_tokens"]) == ("paper", 5, 67)
+
+
+# arXiv 2411.03313, table 11: SuperClass, OpenCLIP, DINOv2, MAE; points for MME, per cent elsewhere.
+TABLE_11 = {
+    "vqav2-val": {"accuracy": (75.24, 74.54, 73.32, 63.50)},
+    "gqa-testdev-balanced": {"accuracy": (60.96, 61.03, 61.87, 54.58)},
+    "vizwiz-val": {"accuracy": (54.33, 50.47, 49.15, 50.22)},
+    "textvqa-val": {"accuracy": (39.20, 38.16, 14.08, 11.55)},
+    "scienceqa-img-test": {"accuracy": (66.09, 67.33, 64.90, 54.75)},
+    "mme": {"perception": (1371, 1434, 1336, 1175), "cognition": (322, 269, 297, 343)},
+    "mmbench-en-dev": {"accuracy": (63.14, 60.73, 57.90, 42.44)},
+    "pope": {"f1": (85.69, 85.52, 86.24, 80.69)},
+    "mmmu-val": {"accuracy": (36.0, 35.9, 35.3, 35.7)},
+}
+
+
+def test_superclass_paper_has_the_papers_table() -> None:
+    tasks = plain(load_recipe(RECIPES["superclass-paper"]))["tasks"]
+    assert [t["name"] for t in tasks] == list(TABLE_11)
+    for task in tasks:
+        rows = {row["system"].removesuffix(" (paper)"): row["metrics"] for row in task["published"]}
+        assert list(rows) == ["SuperClass", "OpenCLIP", "DINOv2", "MAE"]
+        for metric, figures in TABLE_11[task["name"]].items():
+            scale = 1 if task["name"] == "mme" else 100
+            assert [row[metric] * scale for row in rows.values()] == pytest.approx(figures)
+    assert next(t["ocr"] for t in tasks if t["name"] == "textvqa-val") == "none"
+
+
+# docs/MODEL_ZOO.md of haotian-liu/LLaVA, LLaVA-1.5 7B.
+MODEL_ZOO = {
+    "vqav2-test-dev": {"accuracy": 78.5},
+    "gqa-testdev-balanced": {"accuracy": 62.0},
+    "vizwiz-val": {"accuracy": 50.0},
+    "scienceqa-img-test": {"accuracy": 66.8},
+    "textvqa-val-ocr": {"accuracy": 58.2},
+    "pope": {"f1": 85.9},
+    "mme": {"perception": 1510.7},
+    "mmbench-en-dev": {"accuracy": 64.3},
+    "mmbench-cn-dev": {"accuracy": 58.3},
+}
+
+
+def test_llava_15_has_the_suites_and_figures_of_its_table() -> None:
+    tasks = plain(load_recipe(RECIPES["llava-1.5"]))["tasks"]
+    assert [t["name"] for t in tasks] == list(MODEL_ZOO)
+    for task in tasks:
+        row = next(row["metrics"] for row in task["published"] if row["system"] == "LLaVA-1.5 7B")
+        scale = 1 if task["name"] == "mme" else 100
+        assert {k: pytest.approx(v * scale) for k, v in row.items()} == MODEL_ZOO[task["name"]]
+        # The published protocol (docs/Evaluation.md): greedy.
+        assert (task["generation"]["decoding"], task["generation"]["num_beams"]) == ("search", 1)
+    asked = {t["name"]: t for t in tasks}
+    assert asked["textvqa-val-ocr"]["ocr"] == "reference"
+    assert asked["vqav2-test-dev"]["annotations"] is None, "the server keeps the answers"
 
 
 def test_deepspeed_files_are_those_of_the_plan() -> None:

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_N = 4
+from mmkit.eval.scorers.ngrams import MAX_N, NgramTable
+
 # Columns of one image's statistics: hypothesis length, closest reference length, guessed n-grams, correct n-grams.
 COLUMNS = 2 + 2 * MAX_N
 # pycocoevalcap's only smoothing: a sum of zero still gives a number, and it shows in published per-image values.
@@ -62,6 +63,35 @@ def bleu_statistics(hypothesis: str, references: Sequence[str]) -> NDArray[np.in
     # Without the floor a caption shorter than n words would take guesses away from the other images.
     guess = [max(0, len(words) - n) for n in range(MAX_N)]
     return np.array([len(words), closest, *guess, *correct], dtype=np.int64)
+
+
+def bleu_table(table: NgramTable) -> NDArray[np.int64]:
+    """What `bleu_statistics` gives for each image, for a whole set at once.
+
+    Args:
+        table: The set's n-grams.
+
+    Returns:
+        i64[N, 10].
+    """
+    images = len(table.hyp_length)
+    out = np.zeros((images, COLUMNS), dtype=np.int64)
+    out[:, 0] = table.hyp_length
+    if not images:
+        return out
+    # The shorter on a tie: distance first, length second, in one number that minimum can compare.
+    scale = int(table.ref_length.max()) + 1
+    distance = np.abs(table.ref_length - table.hyp_length[table.ref_image])
+    out[:, 1] = np.minimum.reduceat(distance * scale + table.ref_length, table.first) % scale
+    for index, grams in enumerate(table.grams):
+        said = grams.match >= 0
+        ceiling = np.zeros(len(grams.hyp_count), dtype=np.int64)
+        np.maximum.at(ceiling, grams.match[said], grams.ref_count[said])
+        correct = np.minimum(grams.hyp_count, ceiling)
+        out[:, 2 + index] = np.maximum(0, table.hyp_length - index)
+        # Weights make bincount add floats; counts of words are far below the 2^53 to which those are exact.
+        out[:, 2 + MAX_N + index] = np.bincount(grams.hyp_image, weights=correct, minlength=images)
+    return out
 
 
 def bleu_from_statistics(statistics: NDArray[np.integer] | NDArray[np.floating]) -> NDArray[np.float64]:

@@ -7,67 +7,15 @@ frequencies taken from the references of the images being scored. So the score o
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from mmkit.eval.scorers.bleu import MAX_N, Ngram, ngram_counts
+import numpy as np
+from numpy.typing import NDArray
 
-# Of the Gaussian on the length difference, in bigrams as `length` is.
+from mmkit.eval.scorers.ngrams import MAX_N, Grams, NgramTable, ngram_table
+
+# Of the Gaussian on the length difference, in bigrams as the lengths are.
 SIGMA = 6.0
-
-
-@dataclass(frozen=True)
-class _Vector:
-    """A sentence as tf-idf weights for each n, their norms, and its length in bigrams."""
-
-    weights: list[dict[Ngram, float]]
-    norms: list[float]
-    length: int
-
-
-def document_frequencies(references: Sequence[Sequence[str]]) -> Counter[Ngram]:
-    """Count in how many images' reference sets each n-gram occurs.
-
-    Args:
-        references: For each image its tokenised references.
-
-    Returns:
-        n-gram -> number of images.
-    """
-    # A set for each image: df counts images, however often a reference repeats the n-gram.
-    frequencies: Counter[Ngram] = Counter()
-    for captions in references:
-        frequencies.update({ngram for caption in captions for ngram in ngram_counts(caption.split())})
-    return frequencies
-
-
-def _vector(caption: str, frequencies: Mapping[Ngram, int], log_images: float) -> _Vector:
-    """Weigh the n-grams of a caption by raw count times ``ln N - ln max(1, df)``."""
-    words = caption.split()
-    weights: list[dict[Ngram, float]] = [{} for _ in range(MAX_N)]
-    for ngram, count in ngram_counts(words).items():
-        # An n-gram that no reference has weighs as much as one in a single image, not infinitely much.
-        idf = log_images - math.log(max(1, frequencies.get(ngram, 0)))
-        # Raw counts, not shares of the caption: the cosine takes the length out again.
-        weights[len(ngram) - 1][ngram] = count * idf
-    norms = [math.sqrt(sum(weight * weight for weight in table.values())) for table in weights]
-    # The official code takes the number of bigrams, not of words, for the length.
-    return _Vector(weights, norms, max(0, len(words) - 1))
-
-
-def _similarity(hypothesis: _Vector, reference: _Vector) -> float:
-    """Sum over n of the clipped cosine, times the Gaussian of the length difference."""
-    total = 0.0
-    for mine, theirs, my_norm, their_norm in zip(
-        hypothesis.weights, reference.weights, hypothesis.norms, reference.norms, strict=True
-    ):
-        # Clipping is the D of CIDEr-D: saying a rare word twice gains nothing.
-        product = sum(min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in mine.items() if ngram in theirs)
-        # The official code leaves a product undivided when a norm is 0; it is 0 then anyway.
-        total += product / (my_norm * their_norm) if my_norm and their_norm else product
-    delta = hypothesis.length - reference.length
-    return total * math.exp(-(delta**2) / (2 * SIGMA**2))
 
 
 def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -81,13 +29,48 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> l
         One score for each image, in [0, 10]; the corpus score is their mean. With one image all are 0, because no
         n-gram then tells images apart.
     """
-    frequencies = document_frequencies(references)
-    # max: an empty set has no images to take the logarithm of.
-    log_images = math.log(max(1, len(references)))
-    scores = []
-    for hypothesis, captions in zip(hypotheses, references, strict=True):
-        mine = _vector(hypothesis, frequencies, log_images)
-        total = sum(_similarity(mine, _vector(caption, frequencies, log_images)) for caption in captions)
-        # 10 is the scale of the paper's formula; result tables print another 100 times this.
-        scores.append(10.0 * total / MAX_N / len(captions))
+    scores: list[float] = cider_table(ngram_table(hypotheses, references)).tolist()
     return scores
+
+
+def cider_table(table: NgramTable) -> NDArray[np.float64]:
+    """CIDEr-D of every image, from the n-grams of the set.
+
+    ``10 / 4 * sum_n mean_r [sum_g min(w_h(g), w_r(g)) w_r(g)] / (|w_h| |w_r|) * exp(-(L_h - L_r)^2 / (2 * 6^2))`` with
+    ``w(g) = count(g) * (ln N - ln max(1, df(g)))``, df the number of images whose references have g, L in bigrams.
+
+    Args:
+        table: The set's n-grams.
+
+    Returns:
+        f64[N], in [0, 10].
+    """
+    images = len(table.hyp_length)
+    if not images:
+        return np.zeros(0)
+    similarity = sum((_similarity(grams, table, images) for grams in table.grams), np.zeros(len(table.ref_image)))
+    # The official code takes the number of bigrams, not of words, for the length.
+    mine, theirs = np.maximum(0, table.hyp_length - 1), np.maximum(0, table.ref_length - 1)
+    similarity *= np.exp(-((mine[table.ref_image] - theirs) ** 2) / (2 * SIGMA**2))
+    # 10 is the scale of the paper's formula; result tables print another 100 times this.
+    return 10.0 / MAX_N * np.bincount(table.ref_image, similarity, images) / np.bincount(table.ref_image, minlength=images)
+
+
+def _similarity(grams: Grams, table: NgramTable, images: int) -> NDArray[np.float64]:
+    """f64[M]: the clipped cosine of each reference and its image's hypothesis, for n-grams of one length."""
+    # df counts images, however often their references repeat the gram.
+    present = np.sort(table.ref_image[grams.ref_caption] * grams.kinds + grams.ref_gram)
+    # Not np.unique, whose hash table takes twenty times as long on numbers like these.
+    present = present[np.diff(present, prepend=-1) > 0] % grams.kinds
+    # A gram that no reference has weighs as much as one in a single image, not infinitely much.
+    idf = math.log(images) - np.log(np.maximum(1, np.bincount(present, minlength=grams.kinds)))
+    mine, theirs = grams.hyp_count * idf[grams.hyp_gram], grams.ref_count * idf[grams.ref_gram]
+    captions = len(table.ref_image)
+    norms = np.sqrt(np.bincount(grams.ref_caption, theirs**2, captions))
+    norms *= np.sqrt(np.bincount(grams.hyp_image, mine**2, images))[table.ref_image]
+    said = grams.match >= 0
+    # Clipping is the D of CIDEr-D: saying a rare word twice gains nothing.
+    product = np.minimum(mine[grams.match[said]], theirs[said]) * theirs[said]
+    dot = np.bincount(grams.ref_caption[said], product, captions)
+    # Where a norm is 0 the official code leaves the product undivided; it is 0 then anyway.
+    return np.divide(dot, norms, out=np.zeros(captions), where=norms > 0)
