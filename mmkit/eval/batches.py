@@ -70,6 +70,8 @@ class Batches:
 
     def _shrink(self, part: Sequence[Planned]) -> None:
         """Go on with half as many questions as were too much. Raises InputError: it was one."""
+        # What is kept for later takes room too; a picture that is needed again is encoded again.
+        self._features.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

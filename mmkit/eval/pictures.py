@@ -121,6 +121,11 @@ class FeatureStore:
         while self._bytes > self._limit and self._kept:
             self._bytes -= _size(*self._kept.popitem(last=False)[1])
 
+    def clear(self) -> None:
+        """Give all memory back."""
+        self._kept.clear()
+        self._bytes = 0
+
 
 def _size(features: Tensor, square: Square) -> int:
     return features.numel() * features.element_size() + square.pixels.nbytes

@@ -86,3 +86,9 @@ def test_features_are_kept_up_to_a_bound_the_last_used_longest():
     assert store.get("b") is None and all(store.get(key) is not None for key in "acd") and store.encoded == 4
     store.put(["e"], [square], [torch.zeros(100)])
     assert all(store.get(key) is None for key in "abcde"), "one that is over the bound by itself is not kept either"
+    store.put(["f"], [square], [torch.zeros(10)])
+    store.clear()
+    assert store.get("f") is None
+    for key in "ghi":
+        store.put([key], [square], [torch.zeros(10)])
+    assert all(store.get(key) is not None for key in "ghi"), "the room is there again"
