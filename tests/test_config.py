@@ -273,7 +273,7 @@ def test_llava_from_a_model_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("image", "pic"), ("caption", "text"), ("streaming", "true"), ("shuffle_window", "7"), ("cache_gib", "1.5")],
+    [("image", "pic"), ("caption", "text"), ("streaming", "true"), ("shuffle_window", "7"), ("cache_gib", "2.")],
 )
 def test_keys_of_pairs_are_refused_for_conversations(tmp_path: Path, key: str, value: str) -> None:
     with pytest.raises(InputError, match=rf"data\.{key} are for image-text pairs and have no effect on conversations"):

@@ -199,9 +199,7 @@ def test_faults_of_data_sets_are_named(four: dict[str, tuple[str, LabelledDataCo
 def test_names_of_keys_are_refused_where_there_are_none(four: dict[str, tuple[str, LabelledDataConfig]], kind: str) -> None:
     location, _ = four[kind]
     for key in ("image", "label"):
-        with pytest.raises(
-            InputError, match=rf"{key}=odd has no effect on data of type {kind}; leave it out; it is for jsonl, hf"
-        ):
+        with pytest.raises(InputError, match=rf"{key}=odd has no effect on data of type {kind}; leave it out; it is for jsonl"):
             open_labelled(location, data(test=location, **{key: "odd"}))
     # The other of the two sets is read by them.
     rows, config = four["jsonl"]

@@ -60,14 +60,14 @@ def test_a_mixture_of_pairs(stage: str, tmp_path: Path) -> None:
             "image",
             "pic",
             "shards",
-            "image=pic has no effect on data of type webdataset; leave it out; it is for pairs, parquet, hf",
+            "image=pic has no effect on data of type webdataset; leave it out; it is for pairs",
         ),
         ("caption", "text", "captions_heldout.json", "caption=text has no effect on data of type coco"),
         (
             "streaming",
             "true",
             "pairs_train.jsonl",
-            "streaming=True has no effect on data of type pairs; leave it out; it is for hf",
+            "streaming=True has no effect on data of type pairs; leave it out",
         ),
     ],
 )
