@@ -26,7 +26,7 @@ from mmkit.models.captioning import write_captions
 from mmkit.models.clipcap import load_captioner
 from mmkit.models.decoding import bare_settings, choose_decoding, draw_seed, search_arguments
 from mmkit.models.generation import add_stop_tokens, settle_generation, stop_ids
-from mmkit.models.llava import load_mllm
+from mmkit.models.published import CLASSES, open_mllm
 from mmkit.run import resolve_parent
 
 # What a row of a question shows: a picture, several, or none.
@@ -144,7 +144,7 @@ class Mllm:
     kind = "mllm"
 
     def __init__(self, folder: str, device: torch.device) -> None:
-        self.model, self.processor, self.meta = load_mllm(folder)
+        self.model, self.processor, self.meta = open_mllm(folder)
         self.model.to(device).eval()
         # What a language model brings along (sampling, a repetition penalty) is no part of the request.
         self.model.generation_config = bare_settings(self.model.generation_config)
@@ -264,8 +264,11 @@ def load_model(name: str, device: torch.device | None = None) -> Any:
 
 
 def _foreign_kind(config: dict[str, Any]) -> str:
-    """The kind of a folder that mmkit did not write: timm encoders can be opened."""
-    return "encoder" if "architecture" in config else str(config.get("architectures", ["unknown"])[0])
+    """The kind of a folder that mmkit did not write: timm encoders and LLaVA's class can be opened."""
+    if "architecture" in config:
+        return "encoder"
+    name = str((config.get("architectures") or ["unknown"])[0])
+    return "mllm" if name in CLASSES else name
 
 
 def _pictures(row: Shown) -> list[Image.Image]:
