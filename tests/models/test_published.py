@@ -24,12 +24,15 @@ from transformers import (
 import mmkit
 from mmkit.data.conversations import encode_prompt
 from mmkit.data.images import fit_square
-from mmkit.encoders.vit import normalise
+from mmkit.encoders.vit import build_encoder, normalise
 from mmkit.errors import InputError
 from mmkit.models.export import export_llava
 from mmkit.models.inference import Mllm
-from mmkit.models.llava import build_llava
+from mmkit.models.llava import build_llava, save_mllm
+from mmkit.models.processor import processor_for
+from mmkit.models.projectors import num_image_tokens
 from mmkit.models.published import open_mllm
+from mmkit.models.towers import vision_tower
 
 from .tiny import clip, gpt2, llama, siglip, tokenizer
 
@@ -257,3 +260,22 @@ def test_a_tower_without_class_token_and_a_tokenizer_without_padding(tmp_path, p
     together = opened.predict(pictures, QUESTIONS, max_new_tokens=5)
     assert together == [opened.predict([p], [q], max_new_tokens=5)[0] for p, q in zip(pictures, QUESTIONS, strict=True)]
     assert torch.is_tensor(opened.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("part", ["linear", "pixel_shuffle", "convolutional"])
+def test_exported_models_of_the_other_classes_open_too(part, tmp_path, pictures):
+    size = 64
+    tower = siglip(size=size)
+    if part == "convolutional":
+        tower = vision_tower(build_encoder("resnet10t", image_size=size, seed=0).eval())
+    tok = tokenizer("sp", image=False)
+    projector = {"projector": part} if part != "convolutional" else {"feature_layer": -1}
+    model = build_llava(tower, llama(tok), tok, **projector)
+    common = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
+    processor = processor_for(model, tok, template="demo", **common)
+    meta = {**common, "template": "demo", "image_fit": "squash", "image_size": size}
+    meta["num_image_tokens"] = num_image_tokens(model.config)
+    save_mllm(model, processor, tmp_path / "model", meta=meta)
+    export_llava(str(tmp_path / "model"), tmp_path / "out")
+    said = [mmkit.load(tmp_path / name).answer_ids(pictures, QUESTIONS, max_new_tokens=8).tolist() for name in ("model", "out")]
+    assert said[0] == said[1]
