@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmkit.config import STAGES, EvalRecipe, LlavaRecipe, SuperclassRecipe, check_recipe, dump_recipe, load_recipe
+from mmkit.config import STAGES, DataConfig, EvalRecipe, LlavaRecipe, SuperclassRecipe, check_recipe, dump_recipe, load_recipe
 from mmkit.errors import InputError
 
 TRAIN = {"batch_size": 8, "steps": 4, "lr": 0.001}
@@ -268,6 +268,18 @@ def test_llava_from_a_model_alone(tmp_path: Path) -> None:
     recipe = load(tmp_path, "llava", "encoder=null", "llm=null", "model=runs/align")
     assert isinstance(recipe, LlavaRecipe)
     assert (recipe.model, recipe.encoder, recipe.llm) == ("runs/align", None, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("image", "pic"), ("caption", "text"), ("streaming", "true"), ("shuffle_window", "7"), ("cache_gib", "2.")],
+)
+def test_keys_of_pairs_are_refused_for_conversations(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(InputError, match=rf"data\.{key} are for image-text pairs and have no effect on conversations"):
+        load(tmp_path, "llava", f"data.{key}={value}")
+    default = DataConfig.model_fields[key].default
+    # As a resolved recipe has it.
+    load(tmp_path, "llava", f"data.{key}={str(default).lower()}")
 
 
 # Words that YAML readers take for something else, and anything printable.

@@ -150,6 +150,10 @@ class ClipcapRecipe(RunRecipe):
         return self
 
 
+# How image-text pairs are read. Conversations fix what their parts are called, are shuffled as a whole, and lie on a disk.
+_PAIR_KEYS = ("image", "caption", "streaming", "shuffle_window", "cache_gib")
+
+
 class LlavaRecipe(RunRecipe):
     """Align, fine-tune or LoRA-tune a LLaVA-style model."""
 
@@ -205,6 +209,14 @@ class LlavaRecipe(RunRecipe):
         # Two bounds on one forward pass: one of them would have no effect.
         if self.batching.kind == "packed" and self.train.micro_batch_size is not None:
             raise ValueError("packed batches have batching.max_tokens in place of train.micro_batch_size: drop the latter")
+        return self
+
+    @model_validator(mode="after")
+    def _data_fits(self) -> LlavaRecipe:
+        fields = type(self.data).model_fields
+        given = [f"data.{key}" for key in _PAIR_KEYS if getattr(self.data, key) != fields[key].default]
+        if given:
+            raise ValueError(f"{', '.join(given)} are for image-text pairs and have no effect on conversations: leave them out")
         return self
 
     @model_validator(mode="after")

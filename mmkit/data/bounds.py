@@ -19,6 +19,8 @@ from mmkit.data.skipped import SampleError
 
 # Encoded pictures are rarely over 20 MB; what is larger is usually no photograph.
 MAX_BYTES = 64 << 20
+# A row of JSON lines: a book has a megabyte, so what is longer is a file without line ends.
+MAX_LINE = 16 << 20
 # libjpeg's own progressive files have 10 scans, those of optimisers (mozjpeg, jpegrescan) up to about 25.
 MAX_SCANS = 64
 # A colour profile takes up to 255 segments, a depth map in XMP some hundred.

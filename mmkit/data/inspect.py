@@ -15,7 +15,7 @@ from mmkit.data.scan.duplicates import Groups
 from mmkit.data.scan.survey import PictureFacts, Survey, picture_facts, repeated_captions, survey
 from mmkit.data.scan.tally import Tally
 from mmkit.data.skipped import SkippedRows, skipped_file
-from mmkit.data.sources import SourceOptions, open_pairs
+from mmkit.data.sources import SourceOptions, open_named
 from mmkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def inspect_pairs(
     if out is not None and out.exists() and not out.is_dir():
         raise InputError("is a file, not a folder", where=out, mend="name a folder for the pages")
     vocabulary = CaptionLabels(labels, context_length=context_length, stop_words=stop_words)
-    whole = open_pairs(location, options)
+    whole = open_named(location, options)
     source = whole.take(limit)
     # One pass for everything: reading and encoding are what costs.
     counter = _Counter(vocabulary, count_words=words is not None)

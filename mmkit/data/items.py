@@ -1,18 +1,12 @@
-"""One conversation as the readers give it, what is wrong with one, and a compact list of many."""
+"""One conversation as the readers give it, what is wrong with one, and several data sets as one."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mmkit.data.images import ImageRef
 from mmkit.data.pairs import Picture
 from mmkit.data.pieces import IMAGE_MARKER
 
@@ -109,6 +103,10 @@ class ConversationSet(Protocol):
         """One of them. Raises SampleError: it cannot be used."""
         ...
 
+    def images(self, index: int) -> tuple[Picture, ...]:
+        """Pictures of one of them. Raises SampleError: it cannot be used."""
+        ...
+
     def piece(self, first: int, last: int) -> ConversationSet:
         """Those from ``first`` to ``last - 1``, as far as there are any; it pickles without the rest."""
         ...
@@ -116,57 +114,6 @@ class ConversationSet(Protocol):
     def name(self, index: int) -> str:
         """What to call one of them in messages, also one that cannot be used."""
         ...
-
-
-class PackedConversations:
-    """Conversations with pictures in files, as bytes in one piece.
-
-    The published instruction file has 665,000 of them. As Python objects they would take several times the memory, and loader
-    workers would copy them page by page, since looking at an object writes its reference count.
-    """
-
-    def __init__(self, rows: bytes | bytearray | memoryview, ends: NDArray[np.int64], root: Path) -> None:
-        """Take JSON rows ``[id, pictures, turns, system]``, where they end, and the folder of the pictures."""
-        self._rows, self._ends, self._root = rows, ends, root
-
-    @classmethod
-    def pack(cls, items: Iterable[tuple[str, Sequence[str], Turns, str | None]], root: Path) -> PackedConversations:
-        """Pack ids, names of pictures below ``root``, turns and system texts."""
-        # Grown in place: a list of rows and their joining would be two copies.
-        rows, ends = bytearray(), []
-        for item in items:
-            rows += json.dumps(item, ensure_ascii=False, separators=(",", ":")).encode()
-            ends.append(len(rows))
-        return cls(rows, np.asarray(ends, dtype=np.int64), root)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def piece(self, first: int, last: int) -> PackedConversations:
-        """Some of them; the rows stay where they are until the piece is pickled."""
-        ends = self._ends[first:last]
-        begin = int(self._ends[first - 1]) if first and len(ends) else 0
-        end = int(ends[-1]) if len(ends) else begin
-        return PackedConversations(memoryview(self._rows)[begin:end], ends - begin, self._root)
-
-    # A memoryview does not pickle, and its whole buffer is not wanted.
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PackedConversations, (bytes(self._rows), self._ends, self._root)
-
-    def name(self, index: int) -> str:
-        """Its id."""
-        return self[index].id
-
-    def __getitem__(self, index: int) -> Conversation:
-        # range has the rules for negative and wrong numbers, which end a plain loop over this.
-        index = range(len(self))[index]
-        begin = int(self._ends[index - 1]) if index else 0
-        key, names, turns, system = json.loads(bytes(self._rows[begin : int(self._ends[index])]))
-        pictures = tuple(ImageRef(str(self._root / name)) for name in names)
-        return Conversation(key, pictures, [(question, answer) for question, answer in turns], system)
-
-    def __iter__(self) -> Iterator[Conversation]:
-        return (self[index] for index in range(len(self)))
 
 
 class JoinedConversations:
@@ -188,6 +135,11 @@ class JoinedConversations:
     def __getitem__(self, index: int) -> Conversation:
         part, _, row = self._locate(index)
         return part[row]
+
+    def images(self, index: int) -> tuple[Picture, ...]:
+        """Pictures of a conversation, without its texts where they are had so."""
+        part, _, row = self._locate(index)
+        return part.images(row)
 
     def piece(self, first: int, last: int) -> JoinedConversations:
         """Those from ``first`` to ``last - 1``."""

@@ -18,6 +18,7 @@ from mmkit.data.images import ImageRef
 from mmkit.data.pairs import safe_image_path
 from mmkit.data.sidecar import Omitted
 from mmkit.data.sources.columns import data_roots, follow_picture, load_rows
+from mmkit.data.sources.effect import LABELLED_KEYS, check_keys, defaults_of
 from mmkit.data.sources.locate import HUB, expand
 from mmkit.data.sources.tars import IMAGE_SUFFIXES, FileBytes, group_members
 from mmkit.errors import InputError
@@ -144,6 +145,10 @@ def open_labelled(location: str, data: LabelledDataConfig) -> LabelledSource:
         InputError: Nothing there, a bad row or shard, or a picture outside the data folder.
     """
     kind = _kind(location) if data.type == "auto" else data.type
+    # With its sister set: they are read by the same keys, of which one may need none.
+    places = [location, *(place for place in (data.train, data.test) if place is not None)]
+    kinds = [_kind(place) if data.type == "auto" else data.type for place in places]
+    check_keys(data, defaults_of(LabelledDataConfig), kinds, where=location, readers=LABELLED_KEYS)
     readers = {"folder": _read_folder, "jsonl": _read_jsonl, "webdataset": _read_shards, "hf": _read_hugging_face}
     found = readers[kind](location, data)
     if not found.keys:

@@ -9,26 +9,43 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mmkit.data.items import OddItem, PackedConversations, Turns, arrange, check_pictures, clean_text
+from mmkit.data.bounds import MAX_LINE
+from mmkit.data.items import OddItem, Turns, arrange, check_pictures, clean_text
 from mmkit.data.messages import Spelling, parse_item
+from mmkit.data.packed import Item, Omission, PackedConversations
+from mmkit.data.reading import read_lines
 from mmkit.data.skipped import LeftOut
 from mmkit.errors import InputError
 
+_BOM = b"\xef\xbb\xbf"
 
-def _read_text(path: Path) -> str:
-    """The file's text without a byte order mark."""
+
+def _decode(path: Path, data: bytes, start: int = 0) -> str:
+    """Text of a part of the file, without a byte order mark at its beginning."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return (data.removeprefix(_BOM) if start == 0 else data).decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = start + error.start + (len(_BOM) if start == 0 and data.startswith(_BOM) else 0)
+        raise InputError(f"invalid UTF-8 at byte {at}", where=path, mend="save it as UTF-8") from error
+
+
+def _first_byte(path: Path) -> bytes:
+    """The first byte that is no white space; empty: there is none."""
+    try:
+        with path.open("rb") as file:
+            for _, _, line in read_lines(file, longest=1 << 16):
+                # What is too long for a line of white space begins with something.
+                if line is None or (found := line.removeprefix(_BOM).strip()):
+                    return b"?" if line is None else found[:1]
     except FileNotFoundError as error:
         raise InputError("no such file", where=path, mend="check the path") from error
     except IsADirectoryError as error:
         raise InputError("is a folder, not a file", where=path, mend="give the JSON file in it") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"invalid UTF-8 at byte {error.start}", where=path, mend="save it as UTF-8") from error
+    return b""
 
 
 def _broken_json(path: Path, text: str, error: json.JSONDecodeError, *, line: int = 0) -> InputError:
@@ -40,25 +57,29 @@ def _broken_json(path: Path, text: str, error: json.JSONDecodeError, *, line: in
     return InputError(what, where=f"{path}:{line or error.lineno}:{error.colno}", mend=mend)
 
 
-def _read_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(place, item) of each JSON line; lines end at newlines only, and a bad one becomes an `OddItem`."""
-    # In place and one at a time: a list of all lines would be the file in memory once more.
-    start, number = 0, 0
-    while start <= len(text):
-        end = text.find("\n", start)
-        last = end < 0
-        line, number, start = text[start : None if last else end], number + 1, len(text) + 1 if last else end + 1
-        # Blank lines, the one after the last newline among them, are no items.
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            # Only the last line can be cut off; earlier ones are single faults.
-            if last:
-                raise _broken_json(path, line, error, line=number) from error
-            # Handed on as an exception that is raised later, so that the list of what was left out stays in file order.
-            yield f"line {number}", OddItem(f"{path.name}:{number}: not valid JSON ({error.msg})")
+def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, item) of each JSON line; a bad one becomes an `OddItem`. The file is never whole in memory."""
+    end = path.stat().st_size
+    with path.open("rb") as file:
+        for number, (start, size, line) in enumerate(read_lines(file), start=1):
+            place = f"line {number}"
+            if line is None:
+                yield place, OddItem(f"{path.name}:{number}: a line of more than {MAX_LINE >> 20} MiB")
+                continue
+            text = _decode(path, line, start)
+            # Blank lines are no items.
+            if not text.strip():
+                continue
+            try:
+                yield place, json.loads(text)
+            except json.JSONDecodeError as error:
+                # Only the last line can be cut off; earlier ones are single faults.
+                if start + size == end and not line.endswith(b"\n"):
+                    raise _broken_json(path, text, error, line=number) from error
+                # Handed on as an exception that is raised later, so that the list of what was left out stays in file order.
+                yield place, OddItem(f"{path.name}:{number}: not valid JSON ({error.msg})")
+            except RecursionError as error:
+                yield place, OddItem(f"{path.name}:{number}: {error}")
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -92,12 +113,13 @@ def _read_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, item) of each item of the file, JSON list or JSON lines."""
-    text = _read_text(path)
-    if not text.strip():
+    first = _first_byte(path)
+    if not first:
         raise InputError("the file is empty", where=path, mend="expected a JSON list of conversations")
     # A list begins with a bracket, a line with a brace; so the published .json files and lines under any name are both read.
-    lines = path.suffix == ".jsonl" or not text.lstrip().startswith("[")
-    return (_read_lines if lines else _read_list)(path, text)
+    if path.suffix == ".jsonl" or first != b"[":
+        return _read_lines(path)
+    return _read_list(path, _decode(path, path.read_bytes()))
 
 
 def check_name(name: Any, image_root: Path) -> str:
@@ -106,6 +128,14 @@ def check_name(name: Any, image_root: Path) -> str:
     Raises:
         OddItem: It is no name of a file below the root, or there is no such file.
     """
+    # Looked for now and decoded later: a wrong image root shows before any training, at the cost of one stat an item.
+    if reason := _lacks(_safe_name(name), image_root):
+        raise OddItem(reason)
+    return str(name)
+
+
+def _safe_name(name: Any) -> str:
+    """A name that stays below its root. Raises OddItem."""
     if not isinstance(name, str) or not name.strip():
         raise OddItem("`image` is no file name")
     # Both kinds on every system: a file made on one is read on the other.
@@ -113,19 +143,21 @@ def check_name(name: Any, image_root: Path) -> str:
         raise OddItem(f"image path {name!r} is absolute; paths are relative to the image root")
     if ".." in PurePosixPath(name.replace("\\", "/")).parts:
         raise OddItem(f"image path {name!r} climbs out of the image root")
-    try:
-        found = (image_root / name).is_file()
-    # A name too long for the file system, for one.
-    except (OSError, ValueError) as error:
-        raise OddItem(f"image path {name!r} cannot be looked up") from error
-    # Looked for now and decoded later: a wrong image root shows before any training, at the cost of one stat an item.
-    if not found:
-        raise OddItem(f"no such picture: {name}")
     return name
 
 
-def _item(item: Any, image_root: Path, spelling: Spelling) -> tuple[list[str], Turns, str | None]:
-    """Pictures, turns and system text of one checked item.
+def _lacks(name: str, image_root: Path) -> str | None:
+    """Why there is no such picture; None: there is."""
+    try:
+        found = (image_root / name).is_file()
+    # A name too long for the file system, for one.
+    except (OSError, ValueError):
+        return f"image path {name!r} cannot be looked up"
+    return None if found else f"no such picture: {name}"
+
+
+def _item(item: Any, spelling: Spelling) -> tuple[list[str], Turns, str | None]:
+    """Names of pictures, turns and system text of one checked item.
 
     Raises:
         OddItem: With the reason to leave it out.
@@ -137,7 +169,7 @@ def _item(item: Any, image_root: Path, spelling: Spelling) -> tuple[list[str], T
     messages, pictures = parse_item(item, spelling)
     turns, system = arrange(messages)
     check_pictures(turns, len(pictures))
-    return [check_name(name, image_root) for name in pictures], turns, system
+    return [_safe_name(name) for name in pictures], turns, system
 
 
 def _key(item: Any, place: str) -> str:
@@ -166,21 +198,44 @@ def read_llava(
         InputError: The file is missing, empty, not UTF-8, not JSON or cut off (with line and column).
     """
     path, root = Path(path), Path(image_root)
-    left_out: list[LeftOut] = []
+    items = PackedConversations.of(read_items(path, unique_ids=unique_ids, spelling=spelling), root)
+    return present(items, path, missing_pictures(items, root))
 
-    def sound() -> Iterator[tuple[str, list[str], Turns, str | None]]:
-        uses: dict[str, int] = {}
-        for place, item in _read_rows(path):
-            key = _key(item, place)
-            # Counted before the checks: the second item of an id is a repeat even when the first was left out.
-            uses[key] = uses.get(key, 0) + 1
-            # The list of what was left out tells items apart by it too.
-            name = key if uses[key] == 1 or unique_ids else f"{key}#{uses[key]}"
-            try:
-                if uses[key] > 1 and unique_ids:
-                    raise OddItem(f"{place}: the id was used before")
-                yield (name, *_item(item, root, spelling))
-            except OddItem as odd:
-                left_out.append(LeftOut(str(path), name, str(odd)))
 
-    return PackedConversations.pack(sound(), root), left_out
+def read_items(path: Path, *, unique_ids: bool, spelling: Spelling) -> Iterator[Item | Omission]:
+    """Items of a file one by one, their form checked and not their pictures; arguments as of `read_llava`.
+
+    Raises:
+        InputError: As `read_llava`.
+    """
+    uses: dict[str, int] = {}
+    for number, (place, item) in enumerate(_read_rows(path)):
+        key = _key(item, place)
+        # Counted before the checks: the second item of an id is a repeat even when the first was left out.
+        uses[key] = uses.get(key, 0) + 1
+        # The list of what was left out tells items apart by it too.
+        name = key if uses[key] == 1 or unique_ids else f"{key}#{uses[key]}"
+        try:
+            if uses[key] > 1 and unique_ids:
+                raise OddItem(f"{place}: the id was used before")
+            yield Item(number, name, *_item(item, spelling))
+        except OddItem as odd:
+            yield Omission(number, name, str(odd))
+
+
+def missing_pictures(items: PackedConversations, root: Path) -> dict[int, str]:
+    """Numbers of pictures that are not there, with the reason; each is looked for once, however many items show it."""
+    return {number: reason for number, name in enumerate(items.names()) if (reason := _lacks(name, root)) is not None}
+
+
+def present(items: PackedConversations, path: Path, missing: Mapping[int, str]) -> tuple[PackedConversations, list[LeftOut]]:
+    """Items whose pictures are there, and all that is left out, in file order.
+
+    Args:
+        items: All of a file.
+        path: The file, for the list.
+        missing: Of `missing_pictures`.
+    """
+    kept, without = items.without(missing)
+    left_out = sorted([*items.left_out, *without])
+    return kept, [LeftOut(str(path), row.key, row.reason) for row in left_out]

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmkit.data.bounds import MAX_BYTES
 from mmkit.data.images import ImageRef
 from mmkit.data.items import Conversation, ConversationSet, OddItem, arrange, check_pictures
-from mmkit.data.llava_json import check_name, read_llava
+from mmkit.data.llava_json import check_name, missing_pictures, present, read_items
 from mmkit.data.messages import PICTURE_KEYS, Spelling, parse_item
+from mmkit.data.packed import VERSION, Item, Omission, PackedConversations, write_packed
 from mmkit.data.pairs import Picture
 from mmkit.data.remote import is_remote
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.data.sources.columns import data_roots, follow_picture, load_rows
 from mmkit.data.sources.locate import HUB, expand
 from mmkit.errors import InputError
-from mmkit.files import hash_file, hash_text
+from mmkit.files import hash_file, hash_text, new_file
 
+logger = logging.getLogger(__name__)
 _TEXTS = {"auto": ("messages", "conversations"), "messages": ("messages",), "llava": ("conversations",)}
 
 
@@ -103,6 +106,10 @@ class RowConversations:
         key = row.get("id")
         return Conversation(self.name(index) if key in (None, "") else str(key), images, turns, system)
 
+    def images(self, index: int) -> tuple[Picture, ...]:
+        """Pictures of a row; where they belong is in its text, which is read too. Raises SampleError."""
+        return self[index].images
+
     def _listed(self, index: int) -> list[Any]:
         """Pictures of a row: files by name, others by their place."""
         cell = _cell(self._pictures, index)
@@ -126,7 +133,21 @@ class RowConversations:
 Opened = tuple[ConversationSet, list[LeftOut], str]
 
 
-def open_conversations(location: str, kind: str = "auto", *, image_root: str | None = None) -> Opened:
+class Told(NamedTuple):
+    """What one process finds out about a JSON file for all of them.
+
+    Attributes:
+        fingerprint: Hash of its content.
+        missing: Number of a picture that is not there, with the reason.
+    """
+
+    fingerprint: str
+    missing: dict[int, str]
+
+
+def open_conversations(
+    location: str, kind: str = "auto", *, image_root: str | None = None, cache: Path | None = None, told: Told | None = None
+) -> Opened:
     """Conversations of a data set, by what it is.
 
     Args:
@@ -135,26 +156,92 @@ def open_conversations(location: str, kind: str = "auto", *, image_root: str | N
         kind: ``auto``: each row says by its keys which spelling it has; ``llava``, ``messages``: only that one; ``parquet``,
             ``hf``: as auto, for places that do not show what they are.
         image_root: Folder that names of pictures are relative to; None: that of the file.
+        cache: Folder in which a JSON file is kept as one that is mapped; None: it is read into the memory of this process.
+        told: Of `look_at_conversations`, by another process; None: looked at here.
 
     Raises:
         InputError: Nothing there, broken JSON, another kind of data, or no column of messages.
     """
+    spelling, root = _spelling(location, kind), None if image_root is None else Path(image_root)
+    if location.startswith(HUB):
+        return _open_hub(location, spelling, root)
+    if not _is_json(location, kind):
+        return _open_parquet(location, spelling, root)
+    path = Path(location)
+    items, fingerprint = _json_items(path, spelling, root or path.parent, cache, told)
+    # Where this machine has another file, its own pictures count, and the difference is told before training.
+    same = told is not None and told.fingerprint == fingerprint
+    missing = told.missing if told is not None and same else missing_pictures(items, root or path.parent)
+    kept, left_out = present(items, path, missing)
+    # A file of nothing but bad items is the caller's to refuse: it knows how many may be bad.
+    if not len(kept) and not left_out:
+        raise InputError("holds no conversations", where=location, mend="check the file")
+    return kept, left_out, fingerprint
+
+
+def look_at_conversations(location: str, kind: str, *, image_root: str | None, cache: Path) -> Told | None:
+    """Read a JSON file, keep it and look for its pictures, so that other processes need not; None: it is none.
+
+    Raises:
+        InputError: As `open_conversations`.
+    """
+    spelling = _spelling(location, kind)
+    if not _is_json(location, kind):
+        return None
+    root = Path(image_root) if image_root is not None else Path(location).parent
+    items, fingerprint = _json_items(Path(location), spelling, root, cache, None)
+    return Told(fingerprint, missing_pictures(items, root))
+
+
+def _spelling(location: str, kind: str) -> Spelling:
+    """How messages are spelt. Raises InputError: no conversations, or on no disk."""
     if kind not in ("auto", "llava", "messages", "parquet", "hf"):
         raise InputError(f"data type {kind!r} holds no conversations", where=location, mend="use llava or messages")
     if is_remote(location):
         raise InputError("conversations are read from a disk", where=location, mend="fetch the file, or give hf:NAME")
-    spelling: Spelling = "llava" if kind == "llava" else "messages" if kind == "messages" else "auto"
-    root = None if image_root is None else Path(image_root)
-    if location.startswith(HUB):
-        return _open_hub(location, spelling, root)
-    if kind == "parquet" or Path(location).is_dir() or Path(location).suffix == ".parquet":
-        return _open_parquet(location, spelling, root)
+    return "llava" if kind == "llava" else "messages" if kind == "messages" else "auto"
+
+
+def _is_json(location: str, kind: str) -> bool:
+    path = Path(location)
+    return not (location.startswith(HUB) or kind == "parquet" or path.is_dir() or path.suffix == ".parquet")
+
+
+def _json_items(
+    path: Path, spelling: Spelling, root: Path, cache: Path | None, told: Told | None
+) -> tuple[PackedConversations, str]:
+    """Items of a file, whether their pictures are there or not, and a hash of its content."""
+
     # The published files name items after their pictures, so their ids repeat by design (facts/llava.md 1.3).
-    items, left_out = read_llava(location, image_root=root or Path(location).parent, unique_ids=False, spelling=spelling)
-    # A file of nothing but bad items is the caller's to refuse: it knows how many may be bad.
-    if not len(items) and not left_out:
-        raise InputError("holds no conversations", where=location, mend="check the file")
-    return items, left_out, hash_file(Path(location))
+    def items() -> Iterator[Item | Omission]:
+        return read_items(path, unique_ids=False, spelling=spelling)
+
+    if cache is None:
+        return PackedConversations.of(items(), root), hash_file(path)
+    # Of what another process has kept: the file itself need not be read for its hash.
+    if told is not None and (found := PackedConversations.open(kept_path(cache, told.fingerprint, spelling), root)) is not None:
+        return found, told.fingerprint
+    if not path.is_file():
+        # The reader's own words for it.
+        return PackedConversations.of(items(), root), ""
+    fingerprint = hash_file(path)
+    kept = kept_path(cache, fingerprint, spelling)
+    if (found := PackedConversations.open(kept, root)) is not None:
+        return found, fingerprint
+    try:
+        with new_file(kept) as file:
+            write_packed(file, items())
+    except OSError as error:
+        logger.warning("conversations cannot be kept at %s (%s); each process reads them into its memory", kept, error)
+        return PackedConversations.of(items(), root), fingerprint
+    found = PackedConversations.open(kept, root)
+    assert found is not None, f"{kept} was just written"
+    return found, fingerprint
+
+
+def kept_path(cache: Path, fingerprint: str, spelling: Spelling) -> Path:
+    """Where a JSON file of this content lies as one that is mapped."""
+    return cache / "conversations" / f"{hash_text(fingerprint, spelling, VERSION)}.bin"
 
 
 def _open_hub(location: str, spelling: Spelling, root: Path | None) -> Opened:

@@ -25,7 +25,7 @@ from mmkit.data.scan.look import format_of
 from mmkit.data.shards import write_shard
 from mmkit.data.sidecar import SMALLEST
 from mmkit.data.skipped import LeftOut, SampleError, SkippedRows, skipped_file
-from mmkit.data.sources import SourceOptions, open_pairs
+from mmkit.data.sources import SourceOptions, open_named
 from mmkit.data.sources.indexed import Indexed, keep_index
 from mmkit.data.sources.locate import expand, guess_kind
 from mmkit.data.sources.tars import index_tar
@@ -213,7 +213,7 @@ def pack_pairs(
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} leaves no pair", where=location, mend="use at least 1, or leave it out")
     reading = reading or SourceOptions()
-    source = open_pairs(location, reading).take(limit)
+    source = open_named(location, reading).take(limit)
     # All that the bytes depend on. Keys and columns too: the fingerprint may be that of a file that has several of them.
     settings = {
         "version": _VERSION,

@@ -6,11 +6,11 @@ import collections
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from stat import S_ISREG
-from typing import NamedTuple, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
-from mmkit.data.bounds import MAX_BYTES, refuse_long
+from mmkit.data.bounds import MAX_BYTES, MAX_LINE, refuse_long
 from mmkit.data.skipped import SampleError
 
 T = TypeVar("T")
@@ -124,6 +124,30 @@ def read_file(path: str, offset: int = 0, max_bytes: int = MAX_BYTES) -> bytes:
             return file.read()
 
     return with_retries(work, path)
+
+
+def read_lines(file: IO[bytes], *, longest: int = MAX_LINE) -> Iterator[tuple[int, int, bytes | None]]:
+    """Lines of a file: where each begins, its length with the line end, and its bytes; None for one that is too long to be held.
+
+    Lines end at newlines only: str.splitlines would also split inside JSON strings (U+2028 is legal there).
+
+    Args:
+        file: Open for reading.
+        longest: Bytes of a line without its end.
+    """
+    at = 0
+    while line := file.readline(longest + 1):
+        start, size = at, len(line)
+        if size > longest and not line.endswith(b"\n"):
+            # Read on to where it ends, in pieces that are thrown away.
+            while more := file.readline(1 << 20):
+                size += len(more)
+                if more.endswith(b"\n"):
+                    break
+            yield start, size, None
+        else:
+            yield start, size, line
+        at = start + size
 
 
 def with_retries(work: Callable[[], T], path: str) -> T:

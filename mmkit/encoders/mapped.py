@@ -66,7 +66,7 @@ def mapped_features(
     Args:
         folder: Where the files lie; made if missing.
         key: Names all that the features depend on: encoder, layer, data, how pictures are fitted.
-        pictures: Different pictures, in the order of the rows.
+        pictures: Different pictures, in the order of the rows; only their number is looked at where the file is there.
         extract: uint8[B, 3, S, S] to float[B, ...] of ``shape``, on any device.
         shape: Of one picture's features.
         dtype: Of the file.
@@ -83,7 +83,7 @@ def mapped_features(
     Raises:
         InputError: The disk is too small, full or read-only.
     """
-    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
+    path = feature_file(folder, key)
     whole = (len(pictures), *shape)
     facts = {"key": key, "shape": list(whole), "dtype": str(dtype)}
     size_bytes = math.prod(whole) * torch.empty(0, dtype=dtype).element_size()
@@ -118,6 +118,11 @@ def mapped_features(
         else torch.empty(0, dtype=dtype)
     )
     return flat.view(whole)
+
+
+def feature_file(folder: Path, key: str) -> Path:
+    """Where the features of a key lie."""
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
 
 
 def picture_state(picture: Picture) -> str:

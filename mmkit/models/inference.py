@@ -24,6 +24,7 @@ from mmkit.models.captioning import write_captions
 from mmkit.models.clipcap import load_captioner
 from mmkit.models.decoding import choose_decoding, draw_seed
 from mmkit.models.mllm import Mllm
+from mmkit.models.published import CLASSES
 from mmkit.run import Parent, resolve_parent
 
 __all__ = ["Captioner", "Mllm", "Predictor", "Tagger", "default_device", "kind_of", "load_model"]
@@ -183,8 +184,11 @@ def kind_of(parent: Parent) -> str:
 
 
 def _foreign_kind(config: dict[str, Any]) -> str:
-    """The kind of a folder that mmkit did not write: timm encoders can be opened."""
-    return "encoder" if "architecture" in config else str(config.get("architectures", ["unknown"])[0])
+    """The kind of a folder that mmkit did not write: timm encoders and LLaVA's class can be opened."""
+    if "architecture" in config:
+        return "encoder"
+    name = str((config.get("architectures") or ["unknown"])[0])
+    return "mllm" if name in CLASSES else name
 
 
 def _pixels(images: Sequence[Image.Image], size: int) -> Tensor:

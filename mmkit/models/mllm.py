@@ -18,7 +18,7 @@ from mmkit.errors import InputError
 from mmkit.models.answering import AnswerWriter, Asked, Prompt
 from mmkit.models.decoding import bare_settings, choose_decoding, draw_seed
 from mmkit.models.generation import add_stop_tokens, settle_generation, stop_ids
-from mmkit.models.llava import load_mllm
+from mmkit.models.published import open_mllm
 
 # What a row of a question shows: a picture, several, or none.
 Shown = Union[Image.Image, Sequence[Image.Image], None]
@@ -30,7 +30,7 @@ class Mllm:
     kind = "mllm"
 
     def __init__(self, folder: str, device: torch.device) -> None:
-        self.model, self.processor, self.meta = load_mllm(folder)
+        self.model, self.processor, self.meta = open_mllm(folder)
         self.model.to(device).eval()
         # What a language model brings along (sampling, a repetition penalty) is no part of the request.
         self.model.generation_config = bare_settings(self.model.generation_config)

@@ -195,6 +195,17 @@ def test_faults_of_data_sets_are_named(four: dict[str, tuple[str, LabelledDataCo
     assert open_labelled(f"{hub}@test", data()).labels == ["black"] * 3
 
 
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_names_of_keys_are_refused_where_there_are_none(four: dict[str, tuple[str, LabelledDataConfig]], kind: str) -> None:
+    location, _ = four[kind]
+    for key in ("image", "label"):
+        with pytest.raises(InputError, match=rf"{key}=odd has no effect on data of type {kind}; leave it out; it is for jsonl"):
+            open_labelled(location, data(test=location, **{key: "odd"}))
+    # The other of the two sets is read by them.
+    rows, config = four["jsonl"]
+    assert len(open_labelled(location, config.model_copy(update={"test": rows}))) == 9
+
+
 def test_a_data_set_without_class_names_and_one_in_parquet(tmp_path: Path) -> None:
     features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("int64")})
     columns = {"picture": [{"bytes": png(0), "path": None}, None, {"bytes": png(2), "path": None}], "kind": [7, 11, None]}

@@ -10,9 +10,10 @@ from models.tiny import tokenizer
 import mmkit.data.lengths
 from mmkit.data.conversations import ConversationEncoder
 from mmkit.data.images import ImageRef
-from mmkit.data.items import Conversation, PackedConversations
+from mmkit.data.items import Conversation
 from mmkit.data.lengths import conversation_lengths
 from mmkit.data.llava_json import read_llava
+from mmkit.data.packed import PackedConversations
 
 LIST = [
     Conversation("picture", (ImageRef("a.jpg"),), [("<image>\nWhat is this?", "a red circle.")]),

@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from mmkit.config import DataConfig
-from mmkit.data.sources import open_pairs, options_of
+from mmkit.data.sources import SourceOptions, open_named, open_pairs, open_training_pairs, options_of
+from mmkit.errors import InputError
 from mmkit.training import loop
 
 
@@ -50,6 +51,48 @@ def test_a_mixture_of_pairs(stage: str, tmp_path: Path) -> None:
     assert pipeline.mmkit(*arguments) == 0
     assert pipeline.manifest(run)["samples_in_data"] == 40
     assert (run / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place", "words"),
+    [
+        (
+            "image",
+            "pic",
+            "shards",
+            "image=pic has no effect on data of type webdataset; leave it out; it is for pairs",
+        ),
+        ("caption", "text", "captions_heldout.json", "caption=text has no effect on data of type coco"),
+        (
+            "streaming",
+            "true",
+            "pairs_train.jsonl",
+            "streaming=True has no effect on data of type pairs; leave it out",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stage", ["superclass", "clipcap"])
+def test_keys_without_effect_are_refused(
+    stage: str, key: str, value: str, place: str, words: str, tmp_path: Path, capsys
+) -> None:
+    arguments = pipeline.STAGES[stage](tmp_path / "run", f"data.train={pipeline.root()}/world/{place}", f"data.{key}={value}")
+    assert pipeline.mmkit(*arguments) == 2
+    assert f"data: {words}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_key_has_an_effect_where_one_of_several_data_sets_takes_it(tmp_path: Path) -> None:
+    shards, table = pipeline.root() / "world" / "shards", parquet(tmp_path)
+    names = {"image": "pic", "caption": "text"}
+    both = DataConfig.model_validate({"train": [str(shards), str(table)], **names})
+    assert len(open_training_pairs(both)) == 50
+    held = DataConfig.model_validate({"train": str(shards), "val": str(table), **names})
+    assert len(open_training_pairs(held)) == 40
+    with pytest.raises(InputError, match="image=pic has no effect on data of type webdataset"):
+        open_training_pairs(DataConfig.model_validate({"train": str(shards), **names}))
+    with pytest.raises(InputError, match="image=pic has no effect on data of type webdataset"):
+        open_named(str(shards), SourceOptions(image="pic"))
+    assert len(open_named(str(table), SourceOptions(**names))) == 10
 
 
 def test_a_mixture_of_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

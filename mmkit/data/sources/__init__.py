@@ -15,6 +15,7 @@ from mmkit.data.pairs import ListShard, PairShard, PairSource
 from mmkit.data.remote import ShardCache, default_cache, is_remote
 from mmkit.data.skipped import LeftOut
 from mmkit.data.sources.columns import HubShard, check_columns, data_roots, load_rows, open_groups, stream_files, window_of
+from mmkit.data.sources.effect import PAIR_KEYS, check_keys, defaults_of
 from mmkit.data.sources.files import Read, read_coco, read_folder, read_llava_pairs
 from mmkit.data.sources.indexed import Indexed
 from mmkit.data.sources.locate import HUB, expand, guess_kind
@@ -63,7 +64,7 @@ def open_pairs(location: str, options: SourceOptions | None = None) -> PairSourc
         InputError: Nothing there, broken JSON, or no usable sample.
     """
     options = options or SourceOptions()
-    kind = guess_kind(location) if options.kind == "auto" else options.kind
+    kind = _kind(location, options.kind)
     if kind not in _READERS:
         raise InputError(f"data type {kind!r} holds no image-text pairs", where=location, mend=f"use {', '.join(_READERS)}")
     source = _READERS[kind](location, options)
@@ -79,10 +80,29 @@ def open_training_pairs(data: DataConfig) -> PairSource:
     """The training pairs of a recipe: one data set, several one after the other, or a mixture with weights.
 
     Raises:
-        InputError: As `open_pairs` raises it.
+        InputError: As `open_pairs` raises it, or a key that has no effect on any of the data sets.
     """
+    kinds = [_kind(part.path, part.type) for part in data.sources]
+    # Of the training data, or of those to validate on: one section says how both are read.
+    kinds += [_kind(data.val, data.val_type)] if data.val is not None else []
+    check_keys(data, defaults_of(DataConfig), kinds, where="data", readers=PAIR_KEYS)
     sources = [open_pairs(part.path, options_of(data, part.type, part.image_root)).take(data.limit) for part in data.sources]
     return join_sources(sources, [part.weight for part in data.sources])
+
+
+def open_named(location: str, options: SourceOptions | None = None) -> PairSource:
+    """`open_pairs` for a data set that stands alone, as on the command line.
+
+    Raises:
+        InputError: Also for an option that has no effect on it.
+    """
+    options = options or SourceOptions()
+    check_keys(options, vars(SourceOptions()), [_kind(location, options.kind)], where=location, readers=PAIR_KEYS)
+    return open_pairs(location, options)
+
+
+def _kind(location: str, kind: str) -> str:
+    return guess_kind(location) if kind == "auto" else kind
 
 
 def options_of(data: DataConfig, kind: str, image_root: str | None) -> SourceOptions:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmkit.data.bounds import MAX_LINE
 from mmkit.data.images import ImageRef
 from mmkit.data.pairs import Pair, clean_caption, safe_image_path
-from mmkit.data.reading import read_range
+from mmkit.data.reading import read_lines, read_range
 from mmkit.data.sidecar import Index, Omitted, make_index
 from mmkit.data.skipped import SampleError
 from mmkit.data.sources.indexed import Indexed, ShardFile
@@ -54,17 +55,17 @@ class RowReader:
         keys: list[str] = []
         left_out: list[Omitted] = []
         offsets, sizes = [], []
-        at = 0
         with path.open("rb") as file:
-            # Lines end at \n only: str.splitlines would also split inside captions (U+2028 is legal in JSON strings).
-            for number, line in enumerate(file, start=1):
-                start, at = at, at + len(line)
+            for number, (start, _, line) in enumerate(read_lines(file), start=1):
+                key = f"{path.name}:{number}"
+                if line is None:
+                    left_out.append(Omitted(key, f"a row of more than {MAX_LINE >> 20} MiB"))
+                    continue
                 if number == 1 and line.startswith(_BOM):
                     start, line = len(_BOM), line[len(_BOM) :]
                 row = line.rstrip(b"\n")
                 if not row.strip():
                     continue
-                key = f"{path.name}:{number}"
                 try:
                     image, _ = self.parse(row)
                 except ValueError as error:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from mmkit.config import LlavaRecipe
 from mmkit.data.images import mean_colour
+from mmkit.data.pairs import Picture
 from mmkit.distributed.engine import Engine
-from mmkit.encoders.mapped import mapped_features, picture_state
+from mmkit.encoders.mapped import feature_file, mapped_features, picture_state
+from mmkit.encoders.picture_rows import picture_rows
 from mmkit.encoders.vit import normalise
 from mmkit.errors import InputError
 from mmkit.files import hash_text
@@ -42,24 +45,32 @@ def keep_features(
     Raises:
         InputError: The disk cannot hold them.
     """
-    pictures = samples.pictures()
     size = meta["image_size"]
     kept = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     extract = None if engine.skeleton else _Extract(model, meta, engine)
     told = []
-    if extract is not None:
+    pictures: Sequence[Picture] = ()
+    # The main process alone makes the list of pictures and looks at their files; the others need the number.
+    if engine.is_main:
+        assert extract is not None, "under ZeRO-3 it is the main process that has the weights"
+        pictures = samples.pictures()
         # The tower's own weights and not its name: both stages of LLaVA have the same one, and so share a file.
         facts = [_weights(model.model.vision_tower), meta["image_fit"], size, meta["mean"], meta["std"]]
         # The model's own layer and not the recipe's, which says nothing of a model that is gone on from.
         facts += [model.config.vision_feature_layer, model.config.vision_feature_select_strategy, kept]
         facts += [data_fingerprint, recipe.data.limit, recipe.data.max_pixels, recipe.data.max_bytes]
         shape = tuple(extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
-        told = [(hash_text(*map(str, facts), *map(picture_state, pictures)), shape)]
-    # Under ZeRO-3 the others have no weights to ask; they are told where the file is and what it holds.
-    key, shape = engine.gather(told)[0]
-    features = engine.main_first(
-        lambda: mapped_features(
-            Path(recipe.run).parent / ".features",
+        told = [(hash_text(*map(str, facts), *map(picture_state, pictures)), shape, len(pictures))]
+    # First without a timeout: looking at half a million files may take minutes on a network disk.
+    engine.barrier()
+    key, shape, count = engine.gather(told)[0]
+    if not engine.is_main:
+        pictures = _Pictures(samples, count)
+    folder = Path(recipe.run).parent / ".features"
+
+    def use() -> None:
+        features = mapped_features(
+            folder,
             key,
             pictures,
             extract or _missing,
@@ -72,8 +83,31 @@ def keep_features(
             max_bytes=recipe.data.max_bytes,
             workers=recipe.data.workers,
         )
-    )
-    samples.use_features(pictures, features)
+        samples.use_features(picture_rows(feature_file(folder, key).with_suffix(".rows"), pictures), features)
+
+    engine.main_first(use)
+
+
+class _Pictures(Sequence[Picture]):
+    """The pictures of samples in a process that may not need them: listed when the first is asked for."""
+
+    def __init__(self, samples: ConversationSamples, count: int) -> None:
+        self._samples, self._count = samples, count
+        self._listed: list[Picture] = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Picture: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Picture]: ...
+    def __getitem__(self, index: int | slice) -> Picture | Sequence[Picture]:
+        if not self._listed:
+            self._listed = self._samples.pictures()
+            # The main process sees the same data, which is checked before training; a row more or less would shift all others.
+            assert len(self._listed) == self._count, "this process sees other pictures than the main one"
+        return self._listed[index]
 
 
 class _Extract:

@@ -15,7 +15,7 @@ from mmkit.data.conversations import ConversationEncoder
 from mmkit.data.images import mean_colour
 from mmkit.data.layout import Layout, join
 from mmkit.data.lengths import Measured, conversation_lengths
-from mmkit.data.message_rows import Opened, open_conversations
+from mmkit.data.message_rows import Opened, look_at_conversations, open_conversations
 from mmkit.data.remote import default_cache
 from mmkit.data.skipped import LeftOut
 from mmkit.distributed.engine import Engine
@@ -132,7 +132,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     )
 
     def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Read:
-        read = [_read_items(source, recipe.data) for source in sources]
+        read = [_read_items(source, recipe.data, engine) for source in sources]
         available = sum(len(found) for found, *_ in read)
         parts = [(found.piece(0, limit or len(found)), source.path) for source, (found, *_) in zip(sources, read, strict=True)]
         fit, size = meta["image_fit"], meta["image_size"]
@@ -262,13 +262,21 @@ def _unquantized(model: Any, recipe: LlavaRecipe) -> Any:
     return whole
 
 
-def _read_items(source: SourceConfig, data: DataConfig) -> Opened:
+def _read_items(source: SourceConfig, data: DataConfig, engine: Engine) -> Opened:
     """Usable conversations of a data set, what is left out of it, and a hash of it.
+
+    The main process reads a JSON file and looks for the pictures; all map what it has kept.
 
     Raises:
         InputError: Another kind of data, no usable conversation, or too few.
     """
-    items, left_out, fingerprint = open_conversations(source.path, source.type, image_root=source.image_root)
+    cache = Path(data.cache) if data.cache else default_cache()
+    where: dict[str, Any] = {"image_root": source.image_root, "cache": cache}
+    told = [look_at_conversations(source.path, source.type, **where)] if engine.is_main else []
+    # First without a timeout: parsing half a million conversations takes a minute.
+    engine.barrier()
+    told = engine.gather(told)
+    items, left_out, fingerprint = engine.main_first(lambda: open_conversations(source.path, source.type, **where, told=told[0]))
     # Before the model trains a step: a wrong image root leaves everything out.
     check_skipped(len(left_out), len(items) + len(left_out), data.max_skipped, where=_reasons(source.path, left_out))
     return items, left_out, fingerprint

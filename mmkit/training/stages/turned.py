@@ -15,6 +15,7 @@ from mmkit.data.items import Conversation, ConversationSet, JoinedConversations
 from mmkit.data.packing import pack_sequences, pad_sequences
 from mmkit.data.pairs import Picture
 from mmkit.data.skipped import SampleError
+from mmkit.encoders.picture_rows import PictureRows
 from mmkit.training.objective import Batch
 
 
@@ -47,22 +48,22 @@ class ConversationSamples:
         self._kept = np.arange(len(self.items))
         # Features of each picture and the rows they lie in, where they were extracted beforehand.
         self._features: Tensor | None = None
-        self._row: dict[Picture, int] = {}
+        self._row: PictureRows | None = None
 
     def pictures(self) -> list[Picture]:
         """All different pictures, in the order of their first use; what cannot be read has none."""
         found: dict[Picture, None] = {}
         for index in range(len(self)):
             try:
-                found.update(dict.fromkeys(self.items[int(self._kept[index])].images))
+                found.update(dict.fromkeys(self.items.images(int(self._kept[index]))))
             except SampleError:
                 # Left out when it is drawn, with its reason.
                 continue
         return list(found)
 
-    def use_features(self, pictures: Sequence[Picture], features: Tensor) -> None:
+    def use_features(self, rows: PictureRows, features: Tensor) -> None:
         """Give ``features`` [pictures, N, D], NaN for a picture that cannot be used, in place of pixels."""
-        self._row, self._features = {picture: row for row, picture in enumerate(pictures)}, features
+        self._row, self._features = rows, features
 
     @property
     def kept_shape(self) -> tuple[int, ...] | None:
@@ -91,7 +92,7 @@ class ConversationSamples:
 
     def _picture(self, picture: Picture) -> Tensor:
         """Pixels uint8[3, S, S], or features f[N, D]."""
-        if self._features is None:
+        if self._features is None or self._row is None:
             image = decode_image(picture.read(self.max_bytes), max_pixels=self.max_pixels)
             return torch.from_numpy(fit_square(image, self.size, fit=self.fit, fill=self.fill))
         # A copy: the view would keep the whole file's pages.
