@@ -121,6 +121,9 @@ class Mllm:
         ids = self.encode(question, pictures)
         image = self.model.config.image_token_id
         end = next((len(ids) - i for i, token in enumerate(reversed(ids)) if token == image), 0)
+        if end == len(ids):
+            # The plain template shows the picture and asks nothing: there has to be a token to go on from.
+            return Prompt((), tuple(ids))
         # Hundreds of ids, the same for most questions of a benchmark.
         return Prompt(self._same(tuple(ids[:end])), tuple(ids[end:]))
 

@@ -92,6 +92,18 @@ def test_every_batch_size_gives_the_same_answers(tmp_path, size):
     assert found.speed()["pictures_encoded"] == 5, "each picture once"
 
 
+def test_a_template_that_ends_with_the_picture(tmp_path):
+    """After alignment alone a model describes whatever it is shown; the question is no part of its prompt."""
+    some = [e for e in examples() if len(e.images) == 1]
+    assert {model("align").prompt(e.prompt, 1).beginning for e in some} == {()}
+    found = answered(tmp_path / "run", task(batch_size=5), some, stage="align")
+    pictures = [Image.open(io.BytesIO(e.images[0].read())).convert("RGB") for e in some]
+    one_by_one = [model("align").predict([p], ["What?"], max_new_tokens=6)[0] for p in pictures]
+    assert [found.texts[e.id] for e in some] == one_by_one
+    # The same through the Python API, where a picture has several questions.
+    assert model("align").predict([pictures[0]] * 3, QUESTIONS[:3], max_new_tokens=6) == one_by_one[:1] * 3
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_every_order_gives_the_same_answers(tmp_path, seed):
     some = examples().copy()
