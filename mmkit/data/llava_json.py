@@ -37,15 +37,14 @@ def _first_byte(path: Path) -> bytes:
     """The first byte that is no white space; empty: there is none."""
     try:
         with path.open("rb") as file:
-            for _, _, line in read_lines(file, longest=1 << 16):
-                # What is too long for a line of white space begins with something.
-                if line is None or (found := line.removeprefix(_BOM).strip()):
-                    return b"?" if line is None else found[:1]
+            found = file.read(len(_BOM)).removeprefix(_BOM).lstrip()
+            while not found and (more := file.read(1 << 16)):
+                found = more.lstrip()
+            return found[:1]
     except FileNotFoundError as error:
         raise InputError("no such file", where=path, mend="check the path") from error
     except IsADirectoryError as error:
         raise InputError("is a folder, not a file", where=path, mend="give the JSON file in it") from error
-    return b""
 
 
 def _broken_json(path: Path, text: str, error: json.JSONDecodeError, *, line: int = 0) -> InputError:
