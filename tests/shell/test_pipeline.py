@@ -25,7 +25,7 @@ TINY = [
 ]
 # What the report says of the models. The rest of it names folders, whose hash is in a model's fingerprint, and clocks.
 SAID = ("summary", "systems", "differences", "not_compared", "probes", "curves", "gallery", "skipped", "notes")
-OF_THE_RUN = {"speed", "model_fingerprint"}
+OF_THE_RUN = {"speed", "model_fingerprint", "Model"}
 # Two dozen starts of Python: minutes where the machine has other things to do.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
