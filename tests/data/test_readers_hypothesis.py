@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
 import unicodedata
@@ -12,7 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmkit.data.bounds import MAX_LINE
 from mmkit.data.pairs import decode_caption
+from mmkit.data.reading import read_lines
 from mmkit.data.sources.rows import RowReader
 from mmkit.data.sources.tars import Member, TarFault, index_tar, walk_tar
 
@@ -229,6 +232,31 @@ def test_rows_of_arbitrary_bytes(tmp_path: Path, lines: list[bytes], ending: byt
     left_out = [int(key.rpartition(":")[2]) for key, *_ in index.left_out]
     assert sorted([*used, *left_out]) == sorted(numbered)
     assert all(reason and "\n" not in reason for _, reason, _ in index.left_out)
+
+
+@given(st.lists(st.binary(max_size=12).map(lambda line: line.replace(b"\n", b"")), max_size=9), st.booleans(), st.integers(1, 9))
+@settings(max_examples=200)
+def test_lines_have_their_place_and_long_ones_are_not_held(lines: list[bytes], last: bool, longest: int) -> None:
+    data = b"\n".join(lines) + b"\n" * last
+    found = list(read_lines(io.BytesIO(data), longest=longest))
+    # All of the file, in order and without a gap.
+    assert b"".join(data[start : start + size] for start, size, _ in found) == data
+    assert [start for start, *_ in found] == [0, *itertools.accumulate(size for _, size, _ in found)][: len(found)]
+    for start, size, line in found:
+        whole = data[start : start + size]
+        assert whole.count(b"\n") <= 1 and whole.rstrip(b"\n") == whole[: size - whole.count(b"\n")]
+        assert line == (whole if len(whole.rstrip(b"\n")) <= longest else None)
+
+
+def test_a_row_without_end_is_left_out_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = b'{"image": "a.jpg", "caption": "dog"}\n'
+    path.write_bytes(good + b'{"image": "' + b"x" * (MAX_LINE + 1) + b'"}\n' + good)
+    index = RowReader()(path)
+    assert [index.key(row) for row in range(len(index))] == ["rows.jsonl:1 a.jpg", "rows.jsonl:3 a.jpg"]
+    assert [(row.key, row.reason) for row in index.left_out] == [("rows.jsonl:2", "a row of more than 16 MiB")]
+    begin = int(index.arrays["offset"][1])
+    assert path.read_bytes()[begin:] == good
 
 
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=80).map(lambda text: text.encode("utf-8", "surrogatepass"))))

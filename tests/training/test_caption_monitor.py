@@ -7,6 +7,7 @@ import shutil
 import types
 from pathlib import Path
 
+import numpy as np
 import pipeline
 import pytest
 import torch
@@ -142,9 +143,7 @@ def test_every_process_writes_equally_many_and_the_order_is_kept(monkeypatch, wo
     image = [types.SimpleNamespace(path=str(i)) for i in range(7)]
     # Two captions a picture, in turns, so that rows and pairs differ.
     pairs = [types.SimpleNamespace(image=image[i % 7].path, caption=f"c{i}", name=f"n{i}") for i in range(14)]
-    samples = types.SimpleNamespace(
-        pairs=pairs, row={p.path: i for i, p in enumerate(image)}, features_of=lambda n: torch.tensor([float(n % 7)])
-    )
+    samples = types.SimpleNamespace(pairs=pairs, rows=np.arange(14) % 7, features_of=lambda n: torch.tensor([float(n % 7)]))
     monitor = CaptionMonitor(None, None, samples, CaptionMonitorConfig(every=1, batch_size=2), DecodingConfig())
     assert monitor.captions[3] == ["c3", "c10"]
     parts: list[list[str]] = []

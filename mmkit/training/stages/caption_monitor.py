@@ -50,8 +50,7 @@ class CaptionMonitor:
         # Row of the features -> first pair of the picture, and its captions; in the order of the file.
         self.first: dict[int, int] = {}
         found: dict[int, list[str]] = {}
-        for number, pair in enumerate(samples.pairs):
-            row = samples.row[pair.image]
+        for number, (pair, row) in enumerate(zip(samples.pairs, samples.rows.tolist(), strict=True)):
             self.first.setdefault(row, number)
             found.setdefault(row, []).append(pair.caption)
         self.rows = list(found)[: config.pictures]

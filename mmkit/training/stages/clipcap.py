@@ -17,7 +17,7 @@ from mmkit.data.batching import Lengths
 from mmkit.data.images import decode_image
 from mmkit.data.layout import Layout
 from mmkit.data.packing import pad_sequences
-from mmkit.data.pairs import Pair, PairSource, Picture
+from mmkit.data.pairs import Pair, PairSource
 from mmkit.data.skipped import LeftOut, SampleError
 from mmkit.data.sources import open_pairs, open_training_pairs, options_of
 from mmkit.distributed.engine import Engine
@@ -50,8 +50,9 @@ class CaptionedFeatures(NamedTuple):
 class FeatureSamples:
     """Captions with the features of their picture, extracted once a picture."""
 
-    def __init__(self, pairs: list[Pair], ids: list[list[int]], features: Tensor, row: dict[Picture, int]) -> None:
-        self.pairs, self.ids, self.features, self.row = pairs, ids, features, row
+    def __init__(self, pairs: list[Pair], ids: list[list[int]], features: Tensor, rows: NDArray[np.int64]) -> None:
+        """Take pairs, their captions' ids, the features of all pictures, and the row of each pair's picture in them."""
+        self.pairs, self.ids, self.features, self.rows = pairs, ids, features, rows
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -66,7 +67,7 @@ class FeatureSamples:
 
     def features_of(self, index: int) -> Tensor:
         """Features ``[D]`` or ``[N, D]`` of the picture of one pair."""
-        return self.features[self.row[self.pairs[index].image]]
+        return self.features[int(self.rows[index])]
 
 
 def collate_captions(samples: list[CaptionedFeatures]) -> Batch:
@@ -140,7 +141,7 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         # All captions are kept as ids, which are few beside the features.
         ids = caption_ids(tokenizer, [p.caption for p in kept], end=recipe.caption_end, max_length=recipe.max_length)
         readable[readable] = good
-        return FeatureSamples(kept, ids, features, work.row), unreadable + left_out, source.layout.keep(readable)
+        return FeatureSamples(kept, ids, features, work.rows[good]), unreadable + left_out, source.layout.keep(readable)
 
     # The main process first: on first use it writes the indexes that the others then find.
     source = engine.main_first(lambda: open_training_pairs(recipe.data))
@@ -233,7 +234,10 @@ class FeatureWork:
         self.encoder, self.pairs, self.kind = encoder, pairs, kind
         self.max_pixels, self.max_bytes = max_pixels, max_bytes
         # A row a picture, though COCO has five captions for each; dict.fromkeys keeps the order of the file.
-        self.row = {ref: i for i, ref in enumerate(dict.fromkeys(p.image for p in pairs))}
+        row = {ref: i for i, ref in enumerate(dict.fromkeys(p.image for p in pairs))}
+        # Numbers are kept, the dictionary is not: loader workers would copy it page by page.
+        self.pictures = list(row)
+        self.rows = np.fromiter((row[p.image] for p in pairs), np.int64, len(pairs))
 
     def extract(self, folder: Path, key: str, engine: Engine, workers: int) -> Tensor:
         """Features ``[pictures, D]`` or ``[pictures, N, D]``, a view of a file; NaN where the picture cannot be read."""
@@ -250,7 +254,7 @@ class FeatureWork:
             lambda: mapped_features(
                 folder,
                 key,
-                list(self.row),
+                self.pictures,
                 compute,
                 shape=shape,
                 dtype=torch.float32,
@@ -270,12 +274,13 @@ class FeatureWork:
         # Part by part: the patch tokens of a whole set are no tensor to compute on at once.
         good = torch.cat([~part.flatten(1).isnan().any(1) for part in features.split(_LOOK)])
         left_out = []
-        for pair in self.pairs:
-            if not good[self.row[pair.image]]:
+        sound = good.numpy()[self.rows]
+        for pair, usable in zip(self.pairs, sound.tolist(), strict=True):
+            if not usable:
                 try:
                     decode_image(pair.image.read(self.max_bytes), max_pixels=self.max_pixels)
                     reason = "the picture could not be read when its features were extracted"
                 except SampleError as error:
                     reason = str(error)
                 left_out.append(LeftOut(pair.source, pair.key, reason))
-        return np.asarray([bool(good[self.row[p.image]]) for p in self.pairs], dtype=bool), left_out
+        return sound, left_out
