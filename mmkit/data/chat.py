@@ -77,6 +77,8 @@ class OwnTemplate:
     def render(self, turns: list[tuple[str, str]], *, images: bool, system: str | None) -> Rendered:
         """The segments of a conversation; texts as `place_pictures` and ``strip`` leave them.
 
+        What opens an answer in generation stands before every answer, also where the template writes less before earlier ones.
+
         Raises:
             ConversationError: The template rewrites one of its texts.
         """
@@ -92,6 +94,9 @@ class OwnTemplate:
         for question, answer in turns:
             between, after = literals[at + 1], self._split(literals[at + 2])
             at += 2
+            # Qwen3's writes the empty thought before the last answer only. Every answer is learnt behind what opens one in
+            # generation; the others would be learnt behind a prompt that nobody asks with.
+            between = opening if opening.startswith(between) else between
             border = len(opening) if between.startswith(opening) else len(between)
             prompt = [*waiting, *content_segments(question, images=images), *self._split(between[:border])]
             # Up to the first control token: that is where generation stops.

@@ -30,7 +30,7 @@ from mmkit.files import hash_text
 # What torch's cross_entropy ignores by default, and LLaVA's value.
 IGNORE_INDEX = -100
 # Of what this module makes of a text: another number where it makes something else of it, so that kept lengths are not used.
-_VERSION = "1"
+_VERSION = "2"
 
 
 @dataclass(frozen=True)

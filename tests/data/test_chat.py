@@ -50,6 +50,26 @@ def spans(out):
     return found
 
 
+def with_every_thought(made, rows):
+    """Ids of a chat with the empty thought before all answers, where the template writes it before the last one only."""
+    text = made.apply_chat_template(rows, tokenize=False, **FIXED)
+    thought = "<think>\n\n</think>\n\n"
+    opening = "<|im_start|>assistant\n"
+    return made(text.replace(thought, "").replace(opening, opening + thought), add_special_tokens=False).input_ids
+
+
+def test_every_answer_is_learnt_behind_what_opens_one_in_generation():
+    made = chat_tokenizer("qwen3", "bpe")
+    whole, alone = encode(TURNS, made), encode(TURNS[:1], made)
+    # The first answer of several: the same prompt as when it is the only one, which is the prompt that is asked with.
+    prompt = encode_prompt(TURNS[0][0], made, "chat", **how(made))
+    assert whole.input_ids[: len(prompt)] == prompt and whole.labels[: len(prompt)] == [-100] * len(prompt)
+    assert spans(whole)[0] == spans(alone)[0]
+    text = made.decode(whole.input_ids)
+    assert text.count("<think>") == text.count("<|im_start|>assistant") == len(TURNS)
+    assert "<think>" not in made.decode([i for span in spans(whole) for i in span])
+
+
 @pytest.mark.parametrize(("shape", "kind"), CASES)
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("system", [None, "Be brief."])
@@ -59,22 +79,23 @@ def test_ids_are_those_of_apply_chat_template(shape, kind, count, system):
     made = chat_tokenizer(shape, kind)
     turns = TURNS[:count]
     ids = made.apply_chat_template(chat(turns, shape, system), return_dict=False, **FIXED)
+    if shape == "qwen3":
+        ids = with_every_thought(made, chat(turns, shape, system))
     out = encode(turns, made, system=system)
     assert out.input_ids == ids
     assert not out.cut
     end = SHAPES[shape][-1] or made.eos_token
     assert [span[-1] for span in spans(out)] == [made.convert_tokens_to_ids(end)] * count
     said = [made.decode(span[:-1]) for span in spans(out)]
-    # Qwen3's template writes an empty thought before the last answer; it belongs to the prompt.
+    # Qwen3's empty thought belongs to the prompt.
     assert [text.strip() for text in said] == [answer for _, answer in turns]
     assert out.num_supervised == sum(map(len, spans(out)))
     asked = chat([(turns[0][0], None)], shape, system)
     asked = made.apply_chat_template(asked, add_generation_prompt=True, return_dict=False, **FIXED)
     prompt = encode_prompt(turns[0][0], made, "chat", system=system, **how(made))
     assert prompt == asked
-    if count == 1:
-        assert out.input_ids[: len(prompt)] == prompt
-        assert out.labels[len(prompt)] == out.input_ids[len(prompt)]
+    assert out.input_ids[: len(prompt)] == prompt
+    assert out.labels[len(prompt)] == out.input_ids[len(prompt)]
 
 
 @pytest.mark.parametrize("shape", NO_SYSTEM)
@@ -173,12 +194,10 @@ def test_whatever_the_texts_spell_only_the_template_writes_control_tokens(case, 
         else:
             assert "cannot keep" in error.reason
         return
-    # Qwen3's template writes an empty thought in front of the last answer only, so with more turns the first one opens otherwise.
-    if len(turns) == 1 or case[0] != "qwen3":
-        asked = encode_prompt(turns[0][0], made, "chat", **how(made, int(pictured)))
-        assert out.input_ids[: len(asked)] == asked
-        assert out.labels[: len(asked)] == [-100] * len(asked)
-        assert out.labels[len(asked)] != -100
+    asked = encode_prompt(turns[0][0], made, "chat", **how(made, int(pictured)))
+    assert out.input_ids[: len(asked)] == asked
+    assert out.labels[: len(asked)] == [-100] * len(asked)
+    assert out.labels[len(asked)] != -100
     blank = encode([("<image>\nq" if pictured and i == 0 else "q", "a") for i in range(len(turns))], made, images=int(pictured))
     special = {t for t, token in made.added_tokens_decoder.items() if token.special} | {
         made.convert_tokens_to_ids(t) for t in own_template(made).added

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from mmkit.config import DataConfig
 from mmkit.data import reading
 from mmkit.data.images import ImageRef
+from mmkit.data.inspect import inspect_pairs
 from mmkit.data.pairs import PairSource
 from mmkit.data.remote import ShardCache
 from mmkit.data.sidecar import SMALLEST, SUFFIX, Omitted, Origin, make_index, read_sidecar, write_sidecar
@@ -597,3 +598,40 @@ def test_faults_in_a_list_of_sources_are_told_as_such() -> None:
         assert told in str(caught.value) and "valid string" not in str(caught.value)
     with pytest.raises(ValueError, match="a weight is a share among several data sets: leave it out"):
         data([{"path": "a", "weight": 1}])
+
+
+def test_messages_are_pairs_by_their_first_answer_about_a_picture(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(shards.jpeg(i))
+    picture = {"type": "image"}
+
+    def row(key: str, *talk: object, images: list[str]) -> dict[str, object]:
+        roles = ["user", "assistant"] * (len(talk) // 2)
+        return {"id": key, "images": images, "messages": [{"role": r, "content": c} for r, c in zip(roles, talk, strict=True)]}
+
+    rows = [
+        row("plain", [picture, {"type": "text", "text": "What?"}], "a dog\nin a park", images=["0.jpg"]),
+        row("late", "Hi", "Hello", [picture], "a cat", images=["1.jpg"]),
+        row("two", [picture, picture], "both", images=["0.jpg", "1.jpg"]),
+        row("text", "Hi", "Hello", images=[]),
+        row("gone", [picture], "x", images=["9.jpg"]),
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = open_pairs(str(path), SourceOptions(kind="messages"))
+    assert [(pair.key, pair.caption) for pair in source] == [("plain", "a dog in a park"), ("late", "a cat")]
+    reasons = {row.key: row.reason for row in source.left_out}
+    assert reasons == {"two": "2 pictures", "text": "no picture", "gone": "no such picture: 9.jpg"}
+    found = inspect_pairs(str(path), options=SourceOptions(kind="messages"), workers=1)
+    assert (found.pairs, found.skipped.total) == (2, 3)
+    # Rows of tables: pictures are bytes, and what is wrong with one shows when it is read.
+    table = pyarrow.table(
+        {
+            "messages": [row("", "Hi", "Hello", "<image>", "a cat", images=[])["messages"]] * 2,
+            "images": [[{"bytes": shards.jpeg(i), "path": None}] * i for i in (1, 2)],
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    source = open_pairs(str(tmp_path / "t.parquet"), SourceOptions(kind="messages"))
+    assert [(pair.key, pair.caption, pair.image.read()) for pair in source] == [("row 0", "a cat", shards.jpeg(1))]
+    assert [row.key for row in source.left_out] == ["row 1"]

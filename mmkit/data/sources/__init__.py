@@ -16,7 +16,7 @@ from mmkit.data.remote import ShardCache, default_cache, is_remote
 from mmkit.data.skipped import LeftOut
 from mmkit.data.sources.columns import HubShard, check_columns, data_roots, load_rows, open_groups, stream_files, window_of
 from mmkit.data.sources.effect import PAIR_KEYS, check_keys, defaults_of
-from mmkit.data.sources.files import Read, read_coco, read_folder, read_llava_pairs
+from mmkit.data.sources.files import Read, read_coco, read_conversation_pairs, read_folder
 from mmkit.data.sources.indexed import Indexed
 from mmkit.data.sources.locate import HUB, expand, guess_kind
 from mmkit.data.sources.rows import RowReader, RowShard
@@ -228,12 +228,18 @@ def _in_memory(read: Callable[[str, Path], Read], location: str, options: Source
     return _of_shards([ListShard(pairs)], left_out, fingerprint, None)
 
 
+def _open_conversations(kind: str, location: str, options: SourceOptions) -> PairSource:
+    pairs, left_out, fingerprint = read_conversation_pairs(location, kind, options.image_root)
+    return _of_shards([ListShard(pairs)], left_out, fingerprint, None)
+
+
 _READERS: dict[str, Callable[[str, SourceOptions], PairSource]] = {
     "webdataset": _open_tars,
     "parquet": _open_parquet,
     "pairs": _open_rows,
     "coco": partial(_in_memory, read_coco),
-    "llava": partial(_in_memory, read_llava_pairs),
+    "llava": partial(_open_conversations, "llava"),
+    "messages": partial(_open_conversations, "messages"),
     "folder": partial(_in_memory, read_folder),
     "hf": _open_hub,
 }

@@ -39,19 +39,33 @@ def read_coco(location: str, root: Path) -> Read:
     return pairs, left_out, hash_file(path)
 
 
-def read_llava_pairs(location: str, root: Path) -> Read:
-    """LLaVA conversations as pairs: the first answer about a picture is its caption, as in LLaVA's alignment data."""
-    from mmkit.data.llava_json import read_llava
+def read_conversation_pairs(location: str, kind: str, image_root: str | None) -> Read:
+    """Conversations as pairs: the first answer about a picture is its caption, as in LLaVA's alignment data.
 
-    items, left_out = read_llava(location, image_root=root, unique_ids=False)
+    Args:
+        location: As `mmkit.data.message_rows.open_conversations` takes it.
+        kind: ``llava`` or ``messages``.
+        image_root: Folder that names of pictures are relative to; None: that of the file.
+    """
+    # They import transformers, which no other kind of pairs needs.
+    from mmkit.data.message_rows import open_conversations
+    from mmkit.data.pieces import IMAGE_MARKER
+
+    items, left_out, fingerprint = open_conversations(location, kind, image_root=image_root)
     pairs = []
-    for item in items:
-        # Of several pictures the answer may describe any, or what sets them apart.
-        if len(item.images) != 1:
-            left_out.append(LeftOut(location, item.id, f"{len(item.images)} pictures" if item.images else "no picture"))
+    for index in range(len(items)):
+        try:
+            item = items[index]
+            # Of several pictures the answer may describe any, or what sets them apart.
+            if len(item.images) != 1:
+                raise SampleError(f"{len(item.images)} pictures" if item.images else "no picture")
+            caption = clean_caption(next(answer for question, answer in item.turns if IMAGE_MARKER in question))
+        # Of rows of tables what is wrong shows when they are read.
+        except ValueError as error:
+            left_out.append(LeftOut(location, items.name(index), str(error)))
             continue
-        pairs.append(Pair(location, item.id, item.images[0], clean_caption(item.turns[0][1])))
-    return pairs, left_out, hash_file(Path(location))
+        pairs.append(Pair(location, item.id, item.images[0], caption))
+    return pairs, left_out, fingerprint
 
 
 def read_folder(location: str, root: Path) -> Read:
