@@ -165,11 +165,9 @@ def test_an_encoder_without_the_part_a_probe_needs_is_refused(colours, rival, ca
     assert not (colours / "run").exists()
 
 
-@pytest.mark.parametrize(("recipe", "stage"), [("demo-probe", "superclass"), ("demo-eval-mllm", "finetune")])
-def test_several_processes_are_refused(recipe, stage, monkeypatch, capsys):
-    command, key = ("probe", "encoder") if recipe == "demo-probe" else ("eval", "model")
-    parent = pipeline.trained(stage)
+def test_several_processes_are_refused(monkeypatch, capsys):
+    parent = pipeline.trained("superclass")
     monkeypatch.setenv("WORLD_SIZE", "2")
     capsys.readouterr()
-    assert pipeline.mmkit(command, recipe, f"{key}={parent}") == 2
+    assert pipeline.mmkit("probe", "demo-probe", f"encoder={parent}") == 2
     assert "runs in one process" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def test_examples(tmp_path: Path) -> None:
     assert rooted.images[0].name == "elsewhere/a.jpg"
     # Without answers: nothing to score, but to be asked.
     bare = lines(tmp_path / "bare.jsonl", [{"id": 1, "question": "?"}])
-    (asked,) = load_task(TaskConfig(task="generic", questions=str(bare)))
+    (asked,) = find_suite("generic").examples(TaskConfig(task="generic", questions=str(bare)))
     assert (asked.references, asked.images) == ([], ())
     assert find_suite("generic").rows([one], {1: "2"}) == [{"id": 1, "prediction": "2"}]
     assert find_suite("generic").write_submission(tmp_path, [one], {1: "2"}) is None

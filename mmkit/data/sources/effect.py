@@ -12,8 +12,8 @@ from mmkit.errors import InputError
 # Tables and rows have columns of any name; shards, COCO and LLaVA files fix what picture and caption are called.
 _NAMED = ("pairs", "parquet", "hf")
 PAIR_KEYS: Mapping[str, tuple[str, ...]] = {"image": _NAMED, "caption": _NAMED, "streaming": ("hf",)}
-# Folders name classes by sub-folders, shards by .cls.
-LABELLED_KEYS: Mapping[str, tuple[str, ...]] = {"image": ("jsonl", "hf"), "label": ("jsonl", "hf")}
+# Not `label`: a shipped recipe that names one is run on folders, which name classes by themselves, by `data.train=FOLDER` alone.
+LABELLED_KEYS: Mapping[str, tuple[str, ...]] = {"image": ("jsonl", "hf")}
 
 
 def check_keys(
