@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mmkit.config import ContrastiveRecipe, EvalRecipe, PretrainRecipe, Recipe, SuperclassRecipe, TrackConfig, TrainConfig
-from mmkit.errors import InputError
 from mmkit.recipes import find_deepspeed
 
 
@@ -43,9 +42,7 @@ def check_parts(recipe: Recipe) -> None:
         from mmkit.eval.score import check_task_settings
 
         for i, task in enumerate(recipe.tasks):
-            if task.task != "coco-caption" and "{question}" not in task.prompt:
-                raise InputError(f"prompt {task.prompt!r} has no {{question}}", where=f"tasks.{i}.prompt", mend="put it in")
-            check_task_settings(task)
+            check_task_settings(task, where=f"tasks.{i}.")
 
 
 def _check_encoder(recipe: PretrainRecipe) -> None:

@@ -13,7 +13,7 @@ from mmkit.config import TaskConfig
 from mmkit.errors import InputError
 from mmkit.eval.result import Score, Settings, nearest
 from mmkit.eval.scorers.formats import Source
-from mmkit.eval.suites import find_suite, suite_names
+from mmkit.eval.suites import BUILT_IN, find_suite, suite_names
 
 # Settings of every suite; each suite names its own beside them.
 COMMON = ("allow_missing", "bootstrap", "seed")
@@ -49,11 +49,16 @@ def parse_settings(task: str, pairs: Mapping[str, str]) -> dict[str, Any]:
     return out
 
 
-def check_task_settings(config: TaskConfig) -> None:
+def check_task_settings(config: TaskConfig, where: str = "") -> None:
     """Refuse a task that could not be scored, and settings that its scorer would refuse: before hours of generation, not after.
 
+    Args:
+        config: The task.
+        where: Its place in a recipe, for messages, such as ``tasks.0.``.
+
     Raises:
-        InputError: No annotations and no server; a setting that is unknown to the suite, without effect here, or not of its type.
+        InputError: No annotations and no server; a prompt without its question; a setting that is unknown to the suite, without
+            effect here, not of its type, or of a value that the suite does not have.
     """
     given, suite = dict(config.settings), find_suite(config.task)
     if config.annotations is None and suite.submit is None:
@@ -70,6 +75,27 @@ def check_task_settings(config: TaskConfig) -> None:
     for key in given:
         _check_setting(config.task, key)
     _check_common(**{key: value for key, value in given.items() if key in COMMON})
+    if config.annotations is not None:
+        _check_values(config.task, given)
+    if config.task != "coco-caption" and "{question}" not in config.prompt:
+        raise InputError(f"prompt {config.prompt!r} has no {{question}}", where=f"{where}prompt", mend="put it in")
+
+
+def _check_values(task: str, given: Mapping[str, Any]) -> None:
+    """Refuse values of the suite's own settings, by letting its scorer look at them with nothing to score.
+
+    Raises:
+        InputError: A value that the suite does not have.
+    """
+    # Suites of mmkit look at their settings before anything else, a test holds them to it; others may trip over the empty file.
+    if task not in BUILT_IN:
+        return
+    options = {key: str(value) for key, value in given.items() if key not in COMMON and value is not None}
+    try:
+        find_suite(task).score(task, [], {}, None, Settings(options))
+    except InputError as error:
+        if error.where in options:
+            raise
 
 
 def _check_common(*, allow_missing: object = False, bootstrap: object = 0, seed: object = 0) -> None:

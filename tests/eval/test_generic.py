@@ -326,3 +326,12 @@ def test_any_json_is_read_or_refused(data: Any) -> None:
             read(data)
         except InputError as error:
             assert "\n" not in str(error)
+
+
+def test_a_misspelt_key_of_a_row_is_refused(tmp_path: Path) -> None:
+    row = {"id": 1, "question": "?", "answers": ["a"], "imgae": "a.jpg"}
+    with pytest.raises(InputError, match=r'question 1 has a key "imgae"; did you mean "image"\?'):
+        read_questions(lines(tmp_path / "slip.jsonl", [row]))
+    # Columns of a data set's own are nobody's business, not even one like a key that is there.
+    extra = {"id": 1, "question": "?", "answers": ["a"], "answer": "a", "source": "web", "difficulty": 3}
+    assert read_questions(lines(tmp_path / "own.jsonl", [extra]))[1].answers == ["a"]

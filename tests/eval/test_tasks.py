@@ -9,6 +9,8 @@ import pytest
 from mmkit.config import TaskConfig
 from mmkit.errors import InputError
 from mmkit.eval.examples import Example, Picture
+from mmkit.eval.names import BUILT_IN
+from mmkit.eval.score import check_task_settings
 from mmkit.eval.suites import find_suite
 from mmkit.eval.tasks import load_task, shuffle_pictures
 
@@ -112,3 +114,17 @@ def test_result_rows_are_the_official_ones():
 def test_vqav2_needs_its_questions():
     with pytest.raises(InputError, match=r"vqav2 needs questions; give questions=PATH"):
         load_task(config("vqav2", questions=None))
+
+
+@pytest.mark.parametrize(
+    ("suite", "option"),
+    [(name, option) for name in BUILT_IN for option in find_suite(name).options if option not in ("choices", "split")],
+)
+def test_values_of_settings_are_refused_before_anything_is_asked(suite, option):
+    with pytest.raises(InputError, match=f"^{option}: "):
+        check_task_settings(TaskConfig(task=suite, annotations="a.json", settings={option: "no-such"}))
+
+
+def test_a_prompt_without_its_question_is_refused():
+    with pytest.raises(InputError, match=r"prompt: prompt 'Answer!' has no \{question\}; put it in"):
+        load_task(config("vqav2", prompt="Answer!"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from mmkit.eval.scorers.formats import ANSWERS, Source, VqaQuestion, listed
 from mmkit.eval.suites.answers import score_answers
 from mmkit.eval.suites.suite import Predictions, Suite
 
+_KEYS = ("id", "image", "images", "question", "answers", "type")
 _SHAPE = '{"id": 1, "image": "a.jpg", "question": "...", "answers": ["..."]}'
 
 
@@ -80,6 +82,10 @@ def _fault(row: Mapping[str, Any], answers: bool) -> str | None:
         return 'has no text "question"'
     if not isinstance(row.get("type", ""), str):
         return 'has a "type" that is no text'
+    # Data sets have columns of their own; one that is nearly a known key is a slip that would leave a picture out in silence.
+    for key in row.keys() - set(_KEYS):
+        if near := difflib.get_close_matches(key, set(_KEYS) - row.keys(), 1, 0.8):
+            return f'has a key "{key}"; did you mean "{near[0]}"?'
     if "image" in row and "images" in row:
         return 'has both "image" and "images"'
     # "image": null is how tables write a question without a picture.
