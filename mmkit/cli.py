@@ -71,7 +71,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)
         else:
-            _complain(error.format_message(), hint="mmkit --help")
+            # Of the command that was given, where the parser came that far.
+            context = getattr(error, "ctx", None)
+            _complain(error.format_message(), hint=f"{context.command_path if context else 'mmkit'} --help")
         code = EXIT_INPUT
     except StoppedError as error:
         _complain(str(error))
@@ -228,8 +230,11 @@ def score(
     """Official scoring of a result file, without a model."""
     from mmkit.eval.score import parse_settings
     from mmkit.eval.score import score as run
-    from mmkit.files import write_json
+    from mmkit.files import check_target, write_json
 
+    if out is not None:
+        # Before minutes of scoring.
+        check_target(out)
     # Text becomes numbers here; the Python function takes them as they are and is as strict.
     chosen = parse_settings(task, _settings(settings))
     found = run(task, predictions, annotations, questions, **chosen)

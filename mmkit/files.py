@@ -67,6 +67,20 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def check_target(path: Path) -> None:
+    """Refuse a place that no file can be written to, before the work that it is for.
+
+    Raises:
+        InputError: It is a folder, or below something that is none or must not be written to.
+    """
+    if path.is_dir():
+        raise InputError("is a folder", where=path, mend=f"name a file, such as {path / 'scores.json'}")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "must not be written to" if above.is_dir() else "is a file, not a folder"
+        raise InputError(what, where=above, mend="choose another place, or mend its rights")
+
+
 @contextlib.contextmanager
 def new_file(path: Path, *, flush: bool = True) -> Iterator[IO[bytes]]:
     """A file that appears at ``path`` only when the block ends well; an older one there is replaced.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shutil
 from pathlib import Path
 
 from mmkit.errors import InputError
+from mmkit.eval.names import suite_names
 
 _PACKAGE = Path(__file__).parent
 # Recipes lie in the stage folders, where a newcomer looks, and not in the package; the wheel gets copies.
@@ -37,6 +39,13 @@ def list_tasks() -> dict[str, Path]:
     return {p.stem: p for p in sorted((recipe_folders()["eval"] / "tasks").glob("*.yaml"))}
 
 
+def suites_of_tasks() -> dict[str, str]:
+    """Shipped tasks by name, each with the suite that scores it: ``vqav2-val`` -> ``vqav2``."""
+    # By its line: a task may be built on another one and have none of its own.
+    found = {name: re.search(r"^task: *(\S+)", path.read_text(encoding="utf-8"), re.M) for name, path in list_tasks().items()}
+    return {name: line[1] for name, line in found.items() if line}
+
+
 def find_task(name: str, near: Path | None = None) -> Path:
     """A task by path or by shipped name.
 
@@ -52,6 +61,7 @@ def find_task(name: str, near: Path | None = None) -> Path:
             return path
     shipped = list_tasks()
     if name not in shipped:
+        _refuse_suite(name)
         close = difflib.get_close_matches(Path(name).stem, shipped, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(f"no task {name!r}", where="tasks", mend=f"{hint}known: {', '.join(shipped)}; or a path to a YAML file")
@@ -71,10 +81,24 @@ def find_recipe(name: str) -> Path:
     shipped = list_recipes() | list_tasks()
     if name in shipped:
         return shipped[name]
+    _refuse_suite(name)
     # The stem, so that `name.yaml` without such a file also finds its neighbour.
     near = difflib.get_close_matches(path.stem, shipped, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise InputError(f"no recipe {name!r}", mend=f"{hint}`mmkit ls` lists the shipped ones; a path to a YAML file works too")
+
+
+def _refuse_suite(name: str) -> None:
+    """Say what a suite's name is where a task's is wanted.
+
+    Raises:
+        InputError: It is one.
+    """
+    if name in suite_names():
+        tasks = [task for task, suite in suites_of_tasks().items() if suite == name]
+        what = f"{name!r} is a suite (rules, for `mmkit score`), not a task (data and a prompt)"
+        mend = f"tasks of it: {', '.join(tasks)}" if tasks else "write a task of your own: docs/evaluation.md"
+        raise InputError(what, mend=mend)
 
 
 def find_deepspeed(name: str) -> Path:

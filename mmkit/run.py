@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib.metadata
 import json
@@ -22,6 +21,7 @@ from typing import Any, Literal
 
 import mmkit
 from mmkit.config import Recipe, dump_recipe
+from mmkit.config.changes import changes
 from mmkit.data.scan.crew import cores
 from mmkit.data.skipped import LeftOut
 from mmkit.errors import InputError
@@ -141,6 +141,9 @@ class Run:
     def state(self, recipe: Recipe, parents: list[Parent], *, restart: bool = False) -> State:
         """Whether to start, to go on, or to return at once. Reads only.
 
+        What only says how the work is done (:mod:`mmkit.config.changes`) may change between starts. A finished evaluation
+        whose scoring changed goes on too: from its answers.
+
         Raises:
             InputError: The folder holds another recipe, other parents, or no run at all.
         """
@@ -154,14 +157,10 @@ class Run:
             raise InputError("folder is not empty and no run", where=self.path, mend="choose another run=DIR")
         if restart:
             return "new"
-        # Compared as text in its resolved form: every default is written out, so a new default of mmkit is noticed too.
-        before = _experiment((self.path / "recipe.yaml").read_text(encoding="utf-8"))
-        now = _experiment(dump_recipe(recipe))
-        if before != now:
-            lines = difflib.unified_diff(before, now, lineterm="", n=0)
-            diff = ", ".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("---", "+++"))
+        changed = changes((self.path / "recipe.yaml").read_text(encoding="utf-8"), dump_recipe(recipe))
+        if others := [str(change) for change in changed if change.kind == "experiment"]:
             raise InputError(
-                f"this run was made with another recipe ({diff})",
+                f"this run was made with another recipe ({'; '.join(others)})",
                 where=self.path,
                 mend="use another run=DIR, or --restart",
             )
@@ -177,7 +176,16 @@ class Run:
                     where=self.path,
                     mend="use another run=DIR, or --restart",
                 )
+        # The answers are there, and are scored again by the new rule.
+        if any(change.kind == "scoring" for change in changed):
+            return "continue"
         return "done" if manifest["status"] == "done" else "continue"
+
+    @property
+    def finished(self) -> bool:
+        """Whether what is on disk is a finished run; asked of the disk, not of this process."""
+        path = self.path / "manifest.json"
+        return path.is_file() and read_json(path)["status"] == "done"
 
     def start(
         self,
@@ -203,6 +211,7 @@ class Run:
             InputError: The run goes on, but with other data or readings; or another process is at work in the folder.
         """
         data = {"fingerprint": data_fingerprint, **(readings or {})}
+        starts: list[dict[str, Any]] = []
         if state == "continue":
             # On every process, before the first one writes: the limit on left-out samples must be the same for all.
             before = read_json(self.path / "manifest.json")
@@ -213,14 +222,20 @@ class Run:
                     f"the {what} have changed since this run began", where=self.path, mend="use another run=DIR, or --restart"
                 )
             self._seconds_before = before.get("seconds", 0.0)
+            starts = before.get("starts", [])
             listed = read_jsonl(self.path / "skipped.jsonl")
             self._skipped.update(((row["source"], row["key"]), row.get("samples", 1)) for row in listed)
         if not self.write:
             return
         self.lock()
         self._clear(everything=state == "new")
+        if self.finished:
+            # A kill after the next line must not leave the new recipe beside what an old one made and calls done.
+            write_json(self.path / "manifest.json", {**before, "status": "running"})
         # The recipe first: it marks the folder as a run, which a restart after a kill here relies on.
         write_text(self.path / "recipe.yaml", dump_recipe(recipe))
+        # UTC: the nodes of a cluster need not agree on a time zone.
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.manifest = {
             "status": "running",
             "kind": kind,
@@ -232,8 +247,9 @@ class Run:
             "hardware": hardware(),
             "parents": [{"role": p.role, "path": p.path, "fingerprint": p.fingerprint} for p in parents],
             "data": data,
-            # UTC: the nodes of a cluster need not agree on a time zone.
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "started": now,
+            # All of them: what an earlier version of mmkit made of a run stays part of it.
+            "starts": [*starts, {"started": now, "mmkit": mmkit.__version__, "git": git_commit()}],
             "seconds": self._seconds_before,
             "skipped": self.skipped,
         }
@@ -336,19 +352,6 @@ class Run:
             self.manifest["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 1)
             self.manifest["skipped"] = self.skipped
             write_json(self.path / "manifest.json", self.manifest)
-
-
-def _experiment(recipe: str) -> list[str]:
-    """The lines of a recipe without those of the train section that only say how the work is spread over processes.
-
-    Other machines may want another ZeRO stage and another micro-batch; the global batches, and so the run, stay the same.
-    """
-    kept, section = [], ""
-    for line in recipe.splitlines():
-        section = line if not line.startswith(" ") else section
-        if section != "train:" or line.partition(":")[0] not in ("  deepspeed", "  micro_batch_size"):
-            kept.append(line)
-    return kept
 
 
 def _is_leftover(path: Path) -> bool:

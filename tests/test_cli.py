@@ -310,10 +310,29 @@ def test_bad_score_settings(call: Call, shared: Path, task: str, setting: str, e
 def test_out_that_cannot_be_written_is_no_bug(call: Call, shared: Path, tmp_path: Path) -> None:
     broken = shared / "broken"
     words = ["--predictions", broken / "results_good.json", "--annotations", broken / "captions_good.json", "bootstrap=0"]
-    code, _, err = call("score", "coco-caption", *words, "--out", tmp_path)
-    assert code == 2
-    assert err.count("\n") == 1
-    assert str(tmp_path) in err
+    (tmp_path / "file").touch()
+    for place, what in (
+        (tmp_path, "is a folder; name a file, such as"),
+        (tmp_path / "file" / "x.json", "is a file, not a folder"),
+    ):
+        code, said, err = call("score", "coco-caption", *words, "--out", place)
+        assert code == 2 and not said, "before anything is scored"
+        assert err.count("\n") == 1
+        assert str(place if place == tmp_path else tmp_path / "file") in err and what in err
+
+
+def test_tasks_and_suites_are_told_apart(call: Call) -> None:
+    err = refused(call, "score", "textvqa-val-ocr", "--predictions", "a.json", "--annotations", "b.json")
+    assert "'textvqa-val-ocr' is a task of `mmkit eval`; a result file is scored by its suite; use textvqa" in err
+    err = refused(call, "eval", "pope")
+    assert "no such" in err or "model" in err, "the one name that is both is the task's"
+    err = refused(call, "eval", "gqa", "model=x")
+    assert "'gqa' is a suite" in err and "tasks of it: gqa-testdev-balanced" in err
+    assert "docs/evaluation.md" in refused(call, "eval", "generic", "model=x")
+
+
+def test_a_missing_word_leads_to_the_help_of_its_command(call: Call) -> None:
+    assert "report --help" in refused(call, "report", "--out", "x")
 
 
 def test_broken_picture_and_its_reason(call: Call, shared: Path) -> None:

@@ -176,10 +176,30 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, stage: str, override: str
         ("llava", ["model=runs/x"], "either `model`"),
         ("llava", ["encoder=null"], "either `model`"),
         ("llava", ["encoder=null", "llm=null"], "either `model`"),
-        ("eval", ["tasks=[]"], "at least 1"),
+        ("eval", ["tasks=[]"], "override: tasks=[]: should not be empty"),
+        ("eval", ["tasks=vqav2-val"], "override: tasks='vqav2-val': should be a list"),
+        ("eval", ["tasks.0.generation=3"], "tasks.0.generation=3: should be a section with keys"),
+        ("eval", ["limit=3"], "override: unknown key 'limit'; did you mean tasks.0.limit?"),
         ("eval", ["tasks.0.ocr=reference"], "ocr is a setting of textvqa, not of coco-caption"),
-        ("eval", ["tasks.9.limit=5"], "list index out of range"),
-        ("eval", ["tasks.x=5"], "check the override"),
+        (
+            "eval",
+            ["tasks.9.limit=5"],
+            "override 'tasks.9.limit=5': tasks is a list of 2, and '9' is none of its numbers; count from 0 to 1",
+        ),
+        ("eval", ["tasks.-1.limit=5"], "'-1' is none of its numbers"),
+        ("eval", ["tasks.x=5"], "override 'tasks.x=5': tasks is a list of 2, and 'x' is none of its numbers"),
+        ("eval", ["tasks=[{task: vqav2}]", "tasks.1.limit=5"], "'1' is none of its numbers; its only one is 0"),
+        ("eval", ["[=3"], "override '[=3': "),
+        (
+            "superclass",
+            ["data.train=[a,b]", "data.train.2=c"],
+            "data.train is a list of 2, and '2' is none of its numbers; count from 0 to 1",
+        ),
+        (
+            "superclass",
+            ["data.train=[]", "data.train.0=c"],
+            "data.train is a list of 0, and '0' is none of its numbers; give data.train first",
+        ),
         ("probe", ["probes=[linear,svm]"], "probes.1='svm'"),
         ("superclass", ["data.train=${oc.env:MMKIT_NO_SUCH_VARIABLE}"], "MMKIT_NO_SUCH_VARIABLE"),
         ("superclass", ["data.train=${data.nope}"], "nope"),
@@ -192,6 +212,14 @@ def test_bad_values_are_one_short_line(tmp_path: Path, stage: str, overrides: li
     assert expected in message
     # A rule between keys must not print the whole section.
     assert len(message) < 400 + len(str(tmp_path))
+
+
+def test_a_fault_of_the_file_is_not_laid_on_an_override(tmp_path: Path) -> None:
+    file = write(tmp_path, PLAIN["eval"] | {"blnd": True})
+    with pytest.raises(InputError) as caught:
+        load_recipe(file, ["seed=3", "modl=x"])
+    assert f"{file}: unknown key 'blnd'; did you mean blind?" in str(caught.value)
+    assert "override: unknown key 'modl'; did you mean model?" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["run", "encoder.architecture", "data.train", "train.lr"])
@@ -330,5 +358,5 @@ def test_command_line_says_one_line_and_exits_with_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"mmkit: {path}: unknown key 'tasks.0.limt'; did you mean tasks.0.limit?")
+    assert done.stderr.startswith(f"mmkit: {path}: override: unknown key 'tasks.0.limt'; did you mean tasks.0.limit?")
     assert "Traceback" not in done.stderr

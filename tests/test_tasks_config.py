@@ -87,6 +87,7 @@ def test_shipped_tasks_are_evaluations(name):
     ("tasks", "files", "message"),
     [
         ("[coco-karpathy-tset]", {}, "no task 'coco-karpathy-tset'; did you mean 'coco-karpathy-test'"),
+        ("[vqav2]", {}, r"'vqav2' is a suite .*; tasks of it: vqav2-test-dev, vqav2-val"),
         ("[{from: nowhere.yaml}]", {}, "no task 'nowhere.yaml'; "),
         ("[bad.yaml]", {"bad": "task: ["}, r"bad.yaml: cannot read the task"),
         ("[recipe.yaml]", {}, r"recipe.yaml: not a task"),
@@ -106,6 +107,6 @@ def test_faults_are_named(tmp_path, tasks, files, message):
 def test_a_fault_in_a_task_is_the_only_one_told(tmp_path):
     with pytest.raises(InputError) as error:
         load(write(tmp_path, "[{from: mine.yaml, limt: 3}]"))
-    assert "Tuple should have" not in str(error.value) and "pictures" not in str(error.value)
-    with pytest.raises(InputError, match=r"tasks=.*: Tuple should have at least 1 item"):
+    assert "should not be empty" not in str(error.value) and "pictures" not in str(error.value)
+    with pytest.raises(InputError, match=r"tasks=.*: should not be empty"):
         load(write(tmp_path, "[]"))

@@ -19,6 +19,13 @@ from mmkit.config.recipes import STAGES, Recipe
 from mmkit.config.tasks import expand_tasks
 from mmkit.errors import InputError
 
+# pydantic's types of fault, in words of the file.
+_IN_YAML = {
+    "tuple_type": "should be a list",
+    "too_short": "should not be empty",
+    "model_type": "should be a section with keys",
+    "dict_type": "should be a section with keys",
+}
 # A union told apart by its stage: faults are those of that stage's schema, not of all eight.
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Annotated[Recipe, Field(discriminator="stage")])
 
@@ -48,29 +55,60 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         # Before the overrides: `tasks.0.limit=5` reaches into a task that the recipe names alone.
         tree = expand_tasks(tree, path)
         for item in overrides:
-            key, equals, value = item.partition("=")
-            if not equals or not key:
-                raise InputError(f"override {item!r} is not of the form key=value", mend="write e.g. train.lr=1e-3")
-            # force_add: a key that the file leaves at its default may be given too; unknown ones are refused by pydantic below.
-            OmegaConf.update(tree, key, _parse_value(value), force_add=True)
+            key = _override(tree, item, path)
             # `tasks=[vqav2-val]` brings names in, which the next override may reach into.
             if key.partition(".")[0] == "tasks":
                 tree = expand_tasks(tree, path)
         # Resolved after the overrides, so that a reference to an overridden key sees its new value.
         plain = OmegaConf.to_container(tree, resolve=True)
-    # OmegaConf reports a malformed key (`[`, a word as list position) with plain Python errors.
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, IndexError, ValueError) as error:
-        # InputError is a ValueError, and says it better already.
-        if isinstance(error, InputError):
-            raise
-        raise InputError(_one_line(error), where=path, mend="check the override or the interpolation") from None
+    except OmegaConfBaseException as error:
+        # Its first line; the others name OmegaConf's own classes.
+        what = f"{error.full_key}: {str(error).splitlines()[0]}" if error.full_key else _one_line(error)
+        raise InputError(what, where=path, mend="check the ${...} there, or override the key") from None
     if not isinstance(plain, dict):
         raise InputError("a recipe is a mapping of keys", where=path, mend="start from `mmkit copy NAME DEST`")
-    return check_recipe(typing.cast(dict[str, Any], plain), where=path)
+    return check_recipe(typing.cast(dict[str, Any], plain), where=path, overrides=overrides)
 
 
-def check_recipe(plain: dict[str, Any], *, where: object) -> Recipe:
+def _override(tree: Any, item: str, path: Path) -> str:
+    """Set one ``dotted.key=value`` in the tree of a file; returns the key.
+
+    Raises:
+        InputError: It has no key, or counts past the end of a list.
+    """
+    from omegaconf import ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {item!r} is not of the form key=value", mend="write e.g. train.lr=1e-3")
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        above = ".".join(parts[:depth])
+        section = OmegaConf.select(tree, above, throw_on_missing=False) if above else tree
+        if isinstance(section, ListConfig) and not (part.isdigit() and int(part) < len(section)):
+            what = f"override {item!r}: {above} is a list of {len(section)}, and {part!r} is none of its numbers"
+            last = len(section) - 1
+            mend = f"count from 0 to {last}" if last > 0 else "its only one is 0" if last == 0 else f"give {above} first"
+            raise InputError(what, where=path, mend=mend)
+    try:
+        # force_add: a key that the file leaves at its default may be given too; unknown ones are refused by pydantic later.
+        OmegaConf.update(tree, key, _parse_value(value), force_add=True)
+    # OmegaConf reports a malformed key (such as `[`) with plain Python errors.
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, IndexError, ValueError) as error:
+        raise InputError(
+            f"override {item!r}: {str(error).splitlines()[0]}", where=path, mend="write e.g. train.lr=1e-3"
+        ) from None
+    return key
+
+
+def check_recipe(plain: dict[str, Any], *, where: object, overrides: Sequence[str] = ()) -> Recipe:
     """Check a plain mapping against the schema of its ``stage``.
+
+    Args:
+        plain: The recipe.
+        where: Its file, for messages.
+        overrides: Those in it: a fault of theirs is not one of the file.
 
     Raises:
         InputError: One line for all faults; unknown keys come with the nearest and all known keys.
@@ -87,7 +125,8 @@ def check_recipe(plain: dict[str, Any], *, where: object) -> Recipe:
         found = error.errors()
         # A list whose items are faulty counts as empty too: a fault that nobody made, and the list would be printed whole.
         within = {e["loc"][:depth] for e in found for depth in range(1, len(e["loc"]))}
-        faults = [_describe(dict(e), STAGES[stage]) for e in found if e["type"] != "too_short" or e["loc"] not in within]
+        keys = [item.partition("=")[0] for item in overrides]
+        faults = [_describe(dict(e), STAGES[stage], keys) for e in found if e["type"] != "too_short" or e["loc"] not in within]
         # All at once: mending a recipe fault by fault costs a start each.
         raise InputError("; ".join(faults), where=where, mend="see the recipe's head or `mmkit copy` a shipped one") from None
 
@@ -110,9 +149,17 @@ def _parse_value(text: str) -> Any:
     return typing.cast(dict[str, Any], tree)["value"] if text else None
 
 
-def _describe(error: dict[str, Any], schema: type[BaseModel]) -> str:
-    """One pydantic error in words."""
+def _describe(error: dict[str, Any], schema: type[BaseModel], overrides: Sequence[str]) -> str:
+    """One pydantic error in words; one of an override says that the file is not at fault."""
     location = list(error["loc"][1:])  # the first part is the stage, which chose the schema
+    key = ".".join(map(str, location))
+    # The override may name the section of the fault (`data={}`) or lead into it.
+    given = key and any(f"{key}.".startswith(f"{item}.") or f"{item}.".startswith(f"{key}.") for item in overrides)
+    return ("override: " if given else "") + _fault(error, location, schema)
+
+
+def _fault(error: dict[str, Any], location: list[Any], schema: type[BaseModel]) -> str:
+    """What is wrong at a place of a recipe."""
     key = ".".join(map(str, location)) or "recipe"
     if error["type"] == "extra_forbidden":
         known = sorted(_keys(schema))
@@ -125,12 +172,13 @@ def _describe(error: dict[str, Any], schema: type[BaseModel]) -> str:
             hint = f"did you mean {f'{parent}.' if parent else ''}{near[0]}? "
         else:  # the right name in the wrong section is the other common slip
             elsewhere = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {elsewhere[0]}? " if elsewhere else ""
+            # The one list of sections that recipes have.
+            hint = f"did you mean {elsewhere[0].replace('tasks.', 'tasks.0.')}? " if elsewhere else ""
         return f"unknown key {key!r}; {hint}known keys here: {', '.join(k.rpartition('.')[2] for k in siblings)}"
     if error["type"] == "missing":
         return f"key {key!r} is missing"
-    # pydantic's own words in front of a validator's message.
-    what = error["msg"].removeprefix("Value error, ")
+    # pydantic's own words in front of a validator's message; its words for types are Python's, not YAML's.
+    what = _IN_YAML.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     if isinstance(error.get("input"), dict):  # a rule between keys: the whole section would drown the message
         return f"{key}: {what}" if location else what
     return f"{key}={error.get('input')!r}: {what}"

@@ -1,12 +1,14 @@
 """Answers on disk as they come: an interrupted evaluation goes on from them.
 
 Each process appends to a file of its own in the run directory, batch by batch; when all questions have their answer they become
-``predictions.jsonl`` and the parts go.
+``predictions.jsonl`` and the parts go. Where the scoring of a finished run changes, they come back from there.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +16,13 @@ from typing import Any
 
 from mmkit.data.skipped import LeftOut
 from mmkit.eval.examples import Id
+from mmkit.files import read_json, write_text
 from mmkit.run import append_jsonl, read_jsonl
 
+logger = logging.getLogger(__name__)
 _PATTERN = "predictions.part-*.jsonl"
+# Settings of a score that tell how its answers were made.
+_MADE = ("batch_size", "cache", "answers_from_cache", "speed")
 
 
 @dataclass
@@ -45,12 +51,14 @@ class Answers:
         from_cache: Ids of those that another run had written.
         left_out: Questions whose picture cannot be used.
         speeds: One for each process and start.
+        settings: Of the score that a finished run had, as far as they tell how its answers were made.
     """
 
     texts: dict[Id, str] = field(default_factory=dict)
     from_cache: set[Id] = field(default_factory=set)
     left_out: list[LeftOut] = field(default_factory=list)
     speeds: dict[str, Speed] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def speed(self) -> dict[str, Any]:
         """Speed of all processes together, as a score's settings have it; empty where the model wrote nothing."""
@@ -98,6 +106,9 @@ def read_parts(run: Path) -> dict[str, Answers]:
 
 def _take(answers: Answers, row: dict[str, Any], part: str) -> None:
     """Take in one row of a part."""
+    if "settings" in row:
+        answers.settings |= row["settings"]
+        return
     if "speed" in row:
         new, speed = row["speed"], answers.speeds.setdefault(part, Speed())
         speed.answers += new["answers"]
@@ -110,6 +121,30 @@ def _take(answers: Answers, row: dict[str, Any], part: str) -> None:
         answers.from_cache.add(row["id"])
     if "left_out" in row:
         answers.left_out.append(LeftOut(**row["left_out"]))
+
+
+def restore_parts(run: Path, prompts: Mapping[str, Mapping[Id, str]]) -> None:
+    """Make a part of what a finished run keeps, so that its answers can be scored again.
+
+    Complete or absent, and in step with ``predictions.jsonl`` whenever a kill comes: until the run is begun anew it counts as
+    finished, and the part goes.
+
+    Args:
+        run: Run directory with ``predictions.jsonl`` and ``scores.json``.
+        prompts: What each task asks now, by id: a setting may choose other questions, and their answers are not there.
+    """
+    kept: list[dict[str, Any]] = [
+        {key: row[key] for key in ("task", "id", "prediction")}
+        for row in read_jsonl(run / "predictions.jsonl")
+        if prompts.get(row["task"], {}).get(row["id"]) == row["prompt"]
+    ]
+    count = Counter(row["task"] for row in kept)
+    for task, score in read_json(run / "scores.json")["tasks"].items():
+        # How fast and with which batches is told by the run that answered, as long as nothing is left to ask.
+        if count[task] == len(prompts.get(task, {})):
+            kept.append({"task": task, "settings": {key: score["settings"][key] for key in _MADE if key in score["settings"]}})
+    write_text(run / _PATTERN.replace("*", f"{0:05d}"), "".join(json.dumps(row) + "\n" for row in kept))
+    logger.info("%s: scored again; its %d answers stay", run, count.total())
 
 
 def remove_parts(run: Path) -> None:

@@ -20,7 +20,7 @@ from mmkit.distributed.ranks import Ranks
 from mmkit.errors import InputError, LostError, StoppedError
 from mmkit.eval.examples import Example, Id
 from mmkit.eval.generation import Generator, check_lost
-from mmkit.eval.parts import Answers, read_parts, remove_parts
+from mmkit.eval.parts import Answers, read_parts, remove_parts, restore_parts
 from mmkit.eval.predictions import FOLDER, PictureFiles, prediction_rows, write_predictions
 from mmkit.eval.result import Score, answer_shapes, make_score
 from mmkit.eval.reuse import AnswerCache
@@ -102,6 +102,10 @@ def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, resta
     # Every process asks before any process writes; the answer is the same for all.
     state = run.state(recipe, [parent], restart=restart)
     ranks.meet()
+    if state == "continue" and run.finished:
+        # Another way to score, and nothing to ask.
+        ranks.on_main(lambda: restore_parts(run.path, {task.name: {e.id: e.prompt for e in task.shown} for task in tasks}))
+        ranks.meet()
     ranks.on_main(lambda: run.start(recipe, [parent], state=state, data_fingerprint=_data_hash(recipe), kind="eval"))
     # All of them before anyone adds to it: what is left is shared out by what everybody knows.
     known = read_parts(run.path)
@@ -245,6 +249,7 @@ def _settings(task: Asked, recipe: EvalRecipe, parent: Parent, kind: str, answer
         "answers_from_cache": len(answers.from_cache),
         "speed": answers.speed(),
         **({"ocr": config.ocr} if config.task == "textvqa" else {}),
+        **answers.settings,
     }
 
 

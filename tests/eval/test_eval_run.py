@@ -15,6 +15,7 @@ from PIL import Image
 import mmkit
 from mmkit.eval.batches import Batches
 from mmkit.eval.examples import Picture
+from mmkit.eval.parts import read_parts
 from mmkit.eval.report import build_report
 from mmkit.eval.tasks import load_task
 
@@ -295,6 +296,39 @@ def test_an_interrupted_run_with_another_recipe_is_refused(tmp_path, monkeypatch
     assert scores(run)["vqav2"]["settings"]["max_new_tokens"] == 3 and not list(run.glob("*part*"))
 
 
+def test_another_rule_scores_the_answers_of_a_finished_run_again(tmp_path, monkeypatch, mllm_run):
+    run = tmp_path / "run"
+    shutil.copytree(mllm_run, run)
+    before, rule = scores(run), ["tasks.0.settings.rule=always", "system=renamed"]
+    rows = pipeline.rows(run / "predictions.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr("mmkit.eval.run.load_model", lambda *_: pytest.fail("the model was loaded"))
+        # Killed when the new recipe is there and nothing else is: what the old one made must not pass for its scores.
+        patch.setattr("mmkit.eval.run.read_parts", lambda *_: (_ for _ in ()).throw(MemoryError))
+        assert evaluate("mllm", run, *rule) == 1
+        assert pipeline.manifest(run)["status"] == "running"
+        patch.setattr("mmkit.eval.run.read_parts", read_parts)
+        assert evaluate("mllm", run, *rule) == 0
+    after = scores(run)
+    assert after["vqav2"]["settings"]["rule"] == "always" and before["vqav2"]["settings"]["rule"] == "official"
+    # As the official file scored by that rule, without a model.
+    world = pipeline.root() / "world"
+    truth, questions = world / "vqa_heldout_annotations.json", world / "vqa_heldout_questions.json"
+    again = mmkit.score("vqav2", mllm_run / "results" / "vqav2.json", truth, questions, rule="always")
+    assert after["vqav2"]["metrics"] == again["metrics"]
+    assert after["textvqa"] == before["textvqa"], "the other task is what it was, its speed too"
+    assert after["vqav2"]["settings"]["speed"] == before["vqav2"]["settings"]["speed"] != {}
+    assert [r["prediction"] for r in pipeline.rows(run / "predictions.jsonl")] == [r["prediction"] for r in rows]
+    manifest = pipeline.manifest(run)
+    assert (manifest["status"], manifest["system"], len(manifest["starts"])) == ("done", "renamed", 3)
+    assert not list(run.glob("*part*"))
+
+
+def test_a_finished_run_does_not_mind_how_it_was_done(mllm_run, monkeypatch):
+    monkeypatch.setattr("mmkit.eval.run.Ranks", lambda *_: pytest.fail("it was begun again"))
+    assert evaluate("mllm", mllm_run, "tasks.0.generation.batch_size=3", "tasks.1.generation.reuse=false") == 0
+
+
 def test_a_second_run_takes_the_answers_of_the_first_and_says_so(tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO", "mmkit")
     assert evaluate("mllm", tmp_path / "one") == 0
@@ -385,7 +419,9 @@ def test_a_test_set_gets_the_servers_file_and_no_score(tmp_path, mllm_run, capsy
     assert {row["question_id"] for row in json.loads(file.read_text())} == {*before, 10**9}
     # What the command says, also of a run that was done before, and a report of it.
     for _ in range(2):
-        assert f"test-dev         no score, the answers are the server's: {file}" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "test-dev         no score: the answers are the server's\n" in said
+        assert f"test-dev         for the server: {file}\n" in said
         assert evaluate("mllm", run, *more) == 0
     assert json.loads((run / "results" / "test-dev.json").read_text()) == json.loads(
         (mllm_run / "results" / "vqav2.json").read_text()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from mmkit.data.skipped import LeftOut
-from mmkit.eval.parts import Part, Speed, part_files, read_parts, remove_parts
+from mmkit.eval.parts import Part, Speed, part_files, read_parts, remove_parts, restore_parts
+from mmkit.files import write_json
+from mmkit.run import append_jsonl
 
 
 def test_what_several_processes_and_starts_wrote(tmp_path):
@@ -39,3 +41,16 @@ def test_a_line_that_a_kill_cut_off_is_no_answer_and_is_repaired(tmp_path):
         assert read_parts(tmp_path)["vqa"].texts == kept
         part.add("vqa", {3: "c"})
         assert read_parts(tmp_path)["vqa"].texts == {**kept, 3: "c"}
+
+
+def test_answers_of_a_finished_run_come_back_where_the_same_is_asked(tmp_path):
+    rows = [{"task": "vqa", "id": i, "prompt": f"Is it {i}?", "prediction": f"{i}", "score": {}} for i in (1, 2, "2")]
+    append_jsonl(tmp_path / "predictions.jsonl", [*rows, {"task": "other", "id": 1, "prompt": "old", "prediction": "a"}])
+    settings = {"batch_size": "auto", "cache": "dynamic", "answers_from_cache": 2, "speed": {"processes": 1}}
+    score = {"settings": settings | {"rule": "official"}}
+    write_json(tmp_path / "scores.json", {"tasks": {"vqa": score, "other": score}})
+    # Of one task two questions are asked again; of the other one there is a new one, and an old one with another prompt.
+    restore_parts(tmp_path, {"vqa": {1: "Is it 1?", "2": "Is it 2?"}, "other": {1: "new", 7: "more"}})
+    found = read_parts(tmp_path)
+    assert found["vqa"].texts == {1: "1", "2": "2"} and found["vqa"].settings == settings, "nothing of the rule"
+    assert found["other"].texts == {} and found["other"].settings == {}, "what is still to be asked tells its own"

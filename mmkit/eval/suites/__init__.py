@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from mmkit.errors import InputError
 from mmkit.eval.names import BUILT_IN, GROUP, suite_names
 from mmkit.eval.suites.suite import Suite
+from mmkit.recipes import suites_of_tasks
 
 __all__ = ["BUILT_IN", "GROUP", "Suite", "find_suite", "suite_names"]
 
@@ -31,6 +32,10 @@ def find_suite(name: str) -> Suite:
     if name not in points:
         near = difflib.get_close_matches(name, suite_names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
+        # Easily mixed up: a task is a suite with data and a prompt.
+        if suite := suites_of_tasks().get(name):
+            what = f"{name!r} is a task of `mmkit eval`; a result file is scored by its suite"
+            raise InputError(what, where="task", mend=f"use {suite}")
         raise InputError(f"unknown task {name!r}", where="task", mend=f"{hint}known: {', '.join(suite_names())}")
     found = points[name].load()
     if not isinstance(found, Suite):
