@@ -17,7 +17,7 @@ RUN=${RUN:-$RUNS/$(basename "$RECIPE" .yaml)}
 "$HERE/training/launch/torchrun.sh" train "$RECIPE" "$@" "run=$RUN"
 
 if [ -d "$DATA/imagenet/train" ]; then
-  mmkit probe probe-imagenet "encoder=$RUN" "run=$RUN-probe" "system=$(basename "$RUN")"
+  mmkit probe probe-imagenet "encoder=$RUN" "run=$RUN-probe"
 else
   echo "no $DATA/imagenet/train: the probe is left out" >&2
 fi

@@ -21,8 +21,8 @@ mmkit eval vqa-textvqa "model=$MLLM" "run=$answers" "$@"
 runs=("$captions" "$answers")
 
 if [ "${BLIND:-0}" = 1 ]; then
-  mmkit eval coco-captions "model=$CAPTIONER" "run=$captions-blind" system=blind blind=true
-  mmkit eval vqa-textvqa "model=$MLLM" "run=$answers-blind" system=blind blind=true "$@"
+  mmkit eval coco-captions "model=$CAPTIONER" "run=$captions-blind" blind=true
+  mmkit eval vqa-textvqa "model=$MLLM" "run=$answers-blind" blind=true "$@"
   runs+=("$captions-blind" "$answers-blind")
 fi
 for probe in "$RUNS"/*-probe; do

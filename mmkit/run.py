@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mmkit
-from mmkit.config import Recipe, dump_recipe
+from mmkit.config import EvalRecipe, Recipe, dump_recipe
 from mmkit.config.changes import changes
 from mmkit.data.scan.crew import cores
 from mmkit.data.skipped import LeftOut
@@ -67,12 +67,15 @@ class Parent:
         path: Run directory, model folder or hub name, as the recipe gave it.
         fingerprint: Hash of its weights and settings, or the name itself for a hub model.
         folder: Where the files lie; None for a hub name.
+        system: Row label of the run that made it; of what no run made the hub name, or the folder's.
     """
 
     role: str
     path: str
     fingerprint: str
     folder: Path | None = None
+    # A label says nothing about what is in it.
+    system: str | None = dataclasses.field(default=None, compare=False)
 
 
 def resolve_parent(role: str, name: str) -> Parent:
@@ -94,15 +97,15 @@ def resolve_parent(role: str, name: str) -> Parent:
         if not (path / "model").is_dir():
             raise InputError(f"this run has no model to use as {role}", where=path, mend="give a training run")
         # The fingerprint from when it was written: a run that is used often is not hashed each time.
-        return Parent(role, name, manifest["product"], path / "model")
+        return Parent(role, name, manifest["product"], path / "model", manifest.get("system") or path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"no {role} here: config.json is missing", where=path, mend="give a run or a model folder")
         # A folder that mmkit did not make has no record of itself, so its content is read.
-        return Parent(role, name, hash_folder(path), path)
+        return Parent(role, name, hash_folder(path), path, path.name)
     # Language models go by plain hub names (gpt2); an encoder needs a prefix, or every typing error would be one.
     if ":" in name or role == "llm":
-        return Parent(role, name, fingerprint_of_name(name))
+        return Parent(role, name, fingerprint_of_name(name), system=name)
     raise InputError(f"no such {role}", where=name, mend="give a finished run, a model folder, or timm:NAME")
 
 
@@ -240,7 +243,7 @@ class Run:
             "status": "running",
             "kind": kind,
             "stage": recipe.stage,
-            "system": recipe.system,
+            "system": system_of(recipe, parents),
             "mmkit": mmkit.__version__,
             "git": git_commit(),
             "packages": package_versions(),
@@ -352,6 +355,18 @@ class Run:
             self.manifest["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 1)
             self.manifest["skipped"] = self.skipped
             write_json(self.path / "manifest.json", self.manifest)
+
+
+def system_of(recipe: Recipe, parents: list[Parent]) -> str | None:
+    """Row label of a run in the report: its recipe's, else that of the encoder or model that it is made from.
+
+    A label that stood in the recipe of a task would name the wrong model as soon as another one is given.
+    """
+    # Language models are shared by the systems that a report compares.
+    inherited = next((parent.system for parent in parents if parent.role != "llm"), None)
+    if recipe.system or inherited is None:
+        return recipe.system
+    return f"{inherited}, blind" if isinstance(recipe, EvalRecipe) and recipe.blind else inherited
 
 
 def _is_leftover(path: Path) -> bool:

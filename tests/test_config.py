@@ -179,6 +179,7 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, stage: str, override: str
         ("eval", ["tasks=[]"], "override: tasks=[]: should not be empty"),
         ("eval", ["tasks=vqav2-val"], "override: tasks='vqav2-val': should be a list"),
         ("eval", ["tasks.0.generation=3"], "tasks.0.generation=3: should be a section with keys"),
+        ("eval", ["tasks.0.prompt={question}"], "override: tasks.0.prompt: should be a text, and YAML reads braces"),
         ("eval", ["limit=3"], "override: unknown key 'limit'; did you mean tasks.0.limit?"),
         ("eval", ["tasks.0.ocr=reference"], "ocr is a setting of textvqa, not of coco-caption"),
         (

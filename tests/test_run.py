@@ -16,7 +16,8 @@ import mmkit
 from mmkit.config import Recipe, check_recipe
 from mmkit.data.skipped import LeftOut
 from mmkit.errors import InputError
-from mmkit.run import Parent, Run, append_jsonl, git_commit, hardware, package_versions, read_jsonl, resolve_parent
+from mmkit.files import write_json
+from mmkit.run import Parent, Run, append_jsonl, git_commit, hardware, package_versions, read_jsonl, resolve_parent, system_of
 
 PARENT = Parent("encoder", "runs/a", "0123456789abcdef")
 
@@ -347,3 +348,33 @@ def test_a_lock_that_was_deleted_keeps_nobody_out_and_is_not_taken(tmp_path: Pat
     assert (folder / lock.NAME).read_text().startswith(f"process {os.getpid()} on ")
     assert second._file is not None and os.fstat(second._file.fileno()).st_ino == (folder / lock.NAME).stat().st_ino
     assert old and seen
+
+
+@pytest.mark.parametrize(
+    ("own", "parents", "blind", "label"),
+    [
+        ("mine", ["SuperClass"], False, "mine"),
+        ("mine", ["SuperClass"], True, "mine"),
+        (None, ["SuperClass"], False, "SuperClass"),
+        (None, ["SuperClass"], True, "SuperClass, blind"),
+        (None, [], True, None),
+    ],
+)
+def test_a_run_is_named_after_what_it_is_made_from(own: str | None, parents: list[str], blind: bool, label: str | None) -> None:
+    task = {"task": "coco-caption", "annotations": "a.json"}
+    plain = {"stage": "eval", "run": "r", "model": "m", "system": own, "blind": blind, "tasks": [task]}
+    made_from = [Parent("llm", "gpt2", "gpt2", system="gpt2"), *(Parent("model", "m", "f", system=name) for name in parents)]
+    assert system_of(check_recipe(plain, where="test"), made_from) == label
+
+
+def test_what_no_run_made_is_named_after_itself(tmp_path: Path) -> None:
+    assert resolve_parent("encoder", "timm:vit_tiny_patch16_224").system == "timm:vit_tiny_patch16_224"
+    (tmp_path / "my-llava").mkdir()
+    (tmp_path / "my-llava" / "config.json").write_text("{}")
+    assert resolve_parent("model", str(tmp_path / "my-llava")).system == "my-llava"
+    run = begin(tmp_path / "run")
+    (run.path / "model").mkdir()
+    run.finish("done")
+    assert resolve_parent("encoder", str(run.path)).system == "SuperClass"
+    write_json(run.path / "manifest.json", {**run.manifest, "system": None})
+    assert resolve_parent("encoder", str(run.path)).system == "run"

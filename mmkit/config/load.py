@@ -179,6 +179,9 @@ def _fault(error: dict[str, Any], location: list[Any], schema: type[BaseModel]) 
         return f"key {key!r} is missing"
     # pydantic's own words in front of a validator's message; its words for types are Python's, not YAML's.
     what = _IN_YAML.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type" and isinstance(error.get("input"), dict | list):
+        # `prompt={question}` of a command line, most of the time.
+        what = f"should be a text, and YAML reads braces and brackets as sections and lists: quote it, '{key}=\"...\"'"
     if isinstance(error.get("input"), dict):  # a rule between keys: the whole section would drown the message
         return f"{key}: {what}" if location else what
     return f"{key}={error.get('input')!r}: {what}"
