@@ -205,7 +205,7 @@ def _tracker(recipe: Any, run: Run) -> Callable[[int], Tracker]:
 
 
 def score_lines(path: Path) -> list[str]:
-    """The scores of an evaluation, a line for each metric and one for what a server takes.
+    """The scores of an evaluation, a line for each metric; of a test set without answers the file that its server takes.
 
     Args:
         path: ``scores.json``; an absent one has no lines.
@@ -222,9 +222,8 @@ def score_lines(path: Path) -> list[str]:
             interval = f"  [{low:.4f}, {high:.4f}]" if low is not None else ""
             lines.append(f"{name:{width}} {metric:16} {value:.4f}{interval}")
         if not found["metrics"]:
-            lines.append(f"{name:{width}} no score: the answers are the server's")
-        if "submission" in found:
-            lines.append(f"{name:{width}} for the server: {path.parent / found['submission']}")
+            file = found.get("submission")
+            lines.append(f"{name:{width}} no score, the answers are the server's{f': {path.parent / file}' if file else ''}")
     return lines
 
 
