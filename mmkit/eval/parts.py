@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkit.data.skipped import LeftOut
+from mmkit.errors import InputError
 from mmkit.eval.examples import Id
 from mmkit.files import read_json, write_text
 from mmkit.run import append_jsonl, read_jsonl
@@ -132,14 +133,22 @@ def restore_parts(run: Path, prompts: Mapping[str, Mapping[Id, str]]) -> None:
     Args:
         run: Run directory with ``predictions.jsonl`` and ``scores.json``.
         prompts: What each task asks now, by id: a setting may choose other questions, and their answers are not there.
+
+    Raises:
+        InputError: One of the two is gone, or was edited.
     """
-    kept: list[dict[str, Any]] = [
-        {key: row[key] for key in ("task", "id", "prediction")}
-        for row in read_jsonl(run / "predictions.jsonl")
-        if prompts.get(row["task"], {}).get(row["id"]) == row["prompt"]
-    ]
+    try:
+        rows, scores = read_jsonl(run / "predictions.jsonl"), read_json(run / "scores.json")["tasks"]
+        kept: list[dict[str, Any]] = [
+            {key: row[key] for key in ("task", "id", "prediction")}
+            for row in rows
+            if prompts.get(row["task"], {}).get(row["id"]) == row["prompt"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"predictions.jsonl or scores.json cannot be scored again ({type(error).__name__}: {error})"
+        raise InputError(what, where=run, mend="start anew with --restart; answers of earlier runs are kept") from None
     count = Counter(row["task"] for row in kept)
-    for task, score in read_json(run / "scores.json")["tasks"].items():
+    for task, score in scores.items():
         # How fast and with which batches is told by the run that answered, as long as nothing is left to ask.
         if count[task] == len(prompts.get(task, {})):
             kept.append({"task": task, "settings": {key: score["settings"][key] for key in _MADE if key in score["settings"]}})

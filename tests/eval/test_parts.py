@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import pytest
+
 from mmkit.data.skipped import LeftOut
+from mmkit.errors import InputError
 from mmkit.eval.parts import Part, Speed, part_files, read_parts, remove_parts, restore_parts
 from mmkit.files import write_json
 from mmkit.run import append_jsonl
@@ -54,3 +57,16 @@ def test_answers_of_a_finished_run_come_back_where_the_same_is_asked(tmp_path):
     found = read_parts(tmp_path)
     assert found["vqa"].texts == {1: "1", "2": "2"} and found["vqa"].settings == settings, "nothing of the rule"
     assert found["other"].texts == {} and found["other"].settings == {}, "what is still to be asked tells its own"
+
+
+@pytest.mark.parametrize(
+    ("rows", "scores"),
+    [(b'{"task": "vqa", \n', b'{"tasks": {}}'), (b"[1]\n", b'{"tasks": {}}'), (b"", b'{"tasks": {'), (b"", None)],
+)
+def test_a_finished_run_that_was_edited_is_not_scored_again(tmp_path, rows, scores):
+    (tmp_path / "predictions.jsonl").write_bytes(rows)
+    if scores is not None:
+        (tmp_path / "scores.json").write_bytes(scores)
+    with pytest.raises(InputError, match=r"cannot be scored again .*; start anew with --restart"):
+        restore_parts(tmp_path, {"vqa": {}})
+    assert not list(part_files(tmp_path))
