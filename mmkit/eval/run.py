@@ -26,7 +26,7 @@ from mmkit.eval.result import Score, answer_shapes, make_score
 from mmkit.eval.reuse import AnswerCache
 from mmkit.eval.score import score
 from mmkit.eval.suites import find_suite
-from mmkit.eval.tasks import load_task, shuffle_pictures
+from mmkit.eval.tasks import check_places, load_task, shuffle_pictures
 from mmkit.files import Writing, hash_file, hash_folder, hash_text, write_json
 from mmkit.models.inference import kind_of, load_model
 from mmkit.run import Parent, Run, hardware, resolve_parent
@@ -98,6 +98,7 @@ def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, resta
     ranks.on_main(run.lock)
     kind = kind_of(parent)
     # Everything that can be wrong with the files is found before the model is loaded.
+    check_places(recipe.tasks)
     tasks = [_ask(task, recipe, kind) for task in recipe.tasks]
     # Every process asks before any process writes; the answer is the same for all.
     state = run.state(recipe, [parent], restart=restart)

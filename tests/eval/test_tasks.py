@@ -12,7 +12,7 @@ from mmkit.eval.examples import Example, Picture
 from mmkit.eval.names import BUILT_IN
 from mmkit.eval.score import check_task_settings
 from mmkit.eval.suites import find_suite
-from mmkit.eval.tasks import load_task, shuffle_pictures
+from mmkit.eval.tasks import check_places, load_task, shuffle_pictures
 
 
 def config(task: str, **more) -> TaskConfig:
@@ -128,3 +128,20 @@ def test_values_of_settings_are_refused_before_anything_is_asked(suite, option):
 def test_a_prompt_without_its_question_is_refused():
     with pytest.raises(InputError, match=r"prompt: prompt 'Answer!' has no \{question\}; put it in"):
         load_task(config("vqav2", prompt="Answer!"))
+
+
+def test_all_that_is_missing_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").touch()
+    (tmp_path / "pope").mkdir()
+    tasks = [
+        TaskConfig(task="vqav2", annotations="a.json", questions="q.json", image_root="pictures"),
+        TaskConfig(task="pope", annotations="pope"),
+        TaskConfig(task="mme", annotations="/nowhere/mme"),
+        TaskConfig(task="vqav2", questions="a.json"),
+    ]
+    with pytest.raises(InputError) as caught:
+        check_places(tasks)
+    missing = "tasks.0.questions q.json, tasks.0.image_root pictures, tasks.2.annotations /nowhere/mme"
+    assert f"tasks: no such file or folder: {missing}; set DATA" in str(caught.value) and str(tmp_path) in str(caught.value)
+    check_places(tasks[1:2] + tasks[3:])
