@@ -227,7 +227,7 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Where to write the scores as JSON.")] = None,
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. rule=2017 metric=anls")] = None,
 ) -> None:
-    """Official scoring of a result file, without a model."""
+    """Official scoring of a result file, without a model; docs/suites.md has every suite's files and settings."""
     from mmkit.eval.score import parse_settings
     from mmkit.eval.score import score as run
     from mmkit.files import check_target, write_json
