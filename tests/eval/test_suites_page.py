@@ -16,7 +16,7 @@ from mmkit.eval.scorers.yesno import MME_RULES, POPE_RULES
 from mmkit.eval.suites import find_suite, mmmu, scienceqa, textvqa, vizwiz
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "suites.md").read_text(encoding="utf-8")
-SECTIONS = {name: text for name, text in re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)}
+SECTIONS = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 VALUES: dict[tuple[str, str], Iterable[str]] = {
     ("coco-caption", "tokenizer"): ptb.TOKENIZERS,
     ("coco-caption", "metrics"): FAMILIES,
