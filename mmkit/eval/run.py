@@ -119,8 +119,8 @@ def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, resta
         ranks.meet()
         ranks.on_main(lambda task=task: rows.extend(_score(task, recipe, run, parent, kind, scores)))  # type: ignore[misc]
     generator.close()
+    # The last meeting: who looked for signals after it would call a run stopped whose parts are gone.
     ranks.on_main(lambda: _finish(run, scores, rows))
-    ranks.meet()
     ranks.close()
 
 

@@ -170,3 +170,22 @@ def test_a_process_that_is_told_to_stop_stops_the_other(zygote: Zygote, tmp_path
     codes = [zygote.wait(pid) for pid in zygote.start(words(run), log, processes=2, before=slow(notes, 0))]
     assert codes == [0, 0] and product(run) == alone
     assert asked(notes) == alone[0].count(b"\n"), "nothing was asked twice"
+
+
+# SIGTERM when the product is there, while the other process has yet to hear of it.
+LATE = """
+import os, signal
+import mmkit.eval.run as module
+finish = module._finish
+def told(*arguments):
+    finish(*arguments)
+    os.kill(os.getpid(), signal.SIGTERM)
+module._finish = told
+"""
+
+
+def test_a_signal_after_the_product_is_written_does_not_undo_it(zygote: Zygote, tmp_path, alone):
+    run, log = tmp_path / "run", tmp_path / "log"
+    codes = [zygote.wait(pid) for pid in zygote.start(words(run), log, processes=2, before=LATE)]
+    assert codes == [0, 0], log.read_text()[-3000:]
+    assert pipeline.manifest(run)["status"] == "done" and product(run) == alone
