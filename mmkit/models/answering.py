@@ -165,16 +165,15 @@ class AnswerWriter:
         """
         if how.num_beams > 1 or cache == "static" or not self._plain:
             return self._by_transformers(rows, how, cache)
+        kept: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
         try:
             self._read_beginnings(rows)
             written = self._search(rows, how)
             # Copies: what is kept would hold the memory of the whole batch that it was read in.
             kept = {key: [(k.clone(), v.clone()) for k, v in self._beginnings[key]] for key in keep if key in self._beginnings}
-        except RuntimeError:
-            # Where memory ran out nothing of this batch may stay.
-            self._beginnings = {}
-            raise
-        self._beginnings = kept
+        finally:
+            # However it ended: memory may have run out, and after a Ctrl-C in a notebook a key may come to name another picture.
+            self._beginnings = kept
         return written
 
     def _read_beginnings(self, rows: Sequence[Asked]) -> None:

@@ -158,6 +158,25 @@ def test_a_beginning_is_read_once_and_kept_as_long_as_it_is_asked_for(monkeypatc
     assert read[-2:] == [beginning, len(asked[0].ids) - beginning], "and forgotten when nobody asked for it"
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_an_interrupted_batch_leaves_nothing_behind(monkeypatch, error):
+    """The Python API names pictures by identity, and after a Ctrl-C a new picture may lie where an old one lay."""
+    mllm, how = opened("llama"), WAYS["greedy"]
+
+    def asked(picture):
+        features = mllm.features([mllm.square(picture)])
+        return [mllm.ask(mllm.prompt(question, 1), features, key="the same place") for question in QUESTIONS[:2]]
+
+    def interrupted(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(mllm.writer, "_search", interrupted)
+        mllm.writer.write(asked(pictures()[0]), how, keep={"the same place"})
+    expected = [reference(mllm, [pictures()[1]], question, how) for question in QUESTIONS[:2]]
+    assert mllm.writer.write(asked(pictures()[1]), how) == expected
+
+
 def test_sampling_differs_by_seed_and_not_by_batch():
     mllm = opened("llama")
     other = DecodingConfig(max_new_tokens=10, **{**SAMPLE, "seed": 4})
