@@ -43,14 +43,19 @@ class Answers:
     Attributes:
         texts: Answers by id; empty ones of pictures that cannot be used, too.
         from_cache: Ids of those that another run had written.
-        left_out: Questions whose picture cannot be used.
+        lost: Questions whose picture could not be used when it was tried last.
         speeds: One for each process and start.
     """
 
     texts: dict[Id, str] = field(default_factory=dict)
     from_cache: set[Id] = field(default_factory=set)
-    left_out: list[LeftOut] = field(default_factory=list)
+    lost: dict[Id, LeftOut] = field(default_factory=dict)
     speeds: dict[str, Speed] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """The lost questions as ``skipped.jsonl`` lists them."""
+        return list(self.lost.values())
 
     def speed(self) -> dict[str, Any]:
         """Speed of all processes together, as a score's settings have it; empty where the model wrote nothing."""
@@ -105,11 +110,16 @@ def _take(answers: Answers, row: dict[str, Any], part: str) -> None:
         speed.pictures += new["pictures"]
         speed.batch_size = new["batch_size"]
         return
+    if "left_out" in row:
+        # Another start, whose part may come first by name, may have found the picture in order.
+        if row["id"] not in answers.texts or row["id"] in answers.lost:
+            answers.lost[row["id"]] = LeftOut(**row["left_out"])
+            answers.texts[row["id"]] = ""
+        return
     answers.texts[row["id"]] = row["prediction"]
+    answers.lost.pop(row["id"], None)
     if row.get("from_cache"):
         answers.from_cache.add(row["id"])
-    if "left_out" in row:
-        answers.left_out.append(LeftOut(**row["left_out"]))
 
 
 def remove_parts(run: Path) -> None:

@@ -28,6 +28,17 @@ def test_what_several_processes_and_starts_wrote(tmp_path):
     assert list(part_files(tmp_path)) == [] and not read_parts(tmp_path)
 
 
+def test_a_lost_question_that_was_answered_since_is_not_lost(tmp_path):
+    """Parts are read in the order of their names, which is not that of the starts."""
+    left = [LeftOut("p.jpg", "1", "cannot be read (Input/output error)"), LeftOut("p.jpg", "1", "is no picture")]
+    for rank in (0, 2):
+        Part(tmp_path, rank).leave_out("vqa", {1: left[0], 2: left[0]})
+    Part(tmp_path, 1).add("vqa", {1: "a dog"})
+    Part(tmp_path, 2).leave_out("vqa", {2: left[1]})
+    found = read_parts(tmp_path)["vqa"]
+    assert found.texts == {1: "a dog", 2: ""} and found.lost == {2: left[1]}
+
+
 def test_a_line_that_a_kill_cut_off_is_no_answer_and_is_repaired(tmp_path):
     part = Part(tmp_path, 0)
     part.add("vqa", {1: "a"})
