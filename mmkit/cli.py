@@ -184,9 +184,13 @@ def demo(
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
     """Train a stage: superclass, clip, lit, finetune, clipcap or llava, as the recipe says."""
-    from mmkit.commands import run_train
+    from mmkit.distributed.preemption import leave_on_signals
 
-    _done(run_train(_load(recipe, overrides), restart=restart), "model")
+    # Before the imports, which take seconds.
+    with leave_on_signals():
+        from mmkit.commands import run_train
+
+        _done(run_train(_load(recipe, overrides), restart=restart), "model")
 
 
 @app.command()
@@ -206,9 +210,12 @@ def probe(recipe: RecipeName, overrides: Overrides = None, restart: Restart = Fa
 @app.command("eval")
 def evaluate(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
     """Generate and score one or more tasks with one model."""
-    from mmkit.eval.run import run_eval
+    from mmkit.distributed.preemption import leave_on_signals
 
-    _done(run_eval(_expect(_load(recipe, overrides), EvalRecipe), restart=restart), "scores.json")
+    with leave_on_signals():
+        from mmkit.eval.run import run_eval
+
+        _done(run_eval(_expect(_load(recipe, overrides), EvalRecipe), restart=restart), "scores.json")
 
 
 def _expect(recipe: Recipe, kind: type[Any]) -> Any:

@@ -49,17 +49,26 @@ class Liveness:
         lost: Set when a process went without saying goodbye.
     """
 
-    def __init__(self, rank: int, world_size: int, store: Store, *, leave: Callable[[int], None] = os._exit) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: Store,
+        *,
+        goes_on: str = "the last checkpoint",
+        leave: Callable[[int], None] = os._exit,
+    ) -> None:
         """Connect and begin to watch; every process must come here.
 
         Args:
             rank: This process.
             world_size: Number of processes.
             store: Reaches all processes.
+            goes_on: What the same command goes on from after a loss.
             leave: Ends this process when it did not end by itself after another one was lost.
         """
         self.lost = threading.Event()
-        self._rank, self._world_size, self._leave = rank, world_size, leave
+        self._rank, self._world_size, self._goes_on, self._leave = rank, world_size, goes_on, leave
         self._who = "another process"
         self._closing = threading.Event()
         self._peers: dict[socket.socket, int] = {}
@@ -139,7 +148,7 @@ class Liveness:
 
     def describe(self) -> str:
         """One line about the loss."""
-        return f"{self._who} was lost; run the same command to go on from the last checkpoint"
+        return f"{self._who} was lost; run the same command to go on from {self._goes_on}"
 
     def explain(self, error: RuntimeError, *, wait: float = 5.0) -> RuntimeError:
         """What an error of a collective really means.

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+from collections.abc import Iterator
 from types import FrameType
+
+from mmkit.errors import EXIT_STOPPED
 
 # SIGTERM: a scheduler that takes the node; SIGUSR1: Slurm's early warning (--signal in slurm.sbatch); SIGINT: Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def leave_on_signals() -> Iterator[None]:
+    """A block in which SIGTERM and SIGUSR1 end this process with exit code 75, except where a :class:`Preemption` listens.
+
+    For the seconds in which libraries are imported, data looked through and scores printed: nothing is under way that could be
+    saved, and a scheduler must be able to tell its own signal from a bug.
+    """
+    # Not in children, which inherit the handlers: pools end their workers by SIGTERM.
+    own = os.getpid()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != own:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        # Neither print nor an exception: the signal may come in the middle of either, or of an import that catches all errors.
+        if int(os.environ.get("RANK", "0")) == 0:
+            os.write(2, f"mmkit: stopped by {signal.Signals(number).name}; the same command goes on\n".encode())
+        os._exit(EXIT_STOPPED)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Preemption:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from mmkit.errors import InputError, LostError, StoppedError
 
 # Between two looks at whether another process was lost or told to stop.
 _LOOK = datetime.timedelta(seconds=0.5)
+_GOES_ON = "the answers so far"
 
 
 class Ranks:
@@ -36,18 +39,73 @@ class Ranks:
 
         Args:
             preemption: What signals this process was sent; one that is told to stop stops them all.
+
+        Raises:
+            StoppedError: A signal came while the others were waited for.
+            LostError: torchrun is gone.
         """
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._preemption = preemption
-        self._meetings = 0
+        self._meetings, self._closed = 0, False
         self._store: Any = None
         self._liveness: Liveness | None = None
+        # torchrun holds the store; a shell that started the processes by hand may well go before them.
+        self._torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._parent = os.getppid()
         if self.world_size > 1:
             Ranks._made += 1
-            store, _, _ = next(torch.distributed.rendezvous("env://", self.rank, self.world_size))
-            # torchrun's store outlives a run: another one in these processes must not find the keys of the first.
-            self._store = torch.distributed.PrefixStore(f"mmkit/ranks/{Ranks._made}", store)
-            self._liveness = Liveness(self.rank, self.world_size, self._store)
+            self._join()
+
+    def _join(self) -> None:
+        """Find the other processes, in a thread: torch waits for them for half an hour and hears no signal meanwhile."""
+        failed: list[RuntimeError] = []
+
+        def work() -> None:
+            try:
+                self._look_for_store()
+                store, _, _ = next(torch.distributed.rendezvous("env://", self.rank, self.world_size))
+                # torchrun's store outlives a run: another one in these processes must not find the keys of the first.
+                self._store = torch.distributed.PrefixStore(f"mmkit/ranks/{Ranks._made}", store)
+                self._liveness = Liveness(self.rank, self.world_size, self._store, goes_on=_GOES_ON)
+            except RuntimeError as error:
+                failed.append(error)
+
+        # A daemon: where this process ends before the others come, it must not go on waiting.
+        thread = threading.Thread(target=work, name="mmkit-join", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_LOOK.total_seconds())
+            if thread.is_alive() and (asked := self._preemption.requested) is not None:
+                raise StoppedError(f"stopped by {asked.name} before the processes had met; the same command begins again")
+            self._look_at_launcher()
+        if failed:
+            raise failed[0]
+
+    def _look_for_store(self) -> None:
+        """Raises LostError: torchrun has gone before its worker came here."""
+        if not self._torchrun:
+            return
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            # It was there before its workers, and torch would go on trying where nobody answers any more.
+            socket.create_connection(address, timeout=30).close()
+        except OSError as error:
+            what = f"torchrun's store at {address[0]}:{address[1]} cannot be reached ({error.strerror or error})"
+            raise LostError(f"{what}; run the same command to go on from {_GOES_ON}") from None
+
+    def _look_at_launcher(self) -> None:
+        """Raises LostError: torchrun is gone, and the store with it."""
+        if self._launcher_gone:
+            raise LostError(self._describe_launcher())
+
+    @property
+    def _launcher_gone(self) -> bool:
+        # Its workers are then given to another process.
+        return self._torchrun and os.getppid() != self._parent
+
+    @staticmethod
+    def _describe_launcher() -> str:
+        return f"torchrun, which started this process, is gone; run the same command to go on from {_GOES_ON}"
 
     @property
     def is_main(self) -> bool:
@@ -66,10 +124,15 @@ class Ranks:
 
         Raises:
             StoppedError: This process or another one was told to stop.
+            InputError: Another process found that the user's input is wrong.
             LostError: Another process is gone.
         """
         if self._liveness is not None and self._liveness.lost.is_set():
             raise LostError(self._liveness.describe())
+        self._look_at_launcher()
+        # Before signals: a launcher sends them when it sees a process end.
+        if self._store is not None and self._store.check(["refused"]):
+            raise InputError(self._store.get("refused").decode())
         asked = self._preemption.requested
         if asked is not None and self._store is not None:
             # The others may not have been sent the signal; they would go on, and wait for this one.
@@ -84,6 +147,7 @@ class Ranks:
 
         Raises:
             StoppedError: One of them was told to stop.
+            InputError: One of them found that the user's input is wrong.
             LostError: One of them is gone.
         """
         if self._store is None:
@@ -120,10 +184,33 @@ class Ranks:
             self.close()
             raise error
 
-    def _await(self, key: str) -> bytes:
-        """The value of a key, once it is there."""
+    def refuse(self, error: InputError) -> None:
+        """Tell all processes what is wrong with the user's input, as one of them found; returns when the main one has heard.
+
+        Only the main process's last words are shown, and it has its own share of the questions.
+
+        Raises:
+            LostError: The main process is gone.
+        """
+        if self._store is None or self._closed:
+            return
+        try:
+            if not self._store.check(["refused"]):
+                self._store.set("refused", str(error))
+            if self.is_main:
+                self._store.set("refused/heard", "1")
+            else:
+                # No look in between, which would hear of what this process has just said.
+                self._await("refused/heard", between=self._raise_if_lost)
+        except LostError:
+            raise
+        except RuntimeError as broken:
+            raise self.explain(broken) from None
+
+    def _await(self, key: str, between: Callable[[], None] | None = None) -> bytes:
+        """The value of a key, once it is there; ``between`` in place of `look`."""
         while not self._store.check([key]):
-            self.look()
+            (between or self.look)()
             try:
                 # Not in one long wait: a process that is gone never sets anything.
                 self._store.wait([key], _LOOK)
@@ -141,9 +228,12 @@ class Ranks:
 
     def explain(self, error: RuntimeError) -> RuntimeError:
         """What an error really means: LostError where another process is gone, the error itself otherwise."""
+        if self._launcher_gone:
+            return LostError(self._describe_launcher())
         return error if self._liveness is None else self._liveness.explain(error)
 
     def close(self) -> None:
         """Leave in order: the others hear that this process is not lost."""
+        self._closed = True
         if self._liveness is not None:
             self._liveness.close()

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mmkit.config import DecodingConfig, EvalRecipe, TaskConfig
+from mmkit.data.images import open_picture
 from mmkit.data.skipped import SampleError
 from mmkit.distributed.ranks import Ranks
 from mmkit.errors import InputError
@@ -28,11 +29,14 @@ from mmkit.eval.schedule import Planned, by_pictures, next_batch, picture_order,
 from mmkit.models.answering import Prompt
 from mmkit.models.decoding import choose_decoding
 from mmkit.models.inference import Mllm
+from mmkit.models.llm import max_positions
 from mmkit.run import Run
 
 logger = logging.getLogger(__name__)
 # Seconds between two lines about how far it is.
 _TELL = 30.0
+# Pictures that are hashed between two looks at signals.
+_AT_ONCE = 256
 
 
 class Generator:
@@ -72,23 +76,26 @@ class Generator:
             known: What earlier starts answered; the same on all processes.
 
         Raises:
-            InputError: More pictures are unreadable than allowed, a prompt cannot be asked, or one question is too much for the
-                memory.
+            InputError: More pictures are unreadable than allowed, a prompt cannot be asked or is too long, or one question is too
+                much for the memory.
             StoppedError: A signal came; what is answered is on disk.
             LostError: Another process is gone.
         """
-        # Before they are shared out: a run that goes on with more processes gives each of them work.
-        groups = by_pictures([e for e in examples if e.id not in known.texts])
+        # Before they are shared out: a run that goes on with more processes gives each of them work. What was lost is tried
+        # again: the run may have ended over it, and the disk be mounted now.
+        groups = by_pictures([e for e in examples if e.id not in known.texts or e.id in known.lost])
         mine = share_of(groups, self._ranks.rank, self._ranks.world_size)
         how = choose_decoding(DecodingConfig(), task.generation.decoding_alone())
         mine = self._take_known(name, task, mine, how)
         if not mine:
             return
         rows = self._planned(mine)
+        if isinstance(self._model(), Mllm):
+            check_length(name, rows, how.max_new_tokens, self._model().model.config.get_text_config())
         batches = Batches(
             self._model(), self._features, self._reader(rows), task.generation.cache, how, size=self._size(task, rows, how)
         )
-        tally = _Tally(name, len(mine), of=len(examples), max_skipped=self._recipe.max_skipped, lost=len(known.left_out))
+        tally = _Tally(name, len(mine), of=len(examples), max_skipped=self._recipe.max_skipped)
         began, encoded = time.monotonic(), self._features.encoded
         try:
             place = 0
@@ -161,7 +168,8 @@ class Generator:
         if not task.generation.reuse or not examples or not len(self._cache()):
             return examples
         pictures = {key: p for e in examples for p in e.images for key in [picture_key(p)]}
-        contents = dict(zip(pictures, _hash_all(list(pictures.values()), self._recipe.max_bytes), strict=True))
+        limits = {"max_bytes": self._recipe.max_bytes, "max_pixels": self._recipe.max_pixels}
+        contents = dict(zip(pictures, _hash_all(list(pictures.values()), **limits, between=self._ranks.look), strict=True))
         found: dict[Id, str] = {}
         for example in examples:
             hashes = [contents[picture_key(p)] for p in example.images]
@@ -179,9 +187,9 @@ class Generator:
 class _Tally:
     """Counts answers and losses of a task on this process, and tells now and then."""
 
-    def __init__(self, name: str, total: int, *, of: int, max_skipped: float, lost: int) -> None:
-        """Start to count ``total`` questions of a task of ``of``, in which ``lost`` were lost before."""
-        self.answered, self._lost = 0, lost
+    def __init__(self, name: str, total: int, *, of: int, max_skipped: float) -> None:
+        """Start to count ``total`` questions of a task of ``of``."""
+        self.answered, self._lost = 0, 0
         self._name, self._total, self._of, self._max_skipped = name, total, of, max_skipped
         self._began = self._told = time.monotonic()
 
@@ -218,14 +226,46 @@ def check_lost(lost: int, of: int, max_skipped: float, run: Run) -> None:
         )
 
 
-def _hash_all(pictures: Sequence[Picture], max_bytes: int) -> list[str | None]:
-    """Hash of each picture's bytes, None of one that cannot be read; in threads, since most of it is waiting for the disk."""
+def check_length(name: str, rows: Sequence[Planned], max_new_tokens: int, lm: Any) -> None:
+    """Look before hours of work whether the longest question fits the language model.
+
+    Args:
+        name: The task's name.
+        rows: Its questions.
+        max_new_tokens: Longest answer.
+        lm: Config of the language model.
+
+    Raises:
+        InputError: It has no position for the answer's last token. One with rotary positions goes on, worse and worse; the log
+            says so.
+    """
+    longest, have = max(rows, key=lambda row: row.length), max_positions(lm)
+    need = longest.length + max_new_tokens
+    if need <= have:
+        return
+    what = f"question {longest.example.id!r} and its answer may take {need} tokens, the language model is made for {have}"
+    if getattr(lm, "rope_parameters", None) is None:
+        mend = "lower generation.max_new_tokens, or ask in fewer words"
+        raise InputError(what, where=name, mend=mend)
+    logger.warning("%s: %s", name, what)
+
+
+def _hash_all(pictures: Sequence[Picture], *, max_bytes: int, max_pixels: int, between: Callable[[], None]) -> list[str | None]:
+    """Hash of each picture's bytes, None of one that this run could not use; in threads, as most of it is waiting for a disk."""
 
     def one(picture: Picture) -> str | None:
         try:
-            return content_hash(picture.read(max_bytes))
+            data = picture.read(max_bytes)
+            # An earlier run may have had a higher limit; this one must not depend on what that one left behind.
+            open_picture(data, max_pixels=max_pixels)
         except SampleError:
             return None
+        return content_hash(data)
 
+    found: list[str | None] = []
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(one, pictures))
+        for start in range(0, len(pictures), _AT_ONCE):
+            # Tens of thousands of pictures on a slow disk take longer than a scheduler waits after its signal.
+            between()
+            found += pool.map(one, pictures[start : start + _AT_ONCE])
+    return found

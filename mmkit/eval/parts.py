@@ -50,16 +50,21 @@ class Answers:
     Attributes:
         texts: Answers by id; empty ones of pictures that cannot be used, too.
         from_cache: Ids of those that another run had written.
-        left_out: Questions whose picture cannot be used.
+        lost: Questions whose picture could not be used when it was tried last.
         speeds: One for each process and start.
         settings: Of the score that a finished run had, as far as they tell how its answers were made.
     """
 
     texts: dict[Id, str] = field(default_factory=dict)
     from_cache: set[Id] = field(default_factory=set)
-    left_out: list[LeftOut] = field(default_factory=list)
+    lost: dict[Id, LeftOut] = field(default_factory=dict)
     speeds: dict[str, Speed] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """The lost questions as ``skipped.jsonl`` lists them."""
+        return list(self.lost.values())
 
     def speed(self) -> dict[str, Any]:
         """Speed of all processes together, as a score's settings have it; empty where the model wrote nothing."""
@@ -117,11 +122,16 @@ def _take(answers: Answers, row: dict[str, Any], part: str) -> None:
         speed.pictures += new["pictures"]
         speed.batch_size = new["batch_size"]
         return
+    if "left_out" in row:
+        # Another start, whose part may come first by name, may have found the picture in order.
+        if row["id"] not in answers.texts or row["id"] in answers.lost:
+            answers.lost[row["id"]] = LeftOut(**row["left_out"])
+            answers.texts[row["id"]] = ""
+        return
     answers.texts[row["id"]] = row["prediction"]
+    answers.lost.pop(row["id"], None)
     if row.get("from_cache"):
         answers.from_cache.add(row["id"])
-    if "left_out" in row:
-        answers.left_out.append(LeftOut(**row["left_out"]))
 
 
 def restore_parts(run: Path, prompts: Mapping[str, Mapping[Id, str]]) -> None:
@@ -131,7 +141,8 @@ def restore_parts(run: Path, prompts: Mapping[str, Mapping[Id, str]]) -> None:
     finished, and the part goes.
 
     Args:
-        run: Run directory with ``predictions.jsonl`` and ``scores.json``.
+        run: Run directory with ``predictions.jsonl``, ``scores.json`` and, where pictures were lost, ``skipped.jsonl``: those
+            are tried again, as by every start.
         prompts: What each task asks now, by id: a setting may choose other questions, and their answers are not there.
 
     Raises:
@@ -139,10 +150,11 @@ def restore_parts(run: Path, prompts: Mapping[str, Mapping[Id, str]]) -> None:
     """
     try:
         rows, scores = read_jsonl(run / "predictions.jsonl"), read_json(run / "scores.json")["tasks"]
+        lost = {row["key"] for row in read_jsonl(run / "skipped.jsonl")}
         kept: list[dict[str, Any]] = [
             {key: row[key] for key in ("task", "id", "prediction")}
             for row in rows
-            if prompts.get(row["task"], {}).get(row["id"]) == row["prompt"]
+            if prompts.get(row["task"], {}).get(row["id"]) == row["prompt"] and (row["prediction"] or str(row["id"]) not in lost)
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"predictions.jsonl or scores.json cannot be scored again ({type(error).__name__}: {error})"

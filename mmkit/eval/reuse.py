@@ -1,12 +1,15 @@
 """Answers of earlier runs: the same model asked the same about the same pictures need not be asked again.
 
-A file for each model (with the versions of what computes) in ``$MMKIT_CACHE/answers``, appended to by all processes. An answer
-is kept under a hash of prompt, contents of the pictures and decoding: no path, no order and no batch size is part of it.
+A file for each model (with the code and the versions of what computes) in ``$MMKIT_CACHE/answers``, appended to by all
+processes. An answer is kept under a hash of prompt, contents of the pictures and decoding: no path, no order and no batch size is
+part of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import json
 import logging
 import os
@@ -15,14 +18,16 @@ from pathlib import Path
 
 from mmkit.config import DecodingConfig
 from mmkit.data.remote import default_cache
-from mmkit.files import Writing, hash_text
-from mmkit.run import package_versions
+from mmkit.files import hash_file, hash_text
+from mmkit.run import Parent
 
 logger = logging.getLogger(__name__)
-# Of all files together; those that were not used for longest go first. 128 bits and a few words: about 80 bytes an answer.
+# Of all files together; those that were not used for longest go first. 128 bits, a check and a few words: 100 bytes an answer.
 LIMIT = 1 << 30
-# What can change an answer besides the model itself.
-_COMPUTES = ("torch", "transformers", "timm")
+# What can change an answer besides the model and mmkit itself; Pillow decodes and resizes.
+_COMPUTES = ("torch", "transformers", "tokenizers", "timm", "pillow")
+# A longer file of a model is told by its size and time: hashing weights would take longer than to open them.
+_WEIGHTS = 32 << 20
 
 
 class AnswerCache:
@@ -32,24 +37,25 @@ class AnswerCache:
         """Open the answers of a model.
 
         Args:
-            fingerprint: Of the model.
+            fingerprint: Of `model_fingerprint`.
             computer: What the model runs on.
             folder: Where the files lie; None: ``answers`` in the cache folder.
             limit: Bytes of all files together.
         """
-        # Here, since the version is the package's own.
-        import mmkit
-
-        versions = package_versions()
-        name = hash_text(fingerprint, computer, mmkit.__version__, *(f"{n} {versions[n]}" for n in _COMPUTES))
+        name = hash_text(fingerprint, computer, _code(), *(f"{n} {_version(n)}" for n in _COMPUTES))
         self._folder, self._limit = folder or default_cache() / "answers", limit
         self._path = self._folder / f"{name}.jsonl"
         self._known: dict[str, str] = {}
-        if self._path.exists():
+        self._usable = True
+        try:
             self._known = dict(_read(self._path))
             # Its time of use.
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(self._path)
+            os.utime(self._path)
+        except FileNotFoundError:
+            # Nothing is kept yet.
+            pass
+        except OSError as error:
+            self._give_up(error)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -70,16 +76,26 @@ class AnswerCache:
         return self._known.get(key)
 
     def add(self, answers: Mapping[str, str]) -> None:
-        """Keep answers by key. Raises InputError: the disk is full, read-only or broken."""
+        """Keep answers by key; where they cannot be written, the log says so once and the evaluation goes on."""
         new = {key: text for key, text in answers.items() if key not in self._known}
-        if not new:
-            return
         self._known.update(new)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps([key, value]) + "\n" for key, value in new.items())
-        with Writing(self._path), self._path.open("ab", buffering=0) as file:
-            # One write at the end of the file: lines of several processes do not mix.
-            file.write(text.encode())
+        if not new or not self._usable:
+            return
+        text = "".join(json.dumps([key, value, _check(key, value)]) + "\n" for key, value in new.items())
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab", buffering=0) as file:
+                # One write at the end of the file: lines of several processes do not mix.
+                file.write(text.encode())
+        except OSError as error:
+            # A full or read-only home directory is no reason to lose the hours of an evaluation, whose own answers lie elsewhere.
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Write nothing more."""
+        self._usable = False
+        mend = "set MMKIT_CACHE to a folder that can be written, or generation.reuse=false"
+        logger.warning("answers are not kept for later runs: %s: %s; %s", error.filename or self._path, error.strerror, mend)
 
     def make_room(self) -> None:
         """Remove the files of other models that were not used for longest, until all fit the limit."""
@@ -101,6 +117,46 @@ def _read(path: Path) -> list[tuple[str, str]]:
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
-            if isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row):
-                found.append((row[0], row[1]))
+            if isinstance(row, list) and len(row) == 3 and all(isinstance(part, str) for part in row):
+                key, text, check = row
+                # A network disk can mix lines of two machines; half of one answer behind another's key would be believed.
+                if check == _check(key, text):
+                    found.append((key, text))
     return found
+
+
+def _check(key: str, text: str) -> str:
+    """What tells a line as it was written from any other."""
+    return hash_text(key, text)[:8]
+
+
+def model_fingerprint(parent: Parent) -> str:
+    """Names a model as it is now: the fingerprint of its run is from when it was written, and its folder may have been edited.
+
+    Of short files (settings, templates, tokenizers) the content counts, of weights size and time of change. A copied run may so
+    count as another model, which costs time; the other way round it would cost the truth.
+    """
+    folder = parent.folder
+    if folder is None or not (folder.parent / "manifest.json").is_file():
+        # Hashed as it is, whenever it is named.
+        return parent.fingerprint
+    parts = [parent.fingerprint]
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found = path.stat()
+        state = hash_file(path) if found.st_size <= _WEIGHTS else f"{found.st_size} {found.st_mtime_ns}"
+        parts.append(f"{path.relative_to(folder).as_posix()} {state}")
+    return hash_text(*parts)
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of mmkit's own code: between two releases a checkout changes without its version."""
+    root = Path(__file__).resolve().parents[1]
+    return hash_text(*(f"{p.relative_to(root).as_posix()} {hash_file(p)}" for p in sorted(root.rglob("*.py"))))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

@@ -23,13 +23,13 @@ from mmkit.eval.generation import Generator, check_lost
 from mmkit.eval.parts import Answers, read_parts, remove_parts, restore_parts
 from mmkit.eval.predictions import FOLDER, PictureFiles, prediction_rows, write_predictions
 from mmkit.eval.result import Score, answer_shapes, make_score
-from mmkit.eval.reuse import AnswerCache
+from mmkit.eval.reuse import AnswerCache, model_fingerprint
 from mmkit.eval.score import score
 from mmkit.eval.suites import find_suite
 from mmkit.eval.tasks import check_places, load_task, shuffle_pictures
 from mmkit.files import Writing, hash_file, hash_folder, hash_text, write_json
 from mmkit.models.inference import kind_of, load_model
-from mmkit.run import Parent, Run, hardware, resolve_parent
+from mmkit.run import Parent, Run, State, hardware, resolve_parent
 
 logger = logging.getLogger(__name__)
 # Folder of what servers and official tools take, in the run directory.
@@ -79,6 +79,10 @@ def run_eval(recipe: EvalRecipe, *, restart: bool = False) -> Run:
                 run.finish("stopped")
             ranks.close()
             raise
+        except InputError as error:
+            ranks.refuse(error)
+            ranks.close()
+            raise
         except LostError:
             raise
         except RuntimeError as error:
@@ -103,18 +107,18 @@ def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, resta
     # Every process asks before any process writes; the answer is the same for all.
     state = run.state(recipe, [parent], restart=restart)
     ranks.meet()
-    if state == "continue" and run.finished:
-        # Another way to score, and nothing to ask.
-        ranks.on_main(lambda: restore_parts(run.path, {task.name: {e.id: e.prompt for e in task.shown} for task in tasks}))
-        ranks.meet()
-    ranks.on_main(lambda: run.start(recipe, [parent], state=state, data_fingerprint=_data_hash(recipe), kind="eval"))
+    ranks.on_main(lambda: _start(run, recipe, parent, state, tasks))
     # All of them before anyone adds to it: what is left is shared out by what everybody knows.
     known = read_parts(run.path)
     ranks.meet()
     # A GPU may round another way than the next one.
     computer = " ".join([ranks.device.type, *hardware()["gpus"][:1]])
     generator = Generator(
-        lambda: load_model(recipe.model, ranks.device), recipe, run, ranks, lambda: AnswerCache(parent.fingerprint, computer)
+        lambda: load_model(recipe.model, ranks.device),
+        recipe,
+        run,
+        ranks,
+        lambda: AnswerCache(model_fingerprint(parent), computer),
     )
     scores: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -124,9 +128,21 @@ def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, resta
         ranks.meet()
         ranks.on_main(lambda task=task: rows.extend(_score(task, recipe, run, parent, kind, scores)))  # type: ignore[misc]
     generator.close()
+    # The last meeting: who looked for signals after it would call a run stopped whose parts are gone.
     ranks.on_main(lambda: _finish(run, scores, rows))
-    ranks.meet()
     ranks.close()
+
+
+def _start(run: Run, recipe: EvalRecipe, parent: Parent, state: State, tasks: Sequence[Asked]) -> None:
+    """Begin or go on, on the main process. Raises InputError: the run goes on with other questions, or was edited."""
+    data = _data_hash(recipe)
+    if state == "continue":
+        if run.finished:
+            # Another way to score, and nothing to ask.
+            restore_parts(run.path, {task.name: {e.id: e.prompt for e in task.shown} for task in tasks})
+        # Made again from the parts: what was lost before is tried again.
+        (run.path / "skipped.jsonl").unlink(missing_ok=True)
+    run.start(recipe, [parent], state=state, data_fingerprint=data, kind="eval")
 
 
 def _ask(task: TaskConfig, recipe: EvalRecipe, kind: str) -> Asked:
@@ -188,6 +204,11 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     submission = _write_submission(task, texts, run)
     found = _unscored(config, texts, submission) if config.annotations is None else _scored(config, results, config.annotations)
     found["settings"] |= _settings(task, recipe, parent, kind, answers)
+    if answers.lost:
+        note = f"{len(answers.lost)} of {len(texts)} answers are empty since a picture could not be used (skipped.jsonl)"
+        logger.warning("%s: %s", task.name, note)
+        # First: by some rules an empty answer counts as a wrong one, by others as the default.
+        found["settings"]["notes"] = [note, *found["settings"].get("notes", [])]
     if submission is not None:
         # Below the run directory, which may move.
         found["submission"] = submission
@@ -247,6 +268,7 @@ def _settings(task: Asked, recipe: EvalRecipe, parent: Parent, kind: str, answer
         "blind": recipe.blind,
         "model": recipe.model,
         "model_fingerprint": parent.fingerprint,
+        "left_out": len(answers.lost),
         "answers_from_cache": len(answers.from_cache),
         "speed": answers.speed(),
         **({"ocr": config.ocr} if config.task == "textvqa" else {}),

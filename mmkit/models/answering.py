@@ -9,6 +9,7 @@ floating-point sums, whose order another batch may change: in fp32 the tokens ar
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from mmkit.config import DecodingConfig
+from mmkit.errors import InputError
 from mmkit.models.decoding import RowDraws, search_arguments, shaping_steps
 from mmkit.models.projectors import VisionLanguageModel
 
@@ -141,10 +143,8 @@ class AnswerWriter:
         known = inspect.signature(self._lm.forward).parameters
         # transformers renamed the argument in 5.24, and takes the old name until 5.40.
         self._cache_name = "cache" if "cache" in known else "past_key_values"
-        self._takes_positions = "position_ids" in known
-        # A sliding window counts places in the cache, padding between beginning and question included; a recurrent state has no
-        # places at all. Such models are left to transformers' own loop.
-        self._plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self._lm.config).layers)
+        self._plain = _takes_padding_anywhere(self._lm.config, known)
+        self._reach = _reach(self._lm.config)
         # Key -> for each layer keys and values f[heads, L, width] of the beginning's L tokens.
         self._beginnings: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
 
@@ -162,19 +162,27 @@ class AnswerWriter:
 
         Returns:
             Token ids of each answer, the end token included.
+
+        Raises:
+            InputError: A static cache for a language model that has none.
         """
+        if cache == "static" and not self._lm._can_compile_fullgraph:
+            # transformers would go on: GPT-Neo's masks are then off by the places that are not filled yet.
+            what = f"{type(self._lm).__name__} cannot be used with a static cache"
+            raise InputError(what, where="generation.cache", mend="use dynamic")
+        if max(len(row.ids) for row in rows) + how.max_new_tokens > self._reach:
+            return [self._alone(row, how, cache) for row in rows]
         if how.num_beams > 1 or cache == "static" or not self._plain:
             return self._by_transformers(rows, how, cache)
+        kept: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
         try:
             self._read_beginnings(rows)
             written = self._search(rows, how)
             # Copies: what is kept would hold the memory of the whole batch that it was read in.
             kept = {key: [(k.clone(), v.clone()) for k, v in self._beginnings[key]] for key in keep if key in self._beginnings}
-        except RuntimeError:
-            # Where memory ran out nothing of this batch may stay.
-            self._beginnings = {}
-            raise
-        self._beginnings = kept
+        finally:
+            # However it ended: memory may have run out, and after a Ctrl-C in a notebook a key may come to name another picture.
+            self._beginnings = kept
         return written
 
     def _read_beginnings(self, rows: Sequence[Asked]) -> None:
@@ -250,6 +258,12 @@ class AnswerWriter:
         found: Tensor = self.model.generate(inputs_embeds=embeds, attention_mask=mask, **arguments)
         return [_up_to_end(ids, self.stop) for ids in found.tolist()]
 
+    def _alone(self, row: Asked, how: DecodingConfig, cache: CacheKind) -> list[int]:
+        """One answer by transformers, with rotary positions that no row before has turned."""
+        # Dynamic NTK keeps those of the longest row so far until it sees a short one.
+        self._lm(inputs_embeds=self.model.get_input_embeddings()(torch.tensor([[self.fill]], device=self.model.device)))
+        return self._by_transformers([row], how, cache)[0]
+
     def _embedded(self, ids: Sequence[Sequence[int]], features: Iterable[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Embeddings f[B, T, H] with pictures in the places of their tokens, and the mask i64[B, T]; padded on the left."""
         padded, mask = left_padded(ids, self.fill)
@@ -269,13 +283,41 @@ class AnswerWriter:
             mask: i64[B, L + T], of the cache's L places too.
             cache: Keys and values of the L places before.
         """
-        more = {self._cache_name: cache}
-        if self._takes_positions:
-            # From the mask, so that padding moves nothing. What padding itself gets has no effect.
-            more["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        # From the mask, so that padding moves nothing. What padding itself gets has no effect.
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        more = {self._cache_name: cache, "position_ids": positions}
         out = self._lm(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **more)
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+
+def _takes_padding_anywhere(config: Any, arguments: Collection[str]) -> bool:
+    """Whether padding between a beginning and a question moves nothing: plain keys and values, and positions that are told.
+
+    A sliding window counts places in the cache, padding included, and so do slopes over the distance (MPT's); a recurrent state
+    has no places at all. Such models are left to transformers' own loop, which pads in front alone.
+    """
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    # GPT-Neo's window is not in its cache, but in its masks.
+    local = "local" in (getattr(config, "attention_layers", None) or ())
+    return plain and not local and "position_ids" in arguments
+
+
+def _reach(config: Any) -> float:
+    """Tokens up to which rotary positions stay as they are.
+
+    Beyond, some kinds (dynamic NTK, LongRoPE) turn faster or slower by the longest row of the batch; rows must then be alone, or
+    the answer to a short one would depend on its neighbours.
+    """
+    found = getattr(config, "rope_parameters", None) or {}
+    # One for all layers, or one for each kind of layer.
+    kinds = [found] if "rope_type" in found else [part for part in found.values() if isinstance(part, dict)]
+    moving = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    if not moving:
+        return math.inf
+    known = [kind.get("original_max_position_embeddings") for kind in moving]
+    known += [getattr(config, name, None) for name in ("original_max_position_embeddings", "max_position_embeddings")]
+    return min(length for length in known if length)
 
 
 def left_padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pipeline
@@ -105,6 +106,106 @@ os._exit(0)
     found = together(body.replace("os._exit(0)", "sys.stdout.flush(); os._exit(0)"), tmp_path)
     code, out, err = found[1 - victim]
     assert code == 0 and f"process {victim} of 2 was lost" in out, (out, err)
+
+
+@pytest.mark.parametrize("finder", [0, 1])
+def test_what_one_process_finds_wrong_is_heard_by_all(tmp_path, finder):
+    body = f"""
+error = None
+try:
+    if ranks.rank == {finder}:
+        raise InputError("too long", where="row 7", mend="shorten it")
+    for turn in range(200):
+        time.sleep(0.05)
+        ranks.look()
+except InputError as caught:
+    ranks.refuse(caught)
+    ranks.close()
+    print(caught)
+    # Whoever refuses after that has nobody to wait for.
+    ranks.refuse(caught)
+"""
+    assert together(body, tmp_path) == [(0, "row 7: too long; shorten it\n", "")] * 2
+
+
+WAITING = """
+import sys
+from mmkit.distributed.preemption import Preemption
+from mmkit.distributed.ranks import Ranks
+from mmkit.errors import LostError, StoppedError
+with Preemption() as preemption:
+    print("waiting", flush=True)
+    try:
+        Ranks(preemption)
+    except (StoppedError, LostError) as error:
+        print(error, flush=True)
+        sys.exit(75 if isinstance(error, StoppedError) else 1)
+"""
+
+
+def alone(tmp_path: Path, **more: str) -> subprocess.Popen[str]:
+    """The first of two processes, which waits for one that never comes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
+    environment = {**os.environ, **world, "PYTHONPATH": str(pipeline.REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    return subprocess.Popen([sys.executable, "-c", WAITING], env=environment, **pipes)
+
+
+def test_a_signal_is_heard_while_the_others_are_waited_for(tmp_path):
+    process = alone(tmp_path)
+    assert process.stdout.readline() == "waiting\n"
+    time.sleep(1)
+    process.terminate()
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 75 and out.startswith("stopped by SIGTERM before the processes had met"), (out, err)
+
+
+def test_torchrun_that_is_gone_is_not_waited_for(tmp_path):
+    began = time.monotonic()
+    process = alone(tmp_path, TORCHELASTIC_USE_AGENT_STORE="True")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "torchrun's store at 127.0.0.1:" in out and "the answers so far" in out, (out, err)
+    assert time.monotonic() - began < 60
+
+
+def test_torchrun_that_is_killed_takes_its_workers_along(tmp_path):
+    """In the middle of the work and while the processes are waiting for each other: each ends with one line, none goes on."""
+    script = tmp_path / "work.py"
+    script.write_text(
+        HEAD
+        + """
+    open(f"there-{ranks.rank}", "w").write(str(os.getpid()))
+    try:
+        if ranks.is_main:
+            while True:
+                time.sleep(0.1)
+                ranks.look()
+        ranks.meet()
+    except RuntimeError as error:
+        open(f"told-{ranks.rank}", "w").write(f"{type(ranks.explain(error)).__name__}: {ranks.explain(error)}")
+"""
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen([sys.executable, *launch], env=pipeline.environment(), cwd=tmp_path, stdout=log, stderr=log)
+    wait_for(lambda: all((tmp_path / f"there-{rank}").exists() for rank in (0, 1)), tmp_path / "log", 120)
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: all((tmp_path / f"told-{rank}").exists() for rank in (0, 1)), tmp_path / "log", 30)
+    time.sleep(0.1)
+    told = [(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)]
+    assert all(text.startswith("LostError: ") for text in told), told
+    assert any("torchrun, which started this process, is gone" in text for text in told), told
+
+
+def wait_for(true, log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
 
 
 def test_one_process_needs_nobody(monkeypatch):

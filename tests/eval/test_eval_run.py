@@ -82,7 +82,7 @@ def test_what_a_finished_run_holds(mllm_run, captioner_run):
     assert {r["id"]: r["score"]["accuracy"] for r in rows if r["task"] == "vqav2"} == per_sample
     settings = scores(mllm_run)["textvqa"]["settings"]
     assert settings["decoding"] == "greedy" and settings["ocr"] == "none" and settings["blind"] is False
-    assert settings["answers_from_cache"] == 0 and settings["batch_size"] == 64
+    assert settings["answers_from_cache"] == 0 and settings["batch_size"] == 64 and settings["left_out"] == 0
     speed = scores(mllm_run)["vqav2"]["settings"]["speed"]
     assert speed["pictures_encoded"] == 8 and speed["processes"] == 1 and speed["answers_per_second"] > 0
     assert settings["model_fingerprint"] == pipeline.manifest(pipeline.trained("finetune"))["product"]
@@ -182,12 +182,27 @@ def test_unreadable_pictures_score_as_wrong_and_are_listed(tmp_path, broken_pict
     listed = {r["key"] for r in pipeline.rows(run / "skipped.jsonl")}
     bad = sorted(p.stem for p in pipeline.pictures())[:2]
     assert listed == {str(int(stem)) for stem in bad} and pipeline.manifest(run)["skipped"] == 2
+    assert found["settings"]["left_out"] == 2
+    assert found["settings"]["notes"][0] == "2 of 8 answers are empty since a picture could not be used (skipped.jsonl)"
     empty = [r for r in pipeline.rows(run / "predictions.jsonl") if str(r["id"]) in listed]
     assert [r["prediction"] for r in empty] == ["", ""] and all(r["score"]["CIDEr"] == 0 for r in empty)
     capsys.readouterr()
     assert evaluate("captioner", tmp_path / "strict", f"tasks.0.image_root={broken_pictures}") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "of 8 pictures cannot be used, over the limit of 1.00%" in error and "max_skipped" in error
+
+
+def test_a_run_that_ended_over_its_pictures_goes_on_when_they_are_there(tmp_path, broken_pictures, captioner_run):
+    """The disk was not mounted, say; the same command needs no --restart once it is."""
+    run, words = tmp_path / "run", [f"tasks.0.image_root={broken_pictures}", "tasks.0.generation.batch_size=8"]
+    assert evaluate("captioner", run, *words) == 2
+    assert len(pipeline.rows(run / "skipped.jsonl")) == 2
+    for path in pipeline.pictures():
+        shutil.copy(path, broken_pictures / path.name)
+    assert evaluate("captioner", run, *words) == 0
+    texts = [[row["prediction"] for row in pipeline.rows(r / "predictions.jsonl")] for r in (run, captioner_run)]
+    assert texts[0] == texts[1] and all(texts[0])
+    assert not pipeline.rows(run / "skipped.jsonl") and pipeline.manifest(run)["skipped"] == 0
 
 
 def test_long_pictures_are_not_read(tmp_path):

@@ -12,18 +12,21 @@ import pipeline
 import pytest
 import torch
 from PIL import Image
+from transformers import GPT2Config, LlamaConfig
 
 import mmkit
 from mmkit.config import DecodingConfig, EvalRecipe, TaskConfig
 from mmkit.distributed.preemption import Preemption
 from mmkit.distributed.ranks import Ranks
-from mmkit.errors import InputError
+from mmkit.errors import InputError, StoppedError
 from mmkit.eval.batches import Batches
 from mmkit.eval.examples import Example, Picture
-from mmkit.eval.generation import Generator
+from mmkit.eval.generation import Generator, check_length
 from mmkit.eval.parts import Answers, read_parts
 from mmkit.eval.pictures import FeatureStore
 from mmkit.eval.reuse import AnswerCache
+from mmkit.eval.schedule import Planned
+from mmkit.models.answering import Prompt
 from mmkit.models.inference import load_model
 from mmkit.run import Run
 
@@ -259,6 +262,46 @@ def test_a_changed_picture_is_another_picture(tmp_path):
     assert not answered(tmp_path / "three", task(reuse=True), some).from_cache
     file.unlink()
     assert not answered(tmp_path / "four", task(reuse=True), some, max_skipped=1.0).from_cache
+
+
+def test_questions_that_are_too_long_are_refused_before_any_is_asked(tmp_path, caplog):
+    """GPT-2 has no position beyond its last, on a GPU such an index ends the process; rotary positions go on, and get worse."""
+    rows = [Planned(e, Prompt((1,) * 20, (2,) * length), (), None) for e, length in zip(examples(), (3, 9, 5), strict=False)]
+    check_length("vqa", rows, 3, GPT2Config(n_positions=32))
+    longest = f"question {rows[1].example.id} and its answer may take 33 tokens, the language model is made for 32"
+    with pytest.raises(InputError, match=f"vqa: {longest}; lower generation.max_new_tokens"):
+        check_length("vqa", rows, 4, GPT2Config(n_positions=32))
+    assert not caplog.records
+    check_length("vqa", rows, 4, LlamaConfig(max_position_embeddings=32))
+    assert [record.getMessage() for record in caplog.records] == [f"vqa: {longest}"]
+    # The loop asks this of its own model, which has room for 512.
+    with caplog.at_level("WARNING", "mmkit"):
+        answered(tmp_path / "run", task(max_new_tokens=500), examples()[:1])
+    assert any("the language model is made for 512" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("limit", [{"max_pixels": 100}, {"max_bytes": 100}])
+def test_a_picture_over_the_limit_is_left_out_whatever_earlier_runs_answered(tmp_path, limit):
+    some = [Example(0, (Picture("a", png(1)),), "What?", "", [])]
+    assert answered(tmp_path / "one", task(reuse=True), some).texts[0]
+    found = answered(tmp_path / "two", task(reuse=True), some, max_skipped=1.0, **limit)
+    assert found.texts == {0: ""} and len(found.left_out) == 1 and not found.from_cache
+
+
+def test_a_signal_is_heard_while_known_pictures_are_looked_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmkit.eval.generation._AT_ONCE", 2)
+    answered(tmp_path / "one", task(reuse=True))
+    looks: list[int] = []
+
+    def told(self):
+        looks.append(1)
+        if len(looks) == 2:
+            raise StoppedError("stopped by SIGTERM")
+
+    monkeypatch.setattr(Ranks, "look", told)
+    with pytest.raises(StoppedError):
+        answered(tmp_path / "two", task(reuse=True))
+    assert not read_parts(tmp_path / "two")["vqa"].texts
 
 
 @pytest.mark.parametrize("size", [1, 3, "auto"])

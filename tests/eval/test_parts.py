@@ -33,6 +33,17 @@ def test_what_several_processes_and_starts_wrote(tmp_path):
     assert list(part_files(tmp_path)) == [] and not read_parts(tmp_path)
 
 
+def test_a_lost_question_that_was_answered_since_is_not_lost(tmp_path):
+    """Parts are read in the order of their names, which is not that of the starts."""
+    left = [LeftOut("p.jpg", "1", "cannot be read (Input/output error)"), LeftOut("p.jpg", "1", "is no picture")]
+    for rank in (0, 2):
+        Part(tmp_path, rank).leave_out("vqa", {1: left[0], 2: left[0]})
+    Part(tmp_path, 1).add("vqa", {1: "a dog"})
+    Part(tmp_path, 2).leave_out("vqa", {2: left[1]})
+    found = read_parts(tmp_path)["vqa"]
+    assert found.texts == {1: "a dog", 2: ""} and found.lost == {2: left[1]}
+
+
 def test_a_line_that_a_kill_cut_off_is_no_answer_and_is_repaired(tmp_path):
     part = Part(tmp_path, 0)
     part.add("vqa", {1: "a"})
@@ -52,10 +63,17 @@ def test_answers_of_a_finished_run_come_back_where_the_same_is_asked(tmp_path):
     settings = {"batch_size": "auto", "cache": "dynamic", "answers_from_cache": 2, "speed": {"processes": 1}}
     score = {"settings": settings | {"rule": "official"}}
     write_json(tmp_path / "scores.json", {"tasks": {"vqa": score, "other": score}})
+    # An answer that is empty for want of its picture is none; an id of that name with an answer has one.
+    rows = [{"task": "lost", "id": i, "prompt": "?", "prediction": text} for i, text in ((1, ""), (2, ""), (3, "c"))]
+    append_jsonl(tmp_path / "predictions.jsonl", rows)
+    append_jsonl(tmp_path / "skipped.jsonl", [LeftOut("p.jpg", key, "is no picture").row() for key in ("1", "3")])
     # Of one task two questions are asked again; of the other one there is a new one, and an old one with another prompt.
-    restore_parts(tmp_path, {"vqa": {1: "Is it 1?", "2": "Is it 2?"}, "other": {1: "new", 7: "more"}})
+    restore_parts(
+        tmp_path, {"vqa": {1: "Is it 1?", "2": "Is it 2?"}, "other": {1: "new", 7: "more"}, "lost": {1: "?", 2: "?", 3: "?"}}
+    )
     found = read_parts(tmp_path)
     assert found["vqa"].texts == {1: "1", "2": "2"} and found["vqa"].settings == settings, "nothing of the rule"
+    assert found["lost"].texts == {2: "", 3: "c"}
     assert found["other"].texts == {} and found["other"].settings == {}, "what is still to be asked tells its own"
 
 

@@ -7,6 +7,8 @@ import pytest
 from mmkit.config import DecodingConfig
 from mmkit.eval import reuse
 from mmkit.eval.reuse import AnswerCache
+from mmkit.files import write_json
+from mmkit.run import Parent, resolve_parent
 
 GREEDY = DecodingConfig(max_new_tokens=8)
 
@@ -26,15 +28,82 @@ def test_answers_are_found_again_by_what_they_depend_on(tmp_path):
     assert len({key, *others}) == 6 and all(again.get(other) is None for other in others)
 
 
-@pytest.mark.parametrize("change", ["model", "computer", "torch", "mmkit"])
+@pytest.mark.parametrize("change", ["model", "computer", "torch", "tokenizers", "pillow", "mmkit"])
 def test_another_model_computer_or_version_has_answers_of_its_own(tmp_path, monkeypatch, change):
     AnswerCache("model", "cpu", folder=tmp_path).add({"k": "v"})
-    if change == "torch":
-        monkeypatch.setattr(reuse, "package_versions", lambda: {"torch": "9", "transformers": "9", "timm": "9"})
-    elif change == "mmkit":
-        monkeypatch.setattr("mmkit.__version__", "9")
+    assert len(AnswerCache("model", "cpu", folder=tmp_path)) == 1
+    version = reuse._version
+    # Pillow decodes and resizes what the model sees.
+    monkeypatch.setattr(reuse, "_version", lambda name: "9" if name == change else version(name))
+    if change == "mmkit":
+        monkeypatch.setattr(reuse, "_code", lambda: "a line was changed in a checkout, the version was not")
     model, computer = ("model2" if change == "model" else "model"), ("cuda" if change == "computer" else "cpu")
     assert len(AnswerCache(model, computer, folder=tmp_path)) == 0
+
+
+def test_mmkits_own_code_is_part_of_the_name(tmp_path, monkeypatch):
+    package = tmp_path / "mmkit"
+    (package / "eval").mkdir(parents=True)
+    monkeypatch.setattr(reuse, "__file__", str(package / "eval" / "reuse.py"))
+    seen = set()
+    for name, text in (("eval/run.py", "a"), ("eval/run.py", "b"), ("models.py", "b")):
+        (package / name).write_text(text)
+        reuse._code.cache_clear()
+        seen.add(reuse._code())
+    reuse._code.cache_clear()
+    assert len(seen) == 3
+
+
+def test_an_edited_model_is_another_model(tmp_path, monkeypatch):
+    """A run's fingerprint is from when it was written; who edits its template afterwards gets new answers."""
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    write_json(run / "manifest.json", {"status": "done", "product": "0" * 32})
+    (run / "model" / "config.json").write_text("{}")
+    (run / "model" / "chat_template.jinja").write_text("USER: {{ q }}")
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(b"0" * 64)
+    monkeypatch.setattr(reuse, "_WEIGHTS", 32)
+    before = reuse.model_fingerprint(resolve_parent("model", str(run)))
+    assert before == reuse.model_fingerprint(resolve_parent("model", str(run)))
+    (run / "model" / "chat_template.jinja").write_text("Human: {{ q }}")
+    edited = reuse.model_fingerprint(resolve_parent("model", str(run)))
+    (run / "model" / "chat_template.jinja").write_text("USER: {{ q }}")
+    assert reuse.model_fingerprint(resolve_parent("model", str(run))) == before != edited
+    # Weights by size and time: other ones of the same size.
+    weights.write_bytes(b"1" * 64)
+    os.utime(weights, (1e9, 1e9))
+    assert reuse.model_fingerprint(resolve_parent("model", str(run))) not in (before, edited)
+    # A folder without a run is hashed whenever it is named.
+    assert reuse.model_fingerprint(Parent("model", "x", "abc", tmp_path)) == "abc"
+
+
+def test_half_of_one_answer_behind_the_key_of_another_is_not_believed(tmp_path):
+    AnswerCache("m", "cpu", folder=tmp_path).add({"a": "no dog", "b": "yes"})
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text().replace("no dog", "a dog"))
+    found = AnswerCache("m", "cpu", folder=tmp_path)
+    assert found.get("a") is None and found.get("b") == "yes"
+
+
+@pytest.mark.parametrize("fault", ["no folder", "full"])
+def test_answers_that_cannot_be_kept_do_not_end_the_evaluation(tmp_path, monkeypatch, caplog, fault):
+    folder = tmp_path / "answers"
+    if fault == "no folder":
+        folder.write_text("in the way")
+    else:
+        folder.mkdir()
+
+        # A device on which nothing can be written.
+        monkeypatch.setattr(reuse, "hash_text", lambda *parts: "x")
+        (folder / "x.jsonl").symlink_to("/dev/full")
+        monkeypatch.setattr(reuse, "_read", lambda path: [])
+    cache = AnswerCache("m", "cpu", folder=folder)
+    for number in range(3):
+        cache.add({str(number): "yes"})
+    assert cache.get("2") == "yes"
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and "answers are not kept for later runs" in told[0] and "generation.reuse=false" in told[0]
 
 
 def test_a_cut_line_costs_its_own_answer_at_most(tmp_path):

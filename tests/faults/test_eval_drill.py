@@ -154,7 +154,7 @@ def test_a_lost_process_ends_the_other_with_one_line(zygote: Zygote, tmp_path, a
     assert time.monotonic() - began < MINUTE
     text = log.read_text()
     assert "bug in mmkit" not in text and "Traceback" not in text, text[-3000:]
-    assert text.count(f"process {victim} of 2 was lost; run the same command to go on") == 1, text[-3000:]
+    assert text.count(f"process {victim} of 2 was lost; run the same command to go on from the answers so far") == 1, text[-3000:]
     codes = [zygote.wait(pid) for pid in zygote.start(words(run), log, processes=2)]
     assert codes == [0, 0] and product(run) == alone
 
@@ -170,3 +170,51 @@ def test_a_process_that_is_told_to_stop_stops_the_other(zygote: Zygote, tmp_path
     codes = [zygote.wait(pid) for pid in zygote.start(words(run), log, processes=2, before=slow(notes, 0))]
     assert codes == [0, 0] and product(run) == alone
     assert asked(notes) == alone[0].count(b"\n"), "nothing was asked twice"
+
+
+# SIGTERM when the product is there, while the other process has yet to hear of it.
+LATE = """
+import os, signal
+import mmkit.eval.run as module
+finish = module._finish
+def told(*arguments):
+    finish(*arguments)
+    os.kill(os.getpid(), signal.SIGTERM)
+module._finish = told
+"""
+
+
+def test_a_signal_after_the_product_is_written_does_not_undo_it(zygote: Zygote, tmp_path, alone):
+    run, log = tmp_path / "run", tmp_path / "log"
+    codes = [zygote.wait(pid) for pid in zygote.start(words(run), log, processes=2, before=LATE)]
+    assert codes == [0, 0], log.read_text()[-3000:]
+    assert pipeline.manifest(run)["status"] == "done" and product(run) == alone
+
+
+# Something that only the second process finds wrong, while the main one has questions left.
+ALONE = """
+import os, time
+from mmkit.errors import InputError
+from mmkit.eval.batches import Batches
+answer = Batches.answer
+def refused(self, batch, *, following):
+    if os.environ["RANK"] == "RANKED":
+        raise InputError("question 7 alone does not fit in memory", where="generation", mend="use fewer beams")
+    time.sleep(0.2)
+    return answer(self, batch, following=following)
+Batches.answer = refused
+"""
+
+
+@pytest.mark.parametrize("finder", [0, 1])
+def test_what_one_process_finds_wrong_ends_both_with_its_reason(zygote: Zygote, tmp_path, alone, finder):
+    run, log = tmp_path / "run", tmp_path / "log"
+    began = time.monotonic()
+    pids = zygote.start(words(run), log, processes=2, before=ALONE.replace("RANKED", str(finder)))
+    assert [zygote.wait(pid) for pid in pids] == [2, 2], log.read_text()[-3000:]
+    text = log.read_text()
+    assert text.count("mmkit: generation: question 7 alone does not fit in memory; use fewer beams") == 1, text[-3000:]
+    assert "was lost" not in text and "Traceback" not in text
+    assert time.monotonic() - began < MINUTE / 2, "nobody waited for a goodbye that never came"
+    codes = [zygote.wait(pid) for pid in zygote.start(words(run), log, processes=2)]
+    assert codes == [0, 0] and product(run) == alone

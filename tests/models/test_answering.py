@@ -15,6 +15,7 @@ from PIL import Image
 from transformers.cache_utils import DynamicLayer
 
 from mmkit.config import DecodingConfig
+from mmkit.errors import InputError
 from mmkit.models.answering import RoomyLayer
 from mmkit.models.decoding import search_arguments
 from mmkit.models.inference import Mllm, load_model
@@ -28,12 +29,34 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 SAMPLE = {"decoding": "sample", "temperature": 1.1, "top_k": 50, "top_p": 0.95, "seed": 3}
 # Wide weights: at the usual 0.02 a random model writes one token over and over, whatever it is shown.
 WIDE = {"initializer_range": 0.5}
+NEO = {
+    "model_type": "gpt_neo",
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 16,
+    "max_position_embeddings": 256,
+    "resid_dropout": 0.0,
+    "embed_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+LONG |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LLMS = {
     "llama": {**LLAMA, **WIDE},
     "gpt2": {**GPT2, **WIDE, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "qwen3": {**LLAMA, **WIDE, "model_type": "qwen3", "head_dim": 8},
     # Its window is shorter than a prompt with its answer: places in the cache count there, padding too.
     "mistral": {**LLAMA, **WIDE, "model_type": "mistral", "sliding_window": 30, "head_dim": 8},
+    # Its window is in the masks and not in the cache.
+    "gpt_neo": {**NEO, **WIDE},
+    # Slopes over the distance in places of the cache; it is told no positions.
+    "mpt": {"model_type": "mpt", "d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256, **WIDE},
+    # Beyond 32 tokens these turn by the length of the longest row.
+    "dynamic": {**LLAMA, **WIDE, "max_position_embeddings": 32, "rope_parameters": DYNAMIC},
+    "longrope": {**LLAMA, **WIDE, "rope_parameters": LONG},
 }
 QUESTIONS = ["what is this?", "how many red circles are near the table?", "two dogs?", "is the small bus blue?", "a", "three"]
 TWO = "is <image> like <image>?"
@@ -74,6 +97,8 @@ def reference(mllm: Mllm, shown: list[Image.Image], question: str, how: Decoding
     squares = [mllm.square(picture) for picture in shown]
     seen = {"pixel_values": mllm.values(squares)} if shown else {}
     draws = [mllm.draw(how, question, squares)]
+    # Dynamic rotary positions remember the longest row until they see a short one; this one comes first.
+    mllm.model.model.language_model(input_ids=ids[:, -1:])
     arguments = search_arguments(how, stop=mllm.writer.stop, fill=mllm.writer.fill, draws=draws)
     out = mllm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **seen, **arguments)
     return out[0, ids.shape[1] :].tolist()
@@ -135,6 +160,10 @@ def test_every_batch_size_and_order_gives_the_same_answers(kind, size):
 
 @pytest.mark.parametrize("kind", LLMS)
 def test_a_static_cache_changes_nothing(kind):
+    if kind in ("gpt_neo", "mpt"):
+        with pytest.raises(InputError, match="cannot be used with a static cache; use dynamic"):
+            answers(opened(kind), rows(), WAYS["greedy"], cache="static")
+        return
     assert answers(opened(kind), rows(), WAYS["greedy"], cache="static") == references(kind, "greedy")
 
 
@@ -156,6 +185,25 @@ def test_a_beginning_is_read_once_and_kept_as_long_as_it_is_asked_for(monkeypatc
     assert again == [reference(mllm, shown, q, how) for q in QUESTIONS[3:]]
     mllm.writer.write(asked[:1], how)
     assert read[-2:] == [beginning, len(asked[0].ids) - beginning], "and forgotten when nobody asked for it"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_an_interrupted_batch_leaves_nothing_behind(monkeypatch, error):
+    """The Python API names pictures by identity, and after a Ctrl-C a new picture may lie where an old one lay."""
+    mllm, how = opened("llama"), WAYS["greedy"]
+
+    def asked(picture):
+        features = mllm.features([mllm.square(picture)])
+        return [mllm.ask(mllm.prompt(question, 1), features, key="the same place") for question in QUESTIONS[:2]]
+
+    def interrupted(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(mllm.writer, "_search", interrupted)
+        mllm.writer.write(asked(pictures()[0]), how, keep={"the same place"})
+    expected = [reference(mllm, [pictures()[1]], question, how) for question in QUESTIONS[:2]]
+    assert mllm.writer.write(asked(pictures()[1]), how) == expected
 
 
 def test_sampling_differs_by_seed_and_not_by_batch():
