@@ -189,11 +189,13 @@ def to_json(report: Report) -> str:
                 "task": d.column.task,
                 "metric": d.column.metric,
                 "n": d.n,
+                "pictures": d.pictures,
                 "difference": d.value,
                 "ci95": [d.low, d.high],
                 "p": d.p,
                 "p_holm": d.p_holm,
                 "verdict": d.verdict,
+                "unlike": d.unlike,
             }
             for d in report.differences
         ],

@@ -217,12 +217,14 @@ def _cell(
     apart = departures(score, first)
     base = column_score(baseline, column)
     against = base.metrics.get(column.metric) if base and row is not baseline and not apart else None
+    delta = "" if against is None or not math.isfinite(against) else column.signed(value - against)
     return Cell(
         text,
         interval=f"{column.show(ci[0])} to {column.show(ci[1])}" if ci else "",
         best=best is not None and text == best and not apart,
-        delta="" if against is None or not math.isfinite(against) else column.signed(value - against),
-        mark=marks.get((row.label, column), ""),
+        delta=delta,
+        # A star without its difference would speak of nothing.
+        mark=marks.get((row.label, column), "") if delta else "",
         warnings=warnings_of(score),
         apart=apart,
         conditions=list(settings_of(score, column.task, row.run_of(column.task)).items()),

@@ -109,6 +109,17 @@ class Report:
         return apart_lines(self.tables)
 
     @property
+    def probe_apart(self) -> list[str]:
+        """The same of the probes."""
+        return apart_lines(self.probes)
+
+    @property
+    def unlike(self) -> list[str]:
+        """Tested pairs that were asked otherwise, in words."""
+        told = "the difference may be that of the conditions"
+        return [f"{d.system}, {d.column.task}: {'; '.join(d.unlike)}: {told}" for d in self.differences if d.unlike]
+
+    @property
     def sources(self) -> list[tuple[str, str, str, str, str]]:
         """Every published figure in words: system, task and metric, figure, source, conditions."""
         lines = []
@@ -143,7 +154,8 @@ def assemble(collection: Collection, *, title: str, gallery: int, thumbnail: int
     rows = system_rows([run for run in collection.runs if run.kind == "eval"])
     probes = system_rows([run for run in collection.runs if run.kind == "probe" or (run.kind == "train" and run.scores)])
     found, without = differences(rows, seed=seed) if rows else ([], [])
-    marks = {(d.system, d.column): "*" for d in found if d.significant}
+    # No star where it may be the prompt that made the difference: the verdict below says both.
+    marks = {(d.system, d.column): "*" for d in found if d.significant and not d.unlike}
     everything = collection.everything()
     pictures = build_gallery(rows, count=gallery, seed=seed)
     return Report(
