@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmkit.errors import InputError
 from mmkit.eval.report.lmms_eval import read_lmms_eval
+from mmkit.eval.report.lmms_eval_files import find_results, refuse_samples
 from mmkit.eval.report.runs import Prediction, Published, Run, Score
 from mmkit.files import read_json
 
@@ -22,10 +23,14 @@ KINDS = ("eval", "probe", "train")
 
 @dataclass(frozen=True)
 class Collection:
-    """The runs asked for, in the given order, and the ancestors found through their manifests (parents first)."""
+    """The runs asked for, in the given order, and the ancestors found through their manifests (parents first).
+
+    `notes` say what became of the paths that were given.
+    """
 
     runs: list[Run]
     ancestors: list[Run]
+    notes: list[str] = field(default_factory=list)
 
     def everything(self) -> list[Run]:
         """Ancestors first, then the runs asked for: the order in which they were made."""
@@ -54,18 +59,20 @@ def collect(paths: Sequence[Path]) -> Collection:
     """Read the runs at `paths` and every training run they descend from.
 
     Args:
-        paths: Run directories, and result files of lmms-eval; one named twice counts once.
+        paths: Run directories, and results files of lmms-eval or folders with them; one named twice counts once.
 
     Returns:
-        The collection, names made distinct.
+        The collection, names made distinct. Its notes are logged as warnings, too.
 
     Raises:
         InputError: No run is given, one is no run directory, is unfinished, or holds a damaged file.
     """
-    # Resolved first: a link and its target are one run.
-    wanted = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    notes: list[str] = []
+    wanted = _wanted(paths, notes)
     if not wanted:
         raise InputError("no run directory given", where="report", mend="name at least one finished run, e.g. runs/eval")
+    for note in notes:
+        log.warning("%s", note)
     # A run is a folder; the one kind of file there is comes from another program.
     runs = {path: read_lmms_eval(path) if path.is_file() else read_run(path, need_done=True) for path in wanted}
     # Filled parents first, and that is the order in which the report lists them.
@@ -77,7 +84,33 @@ def collect(paths: Sequence[Path]) -> Collection:
     return Collection(
         [replace(run, name=names[run.path]) for run in runs.values()],
         [replace(run, name=names[run.path]) for run in ancestors.values()],
+        notes,
     )
+
+
+def _wanted(paths: Sequence[Path], notes: list[str]) -> list[Path]:
+    """The run directories and results files that are meant, each once; what was given twice is noted."""
+    found: dict[Path, Path] = {}
+    for given in paths:
+        # Resolved first: a link and its target are one run.
+        path = Path(given).resolve()
+        if path.is_file():
+            _refuse_part_of_run(path)
+            refuse_samples(path)
+        imported = find_results(path, notes) if path.is_dir() and not (path / "manifest.json").is_file() else []
+        for one in imported or [path]:
+            if one in found:
+                same = f"{given}" if Path(given) == found[one] else f"{given} and {found[one]}"
+                notes.append(f"{same} is the same run, given twice; it counts once")
+            found.setdefault(one, Path(given))
+    return list(found)
+
+
+def _refuse_part_of_run(path: Path) -> None:
+    """A file inside a run directory: its name alone would be refused as a damaged results file of another program."""
+    folder = next((parent for parent in path.parents if (parent / "manifest.json").is_file()), None)
+    if folder is not None:
+        raise InputError("is a file of a run, not a run", where=path, mend=f"give the run directory {folder}")
 
 
 def read_run(path: Path, *, need_done: bool) -> Run:
@@ -184,7 +217,10 @@ def _manifest(path: Path, *, need_done: bool) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.is_file():
         found = "no such file or directory" if not path.is_dir() else "not a run directory (it has no manifest.json)"
-        mend = "give the directory of a finished mmkit train, probe or eval run, or a result file of lmms-eval"
+        mend = "give the directory of a finished mmkit train, probe or eval run, or a results file of lmms-eval or its folder"
+        inside = sorted(path.glob("*/manifest.json"))
+        if inside:
+            mend = f"name the runs in it: {' '.join(str(p.parent) for p in inside[:3])}{' …' if inside[3:] else ''}"
         raise InputError(found, where=path, mend=mend)
     manifest = read_json(file, mend="run the stage again with --restart")
     # Other programs write a manifest.json too.

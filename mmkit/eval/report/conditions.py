@@ -59,8 +59,8 @@ def settings_of(score: Score, task: str, run: Run) -> dict[str, str]:
         given = [left.pop(key) for key in keys if key in left]
         if given:
             found[name] = flat(given[0]) or "none"
-        # A score that does not say its prompt (another program's, say) still has it in its predictions.
-        elif name == "Prompt" and (prompt := prompt_of(run, task)):
+        # A score that does not say its prompt still has it in its predictions; another program's hold question and prompt in one.
+        elif name == "Prompt" and not run.imported and (prompt := prompt_of(run, task)):
             found[name] = prompt
     found["n"] = str(score.n)
     # Taken out even where the manifest names the model, which would stand there twice otherwise.

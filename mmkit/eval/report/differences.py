@@ -12,7 +12,6 @@ from mmkit.eval.report.systems import Row
 from mmkit.eval.report.tables import Column, task_columns
 from mmkit.eval.statistics import paired_bootstrap
 
-
 WORDS = {"unclear": "no clear difference", "few": "too few pictures to decide"}
 
 

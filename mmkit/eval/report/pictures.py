@@ -14,6 +14,7 @@ from PIL import Image
 
 from mmkit.data.images import ImageRef, decode_image
 from mmkit.data.skipped import SampleError
+from mmkit.eval.report.lmms_eval_files import PROGRAM
 from mmkit.eval.report.runs import Run
 
 SMALL = 160  # px: up to here a picture is shown enlarged, pixel by pixel, instead of being re-encoded with losses
@@ -107,8 +108,8 @@ def _open(name: str, run: Run) -> Image.Image | str:
     # Names from elsewhere may be longer than a file name can be, or hold a null byte.
     path = next((p for p in (name, os.path.join(run.path, name)) if os.path.isfile(p)), None)  # noqa: PTH113, PTH118
     if path is None:
-        # Results of another program do not carry their pictures.
-        return UNLOGGED if run.imported else "file not found"
+        # Results of another program may tell no picture; the name that stands for one begins with the program's.
+        return UNLOGGED if run.imported and name.startswith(f"{PROGRAM}/") else "file not found"
     try:
         # The loader's own decoder: what is shown is what the model saw. Encoding anew below also drops what the page must
         # not carry (GPS position, embedded previews, trailing bytes).

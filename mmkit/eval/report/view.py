@@ -14,10 +14,11 @@ from mmkit.eval.report.curves import Panel, panels_of
 from mmkit.eval.report.differences import Difference, differences
 from mmkit.eval.report.gallery import Gallery, build_gallery
 from mmkit.eval.report.lineage import Lineage, build_lineage
+from mmkit.eval.report.lmms_eval_files import PROGRAM
 from mmkit.eval.report.pictures import UNLOGGED, Picture
 from mmkit.eval.report.runs import Run, Score
 from mmkit.eval.report.systems import Condition, Row, system_rows
-from mmkit.eval.report.tables import Column, Table, apart_lines, score_tables
+from mmkit.eval.report.tables import Column, Table, apart_lines, score_tables, task_columns
 from mmkit.eval.report.viewer import Viewer, build_viewer
 
 PART_FIGURES = ("points", "f1", "accuracy")  # of MME's subtasks, of POPE's splits, of all else
@@ -120,6 +121,11 @@ class Report:
         return [f"{d.system}, {d.column.task}: {'; '.join(d.unlike)}: {told}" for d in self.differences if d.unlike]
 
     @property
+    def rules(self) -> list[str]:
+        """Tasks that are scored by several rules here, and how an import's rule can be had for mmkit's own answers."""
+        return rule_lines(self.rows)
+
+    @property
     def sources(self) -> list[tuple[str, str, str, str, str]]:
         """Every published figure in words: system, task and metric, figure, source, conditions."""
         lines = []
@@ -179,7 +185,7 @@ def assemble(collection: Collection, *, title: str, gallery: int, thumbnail: int
         data=[use for run in everything if (use := data_of(run)) is not None],
         # Of all runs: what an encoder's training left out is a condition of every score built on it.
         skipped=[skipped_of(run) for run in everything],
-        notes=[f"{run.name}: {note}" for run in everything for note in notes_of(run)],
+        notes=[*collection.notes, *(f"{run.name}: {note}" for run in everything for note in notes_of(run))],
         runs=everything,
         lineage=build_lineage(everything),
     )
@@ -241,10 +247,11 @@ def shapes_of(system: str, task: str, score: Score) -> Shapes:
 
 def notes_of(run: Run) -> list[str]:
     """What reading the run found, and that an import's samples have no pictures."""
-    bare = (
-        [f"its samples are shown without pictures, which {run.imported} does not log"] if run.imported and run.predictions else []
+    said = (
+        f"its samples are shown without pictures, which {run.imported} did not log; in tests each counts as a picture of its own"
     )
-    return [*run.notes, *bare]
+    bare = run.imported and run.predictions and all(p.image.startswith(f"{PROGRAM}/{p.id}") for p in run.predictions)
+    return [*run.notes, said] if bare else run.notes
 
 
 def parts_of(rows: Sequence[Row]) -> list[Parts]:
@@ -268,6 +275,24 @@ def parts_of(rows: Sequence[Row]) -> list[Parts]:
         heading = f"{column.heading} {column.unit}".strip()
         tables.append(Parts(task, kind.replace("_", " "), heading, list(systems), lines))
     return tables
+
+
+def rule_lines(rows: Sequence[Row]) -> list[str]:
+    """A line for each task under several rules: why it has several columns, and how to bring an import beside a run."""
+    lines = []
+    for task, columns in task_columns(rows):
+        rules = list(dict.fromkeys(value for c in columns for name, value in c.variant if name == "Rule"))
+        if len(rules) < 2:
+            continue
+        line = f"{task}: one and the same answer may be right under one of these rules and wrong under another, so that each "
+        line += f"has columns of its own: {'; '.join(rules)}"
+        imported = {
+            str(row.scores[task].settings.get("rule")) for row in rows if task in row.scores and row.run_of(task).imported
+        }
+        # A rule with the program's name in front is one that mmkit does not have.
+        own = sorted(rule for rule in imported & set(rules) if not rule.startswith(PROGRAM))
+        lines.append(line + "".join(f". For {PROGRAM}'s rule evaluate with settings.rule={rule}" for rule in own))
+    return lines
 
 
 def data_of(run: Run) -> DataUse | None:
