@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from mmkit.errors import InputError
 from mmkit.eval.report.collect import collect
-from mmkit.eval.report.exports import to_csv, to_json, to_latex, to_markdown
+from mmkit.eval.report.exports import to_csv, to_json, to_markdown
+from mmkit.eval.report.latex import to_latex
 from mmkit.eval.report.lineage import WIDTH
 from mmkit.eval.report.significance import PERMUTATIONS
 from mmkit.eval.report.tables import MISSING
