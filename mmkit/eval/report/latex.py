@@ -14,8 +14,8 @@ _LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     # After the end of a row or a rule these two would be an argument of it.
     "[": "{[}", "*": "{*}",
-    "×": r"$\times$", "÷": r"$\div$", "−": "$-$", "–": r"\textendash{}", "—": r"\textemdash{}", "′": r"$'$", "…": r"\ldots{}", "±": r"$\pm$",
-    "≠": r"$\neq$",
+    "×": r"$\times$", "÷": r"$\div$", "−": "$-$", "–": r"\textendash{}", "—": r"\textemdash{}", "′": r"$'$", "…": r"\ldots{}",
+    "±": r"$\pm$", "≠": r"$\neq$",
     "≤": r"$\leq$", "≥": r"$\geq$", "≈": r"$\approx$", "→": r"$\rightarrow$", "←": r"$\leftarrow$",
     "°": r"$^{\circ}$", "²": "$^{2}$", "³": "$^{3}$", "µ": r"$\mu$", "·": r"$\cdot$",
     **{chr(0x3B1 + i): rf"$\{name}$" for i, name in enumerate((
@@ -49,8 +49,8 @@ def _letter(letter: str) -> str:
         return _LATEX[letter]
     if " " <= letter <= "~" or letter in _LETTERS:
         return letter
-    base, accent = (unicodedata.normalize("NFD", letter) + " ")[:2]
-    if letter <= "\u017f" and base.isascii() and base.isalpha() and accent in _ACCENTS:
+    parts = unicodedata.normalize("NFD", letter)
+    if letter <= "\u017f" and len(parts) == 2 and parts[0].isascii() and parts[1] in _ACCENTS:
         return letter
     number = f"U+{ord(letter):04X}"
     # Control characters end the run even in a comment.
