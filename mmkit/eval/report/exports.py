@@ -19,7 +19,7 @@ from mmkit.eval.report.conditions import settings_of
 from mmkit.eval.report.curves import HELD_OUT, Curve
 from mmkit.eval.report.gallery import Entry
 from mmkit.eval.report.systems import Row
-from mmkit.eval.report.tables import MISSING, Cell, Column, Group, column_score, groups_of
+from mmkit.eval.report.tables import MISSING, NO_SPREAD, Cell, Column, Group, column_score, groups_of
 from mmkit.eval.report.view import REASONS, Report, duration
 
 # What Markdown (GitHub's flavour included) would take for markup inside a paragraph or a table cell.
@@ -39,7 +39,7 @@ def to_markdown(report: Report) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, finalize=escape_markdown, trim_blocks=True, lstrip_blocks=True)
     environment.filters["duration"] = duration
-    environment.globals.update(missing=MISSING, most_reasons=REASONS, Markup=Markup)
+    environment.globals.update(missing=MISSING, no_spread=NO_SPREAD, most_reasons=REASONS, Markup=Markup)
     # Sections without content leave runs of empty lines behind.
     return re.sub(r"\n{3,}", "\n\n", environment.get_template("report.md.j2").render(r=report)).strip() + "\n"
 
@@ -92,8 +92,7 @@ def to_csv(report: Report) -> str:
                 if cell.text != MISSING:
                     told = dict(cell.conditions)
                     row = {"published": "yes", "source": told["Source"], "conditions": told["Conditions"]}
-                    value = float(cell.text) / column.known.scale
-                    writer.writerow({**_csv_cell(label, column, cell), "value": round(value, 6), **_plain(row)})
+                    writer.writerow({**_csv_cell(label, column, cell), "value": cell.value, **_plain(row)})
     return out.getvalue()
 
 

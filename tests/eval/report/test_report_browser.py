@@ -259,6 +259,31 @@ def test_no_page_scrolls_sideways(name: str, request: pytest.FixtureRequest, ope
         assert (width, over, alone) == (width, 0, 0)
 
 
+def test_what_is_touched_is_large_enough(page_file: Path, opened: Open) -> None:
+    page = opened(page_file, width=390, height=844)
+    sizes = page.evaluate(
+        """() => [...document.querySelectorAll('nav a, table.scores button, #pager button, #filters select')]
+            .filter(e => e.checkVisibility()).map(e => [e.getBoundingClientRect().height, e.outerHTML.slice(0, 60)])"""
+    )
+    # WCAG 2.2, 2.5.8.
+    assert len(sizes) > 20 and [found for found in sizes if found[0] < 24] == []
+
+
+def test_printed_pages_have_their_pictures(page_file: Path, opened: Open, tmp_path: Path) -> None:
+    page = opened(page_file)
+    unseen = "[...document.querySelectorAll('#viewer img')].filter(i => !i.src).length"
+    assert page.evaluate(unseen) > 0
+    page.pdf(path=str(tmp_path / "page.pdf"))
+    # Equal pictures are one object of the PDF: drawings in five colours, and the large one.
+    assert page.evaluate(unseen) == 0 and (tmp_path / "page.pdf").read_bytes().count(b"/Subtype /Image") == 6
+
+
+def test_prompts_keep_their_lines(page_file: Path, opened: Open) -> None:
+    page = opened(page_file)
+    value = page.locator("table.conditions tr", has_text="{question}").first.locator("td").first
+    assert value.inner_text().splitlines() == ["USER: <image>", "{question}", "ASSISTANT:"]
+
+
 CONTRAST = """() => {
   const light = (c) => { const v = c.map(x => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
     return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };

@@ -97,6 +97,15 @@ def test_csv_has_every_figure_with_its_conditions(folder: Path) -> None:
     assert any("OCR: reference" in line["conditions"] for line in lines)
 
 
+def test_csv_has_published_figures_as_they_were_published(runs: Runs, tmp_path: Path) -> None:
+    rows = {"coco-caption": [row(1, Path("a.png"), "x", ["x"], {"CIDEr": 1.0})]}
+    published = [{"system": "ClipCap", "metrics": {"CIDEr": 1.1308}, "source": "paper", "conditions": ""}]
+    out = build_report([runs.eval("a", "a", rows, more={"published": published})], tmp_path / "out").parent
+    with (out / "report.csv").open(newline="", encoding="utf-8") as file:
+        line = list(csv.DictReader(file))[-1]
+    assert (line["published"], line["value"], line["printed"]) == ("yes", "1.1308", "113.1")
+
+
 def test_csv_runs_nothing_in_a_spreadsheet(runs: Runs, tmp_path: Path) -> None:
     rows = {"vqav2": [row(1, Path("a.png"), "x", ["x"], {"accuracy": 1.0}, question="q")]}
     out = build_report([runs.eval("a", '=HYPERLINK("http://evil.example")', rows)], tmp_path / "out").parent

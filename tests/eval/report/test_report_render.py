@@ -232,6 +232,6 @@ def test_markdown_escapes() -> None:
 
 def test_small_words() -> None:
     assert [duration(s) for s in (5, 300, 9000)] == ["5 s", "5.0 min", "2.5 h"]
-    assert [probability(p) for p in (0.0002, 0.0123, 0.4321)] == ["< 0.001", "0.012", "0.43"]
+    assert [probability(p) for p in (0.0002, 0.0123, 0.4321)] == ["<\u00a00.001", "0.012", "0.43"]
     gpus = {"gpus": ["H200", "H200"], "cpu": "X", "driver": 550}
     assert hardware_of(gpus) == "X; 2 × H200; driver 550" and hardware_of("laptop") == "laptop" and hardware_of(None) == ""

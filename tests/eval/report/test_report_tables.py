@@ -303,5 +303,35 @@ def test_prompts_that_differ_and_empty_prompts_are_said(runs) -> None:
     assert lines == [("differs by sample, e.g. one", ["A"]), ("none", ["B"])]
 
 
+def test_halves_are_rounded_alike_in_every_place(runs) -> None:
+    # 98.75 - 7.5 in floats is a hair off 91.25: the table of scores and that of differences printed two figures for it.
+    def run(name: str, right: int) -> Path:
+        return asked(runs, name, right, total=160)
+
+    rows = rows_of([run("a", 158), run("b", 12)])
+    (table,) = score_tables(rows)
+    (difference,) = differences(rows, seed=0)[0]
+    assert [line[0][1].text for _, line in table.rows] == ["98.8", "7.5"]
+    assert table.rows[1][1][0][1].delta == difference.show(difference.value) == "−91.3"
+    column = Column("x", "accuracy")
+    assert [column.show(v) for v in (0.0005, 0.00049, 0.1225, 0.9125, 0.91250000000000014)] == [
+        "0.1",
+        "0.0",
+        "12.3",
+        "91.3",
+        "91.3",
+    ]
+
+
+def test_no_spread_is_no_interval(runs, tmp_path: Path) -> None:
+    more = {"ci95": {"accuracy": [1.0, 1.0]}}
+    rows = [row(i, Path(f"{i}.png"), "x", ["x"], {"accuracy": 1.0}, question="q") for i in range(9)]
+    path = runs.eval("a", "a", {"vqav2": rows}, more=more)
+    (table,) = score_tables(rows_of([path]))
+    assert table.rows[0][1][0][1].interval == "no spread" and table.even
+    assert "No spread: all samples have the same figure" in build_report([path], tmp_path / "out").read_text()
+    assert "100.0 (no spread)" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_columns_follow_the_first_mention(world: list[Path]) -> None:
     assert [task for task, _ in task_columns(rows_of(world[::-1]))] == ["coco-caption", "vqav2"]

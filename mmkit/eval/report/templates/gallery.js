@@ -32,13 +32,20 @@
     return chunks.get(number)[index % data.chunk];
   }
   // A picture is decoded when it comes near the window, not before.
+  function show(image) {
+    image.src = uri(Number(image.dataset.picture));
+    near.unobserve(image);
+  }
   const near = new IntersectionObserver((entries) => {
-    for (const { isIntersecting, target } of entries) {
-      if (!isIntersecting) continue;
-      target.src = uri(Number(target.dataset.picture));
-      near.unobserve(target);
-    }
+    for (const { isIntersecting, target } of entries) if (isIntersecting) show(target);
   }, { rootMargin: '300px' });
+  // Paper has no window to come near to.
+  addEventListener('beforeprint', () => {
+    for (const image of viewer.querySelectorAll('img:not([src])')) {
+      image.decoding = 'sync';
+      show(image);
+    }
+  });
 
   function picture(index, large) {
     const [name, width, height, pixelated, missing] = data.pictures[index];
