@@ -230,7 +230,9 @@ def _manifest(path: Path, *, need_done: bool) -> dict[str, Any]:
     status = manifest.get("status")
     # The figures of a running run could change after the report was made.
     if need_done and status != "done":
-        mend = "start the same command again to finish it, or leave it out of the report"
+        # A killed run has no chance to say that it was.
+        first = "wait for its end or, if it was killed, " if status == "running" else ""
+        mend = f"{first}start the same command again to finish it, or leave it out of the report"
         raise InputError(f"the run is not done (status {status!r})", where=path, mend=mend)
     return manifest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmkit.eval.report.runs import Run, Score
+from mmkit.eval.report.runs import Prediction, Run, Score
 from mmkit.eval.report.systems import Condition, Row
 
 # Printed name -> the keys of a score's settings that hold it, in the order of the page.
@@ -133,11 +133,17 @@ def _setting(score: Score, name: str) -> str:
 
 def prompt_of(run: Run, task: str) -> str:
     """The prompt template that all predictions of a task share, the question put back as a placeholder."""
-    prompts = {p.prompt.replace(p.question, "{question}") if p.question else p.prompt for p in run.predictions if p.task == task}
+    prompts = {template_of(p) for p in run.predictions if p.task == task}
     # The least of a set, not the first: the same report every time.
     if len(prompts) > 1:
         return f"differs by sample, e.g. {min(prompts)}"
     return next(iter(prompts), "")
+
+
+def template_of(prediction: Prediction) -> str:
+    """A prompt with the question put back as a placeholder."""
+    question = prediction.question
+    return prediction.prompt.replace(question, "{question}") if question else prediction.prompt
 
 
 def model_of(run: Run) -> str:

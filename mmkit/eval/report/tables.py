@@ -110,15 +110,14 @@ class Table:
 
 
 def apart_lines(tables: Sequence[Table]) -> list[str]:
-    """Figures that do not compare with the first of their column, and why; a line for each system and task."""
-    lines = [
-        f"{label}, {column.task}: {'; '.join(cell.apart)}"
-        for table in tables
-        for label, cells in table.rows
-        for column, cell in cells
-        if cell.apart
-    ]
-    return list(dict.fromkeys(lines))
+    """Figures that do not compare with the first of their column, and why; a line for each system and reason."""
+    tasks: dict[tuple[str, str], dict[str, None]] = {}
+    for table in tables:
+        for label, cells in table.rows:
+            for column, cell in cells:
+                if cell.apart:
+                    tasks.setdefault((label, "; ".join(cell.apart)), {})[column.task] = None
+    return [f"{label}, {', '.join(names)}: {why}" for (label, why), names in tasks.items()]
 
 
 def task_columns(rows: Sequence[Row]) -> list[tuple[str, list[Column]]]:

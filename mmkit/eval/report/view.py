@@ -24,6 +24,7 @@ from mmkit.eval.report.viewer import Viewer, build_viewer
 PART_FIGURES = ("points", "f1", "accuracy")  # of MME's subtasks, of POPE's splits, of all else
 SKIPPED_LISTED = 50  # skipped samples named one by one for each run; skipped.jsonl has all
 REASONS = 8  # distinct reasons listed per run; the JSON has all
+NAMED = 8  # systems or tasks named one by one in the first sentence
 MISSING_LISTED = 20  # pictures named one by one; the JSON has all
 
 
@@ -202,7 +203,7 @@ def summary_of(rows: Sequence[Row], probes: Sequence[Row], runs: Sequence[Run]) 
     if not systems:
         return f"Training curves of {_listed(counts)}."
     verb = " are compared" if len(systems) > 1 else " is scored"
-    return f"{_listed(systems)}{verb} on {_listed(tasks)}, from {_listed(counts)}."
+    return f"{_named(systems, 'systems')}{verb} on {_named(tasks, 'tasks')}, from {_listed(counts)}."
 
 
 def facts_of(collection: Collection) -> list[tuple[str, list[str]]]:
@@ -250,6 +251,8 @@ def notes_of(run: Run) -> list[str]:
     said = (
         f"its samples are shown without pictures, which {run.imported} did not log; in tests each counts as a picture of its own"
     )
+    if run.kind == "eval" and run.scores and not run.predictions and not run.imported:
+        return [*run.notes, "it has no predictions.jsonl, so that its answers are not in the gallery"]
     bare = run.imported and run.predictions and all(p.image.startswith(f"{PROGRAM}/{p.id}") for p in run.predictions)
     return [*run.notes, said] if bare else run.notes
 
@@ -328,6 +331,13 @@ def duration(seconds: float) -> str:
 def _distinct(values: Iterable[Any]) -> list[str]:
     """In order of first mention, empty ones left out."""
     return list(dict.fromkeys(str(v) for v in values if v)) or ["not recorded"]
+
+
+def _named(names: Sequence[str], what: str) -> str:
+    """The names; of many their number and the first few, for the tables below have them all."""
+    if len(names) <= NAMED:
+        return _listed(names)
+    return f"{len(names)} {what} ({', '.join(names[:3])}, …)"
 
 
 def _listed(words: Sequence[str]) -> str:

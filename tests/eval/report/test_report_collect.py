@@ -61,7 +61,10 @@ def test_an_ancestor_may_be_unfinished_a_given_run_may_not(runs) -> None:
     (stopped / "manifest.json").write_text(json.dumps({**manifest, "status": "stopped"}))
     child = runs.train("cap", "clipcap", parents=[stopped])
     assert collect([child]).ancestors[0].manifest["status"] == "stopped"
-    with pytest.raises(InputError, match=r"not done .status 'stopped'.*same command again"):
+    with pytest.raises(InputError, match=r"not done .status 'stopped'.; start the same command again"):
+        collect([stopped])
+    (stopped / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    with pytest.raises(InputError, match=r"not done .status 'running'.; wait for its end or, if it was killed, start the same"):
         collect([stopped])
 
 

@@ -136,6 +136,14 @@ def test_what_makes_scores_unlike(one: dict[str, str], other: dict[str, str], li
     assert departures(*made) == lines
 
 
+def test_one_reason_for_several_tasks_is_one_line(runs) -> None:
+    def run(name: str, n: int) -> Path:
+        return runs.run(name, "eval", scores={t: score(t, {"accuracy": 0.5}, n=n) for t in ("gqa", "mine", "vqav2")})
+
+    tables = score_tables(rows_of([run("a", 40), run("b", 10)]))
+    assert apart_lines(tables) == ["b, gqa, mine, vqav2: 10 samples, the column's first has 40"]
+
+
 def test_unlike_conditions_are_said_in_every_form(runs, tmp_path: Path) -> None:
     paths = [asked(runs, "a", 20, prompt="{question} One word."), asked(runs, "b", 3, prompt="{question}")]
     text = build_report(paths, tmp_path / "out").read_text()
