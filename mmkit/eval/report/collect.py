@@ -12,6 +12,7 @@ from typing import Any
 from mmkit.errors import InputError
 from mmkit.eval.report.lmms_eval import read_lmms_eval
 from mmkit.eval.report.lmms_eval_files import find_results, refuse_samples
+from mmkit.eval.report.moved import follow, move_of
 from mmkit.eval.report.runs import Prediction, Published, Run, Score
 from mmkit.files import read_json
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Collection", "Prediction", "Published", "Run", "Score", "collect", "find_parent", "read_run"]
 KINDS = ("eval", "probe", "train")
+PARTS = ("manifest.json", "scores.json", "predictions.jsonl", "recipe.yaml", "metrics.jsonl", "skipped.jsonl")
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,17 @@ def collect(paths: Sequence[Path]) -> Collection:
     wanted = _wanted(paths, notes)
     if not wanted:
         raise InputError("no run directory given", where="report", mend="name at least one finished run, e.g. runs/eval")
-    for note in notes:
-        log.warning("%s", note)
     # A run is a folder; the one kind of file there is comes from another program.
     runs = {path: read_lmms_eval(path) if path.is_file() else read_run(path, need_done=True) for path in wanted}
     # Filled parents first, and that is the order in which the report lists them.
     ancestors: dict[Path, Run] = {}
     for run in list(runs.values()):
         _add_ancestors(run, runs, ancestors)
+    notes += _remade([*ancestors.values(), *runs.values()])
     # Named last, because whether a folder's name is enough depends on the ancestors too.
     names = _distinct_names([*runs, *ancestors])
+    for note in notes:
+        log.warning("%s", note)
     return Collection(
         [replace(run, name=names[run.path]) for run in runs.values()],
         [replace(run, name=names[run.path]) for run in ancestors.values()],
@@ -95,7 +98,8 @@ def _wanted(paths: Sequence[Path], notes: list[str]) -> list[Path]:
         # Resolved first: a link and its target are one run.
         path = Path(given).resolve()
         if path.is_file():
-            _refuse_part_of_run(path)
+            if path.name in PARTS and (path.parent / "manifest.json").is_file():
+                raise InputError("is a file of a run, not a run", where=path, mend=f"give the run directory {path.parent}")
             refuse_samples(path)
         imported = find_results(path, notes) if path.is_dir() and not (path / "manifest.json").is_file() else []
         for one in imported or [path]:
@@ -104,13 +108,6 @@ def _wanted(paths: Sequence[Path], notes: list[str]) -> list[Path]:
                 notes.append(f"{same} is the same run, given twice; it counts once")
             found.setdefault(one, Path(given))
     return list(found)
-
-
-def _refuse_part_of_run(path: Path) -> None:
-    """A file inside a run directory: its name alone would be refused as a damaged results file of another program."""
-    folder = next((parent for parent in path.parents if (parent / "manifest.json").is_file()), None)
-    if folder is not None:
-        raise InputError("is a file of a run, not a run", where=path, mend=f"give the run directory {folder}")
 
 
 def read_run(path: Path, *, need_done: bool) -> Run:
@@ -132,7 +129,7 @@ def read_run(path: Path, *, need_done: bool) -> Run:
     # Only runs that were asked for show scores and predictions; an eval run as an ancestor would be read for nothing.
     # A fine-tuned encoder is the one training run that has a score of its own.
     scored = need_done and (kind in ("eval", "probe") or (path / "scores.json").is_file())
-    recipe = path / "recipe.yaml"
+    recipe = _recipe(path)
     return Run(
         path=path,
         name=path.name,
@@ -140,8 +137,7 @@ def read_run(path: Path, *, need_done: bool) -> Run:
         stage=manifest.get("stage"),
         system=manifest.get("system"),
         manifest=manifest,
-        # Shown, never parsed: a bad byte in a comment is no reason to refuse a report.
-        recipe=recipe.read_text("utf-8", errors="replace") if recipe.is_file() else "",
+        recipe=recipe,
         metrics=list(_rows(path / "metrics.jsonl", notes)) if kind == "train" else [],
         skipped=list(_rows(path / "skipped.jsonl", notes)),
         scores=_scores(path / "scores.json") if scored else {},
@@ -149,7 +145,14 @@ def read_run(path: Path, *, need_done: bool) -> Run:
         # A parent from the hub or a plain folder is no run; the manifest shown in the lineage still names it.
         parents=[p for entry in manifest.get("parents") or [] if (p := find_parent(entry.get("path"), path))],
         notes=notes,
+        move=move_of(path.resolve(), recipe),
     )
+
+
+def _recipe(run: Path) -> str:
+    """Text of a run's recipe, empty if absent. Shown, never parsed: a bad byte in a comment is no reason to refuse a report."""
+    file = run / "recipe.yaml"
+    return file.read_text("utf-8", errors="replace") if file.is_file() else ""
 
 
 def find_parent(named: object, child: Path) -> Path | None:
@@ -168,6 +171,8 @@ def find_parent(named: object, child: Path) -> Path | None:
     given = Path(named)
     # A relative path was written from the launch directory, which is most often a folder above the runs.
     bases = [given] if given.is_absolute() else [given, *(folder / given for folder in (child, *child.parents))]
+    if given.is_absolute() and not given.exists() and (there := follow(named, move_of(child, _recipe(child)))) is not None:
+        bases.append(there)
     for base in bases:
         folder = base
         # A recipe may name the run, its product or a checkpoint; all three lead to the run.
@@ -197,6 +202,23 @@ def _add_ancestors(run: Run, runs: dict[Path, Run], ancestors: dict[Path, Run]) 
             seen.add(path)
             parent = runs.get(path) or read_run(path, need_done=False)
             stack.append((parent, iter(parent.parents)))
+
+
+def _remade(runs: Sequence[Run]) -> list[str]:
+    """A line for each run whose parent has another fingerprint by now: what is shown of that parent is not what was used."""
+    by_path = {run.path: run for run in runs}
+    lines = []
+    for run in runs:
+        for entry in run.manifest.get("parents") or []:
+            parent = by_path.get(find_parent(entry.get("path"), run.path) or Path())
+            then, now = entry.get("fingerprint"), parent.manifest.get("product") if parent else None
+            # A checkpoint or a model folder named by itself has a fingerprint of its own.
+            if parent and Path(str(entry["path"])).name == parent.path.name and then and now and then != now:
+                lines.append(
+                    f"{run.path}: its {entry.get('role', 'parent')} {parent.path} was made anew since (fingerprint then {then}, "
+                    f"now {now}), so that the lineage and the curves shown are not those of what was used"
+                )
+    return lines
 
 
 def _distinct_names(paths: Sequence[Path]) -> dict[Path, str]:

@@ -333,6 +333,13 @@ def test_a_folder_is_its_newest_results(tmp_path: Path, caplog: pytest.LogCaptur
     assert collect([folder, new]).notes[-1] == f"{new} and {folder} is the same run, given twice; it counts once"
 
 
+def test_results_inside_a_run_are_results(runs: Runs) -> None:
+    folder = runs.probe("probe", "Mine", 0.9) / "lmms"
+    path = lmms_results(folder, {"gqa": {"results": {"exact_match,none": 0.5}, "n": (1, 1)}})
+    assert collect([path]).runs[0].path == collect([folder]).runs[0].path == path
+    assert collect([path.rename(folder.parent / path.name)]).runs[0].imported
+
+
 def test_samples_alone_name_the_results_to_give(tmp_path: Path) -> None:
     path = lmms_results(tmp_path, {"gqa": {**VQA, "samples": [sample(0, "red")]}})
     samples = tmp_path / "20260101_120000_samples_gqa.jsonl"
