@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class Metric:
     ranked: bool = True
 
     def show(self, value: float) -> str:
-        """A stored figure as printed, without its unit."""
-        return f"{value * self.scale:.{self.digits}f}"
+        """A stored figure as printed, without its unit; halves are rounded away from zero, as people do."""
+        # The ninth digit is noise of adding: 91.25 and 91.250000000000014 are one figure, and must not print as two.
+        exact = Decimal(repr(round(value * self.scale, 9)))
+        return f"{exact.quantize(Decimal(1).scaleb(-self.digits), ROUND_HALF_UP):f}"
 
 
 METRICS = {

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmkit.errors import InputError
 from mmkit.eval.report.lmms_eval import read_lmms_eval
+from mmkit.eval.report.lmms_eval_files import find_results, refuse_samples
+from mmkit.eval.report.moved import follow, move_of
 from mmkit.eval.report.runs import Prediction, Published, Run, Score
 from mmkit.files import read_json
 
@@ -18,14 +20,19 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Collection", "Prediction", "Published", "Run", "Score", "collect", "find_parent", "read_run"]
 KINDS = ("eval", "probe", "train")
+PARTS = ("manifest.json", "scores.json", "predictions.jsonl", "recipe.yaml", "metrics.jsonl", "skipped.jsonl")
 
 
 @dataclass(frozen=True)
 class Collection:
-    """The runs asked for, in the given order, and the ancestors found through their manifests (parents first)."""
+    """The runs asked for, in the given order, and the ancestors found through their manifests (parents first).
+
+    `notes` say what became of the paths that were given.
+    """
 
     runs: list[Run]
     ancestors: list[Run]
+    notes: list[str] = field(default_factory=list)
 
     def everything(self) -> list[Run]:
         """Ancestors first, then the runs asked for: the order in which they were made."""
@@ -54,16 +61,16 @@ def collect(paths: Sequence[Path]) -> Collection:
     """Read the runs at `paths` and every training run they descend from.
 
     Args:
-        paths: Run directories, and result files of lmms-eval; one named twice counts once.
+        paths: Run directories, and results files of lmms-eval or folders with them; one named twice counts once.
 
     Returns:
-        The collection, names made distinct.
+        The collection, names made distinct. Its notes are logged as warnings, too.
 
     Raises:
         InputError: No run is given, one is no run directory, is unfinished, or holds a damaged file.
     """
-    # Resolved first: a link and its target are one run.
-    wanted = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    notes: list[str] = []
+    wanted = _wanted(paths, notes)
     if not wanted:
         raise InputError("no run directory given", where="report", mend="name at least one finished run, e.g. runs/eval")
     # A run is a folder; the one kind of file there is comes from another program.
@@ -72,12 +79,35 @@ def collect(paths: Sequence[Path]) -> Collection:
     ancestors: dict[Path, Run] = {}
     for run in list(runs.values()):
         _add_ancestors(run, runs, ancestors)
+    notes += _remade([*ancestors.values(), *runs.values()])
     # Named last, because whether a folder's name is enough depends on the ancestors too.
     names = _distinct_names([*runs, *ancestors])
+    for note in notes:
+        log.warning("%s", note)
     return Collection(
         [replace(run, name=names[run.path]) for run in runs.values()],
         [replace(run, name=names[run.path]) for run in ancestors.values()],
+        notes,
     )
+
+
+def _wanted(paths: Sequence[Path], notes: list[str]) -> list[Path]:
+    """The run directories and results files that are meant, each once; what was given twice is noted."""
+    found: dict[Path, Path] = {}
+    for given in paths:
+        # Resolved first: a link and its target are one run.
+        path = Path(given).resolve()
+        if path.is_file():
+            if path.name in PARTS and (path.parent / "manifest.json").is_file():
+                raise InputError("is a file of a run, not a run", where=path, mend=f"give the run directory {path.parent}")
+            refuse_samples(path)
+        imported = find_results(path, notes) if path.is_dir() and not (path / "manifest.json").is_file() else []
+        for one in imported or [path]:
+            if one in found:
+                same = f"{given}" if Path(given) == found[one] else f"{given} and {found[one]}"
+                notes.append(f"{same} is the same run, given twice; it counts once")
+            found.setdefault(one, Path(given))
+    return list(found)
 
 
 def read_run(path: Path, *, need_done: bool) -> Run:
@@ -99,7 +129,7 @@ def read_run(path: Path, *, need_done: bool) -> Run:
     # Only runs that were asked for show scores and predictions; an eval run as an ancestor would be read for nothing.
     # A fine-tuned encoder is the one training run that has a score of its own.
     scored = need_done and (kind in ("eval", "probe") or (path / "scores.json").is_file())
-    recipe = path / "recipe.yaml"
+    recipe = _recipe(path)
     return Run(
         path=path,
         name=path.name,
@@ -107,8 +137,7 @@ def read_run(path: Path, *, need_done: bool) -> Run:
         stage=manifest.get("stage"),
         system=manifest.get("system"),
         manifest=manifest,
-        # Shown, never parsed: a bad byte in a comment is no reason to refuse a report.
-        recipe=recipe.read_text("utf-8", errors="replace") if recipe.is_file() else "",
+        recipe=recipe,
         metrics=list(_rows(path / "metrics.jsonl", notes)) if kind == "train" else [],
         skipped=list(_rows(path / "skipped.jsonl", notes)),
         scores=_scores(path / "scores.json") if scored else {},
@@ -116,7 +145,14 @@ def read_run(path: Path, *, need_done: bool) -> Run:
         # A parent from the hub or a plain folder is no run; the manifest shown in the lineage still names it.
         parents=[p for entry in manifest.get("parents") or [] if (p := find_parent(entry.get("path"), path))],
         notes=notes,
+        move=move_of(path.resolve(), recipe),
     )
+
+
+def _recipe(run: Path) -> str:
+    """Text of a run's recipe, empty if absent. Shown, never parsed: a bad byte in a comment is no reason to refuse a report."""
+    file = run / "recipe.yaml"
+    return file.read_text("utf-8", errors="replace") if file.is_file() else ""
 
 
 def find_parent(named: object, child: Path) -> Path | None:
@@ -135,6 +171,8 @@ def find_parent(named: object, child: Path) -> Path | None:
     given = Path(named)
     # A relative path was written from the launch directory, which is most often a folder above the runs.
     bases = [given] if given.is_absolute() else [given, *(folder / given for folder in (child, *child.parents))]
+    if given.is_absolute() and not given.exists() and (there := follow(named, move_of(child, _recipe(child)))) is not None:
+        bases.append(there)
     for base in bases:
         folder = base
         # A recipe may name the run, its product or a checkpoint; all three lead to the run.
@@ -166,6 +204,23 @@ def _add_ancestors(run: Run, runs: dict[Path, Run], ancestors: dict[Path, Run]) 
             stack.append((parent, iter(parent.parents)))
 
 
+def _remade(runs: Sequence[Run]) -> list[str]:
+    """A line for each run whose parent has another fingerprint by now: what is shown of that parent is not what was used."""
+    by_path = {run.path: run for run in runs}
+    lines = []
+    for run in runs:
+        for entry in run.manifest.get("parents") or []:
+            parent = by_path.get(find_parent(entry.get("path"), run.path) or Path())
+            then, now = entry.get("fingerprint"), parent.manifest.get("product") if parent else None
+            # A checkpoint or a model folder named by itself has a fingerprint of its own.
+            if parent and Path(str(entry["path"])).name == parent.path.name and then and now and then != now:
+                lines.append(
+                    f"{run.path}: its {entry.get('role', 'parent')} {parent.path} was made anew since (fingerprint then {then}, "
+                    f"now {now}), so that the lineage and the curves shown are not those of what was used"
+                )
+    return lines
+
+
 def _distinct_names(paths: Sequence[Path]) -> dict[Path, str]:
     """Folder names, with as many parent folders in front as it takes to tell them apart."""
     # Pipelines name folders by stage, so the last part alone (probe, eval-mllm) is often the same for every system.
@@ -184,7 +239,10 @@ def _manifest(path: Path, *, need_done: bool) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.is_file():
         found = "no such file or directory" if not path.is_dir() else "not a run directory (it has no manifest.json)"
-        mend = "give the directory of a finished mmkit train, probe or eval run, or a result file of lmms-eval"
+        mend = "give the directory of a finished mmkit train, probe or eval run, or a results file of lmms-eval or its folder"
+        inside = sorted(path.glob("*/manifest.json"))
+        if inside:
+            mend = f"name the runs in it: {' '.join(str(p.parent) for p in inside[:3])}{' …' if inside[3:] else ''}"
         raise InputError(found, where=path, mend=mend)
     manifest = read_json(file, mend="run the stage again with --restart")
     # Other programs write a manifest.json too.
@@ -194,7 +252,9 @@ def _manifest(path: Path, *, need_done: bool) -> dict[str, Any]:
     status = manifest.get("status")
     # The figures of a running run could change after the report was made.
     if need_done and status != "done":
-        mend = "start the same command again to finish it, or leave it out of the report"
+        # A killed run has no chance to say that it was.
+        first = "wait for its end or, if it was killed, " if status == "running" else ""
+        mend = f"{first}start the same command again to finish it, or leave it out of the report"
         raise InputError(f"the run is not done (status {status!r})", where=path, mend=mend)
     return manifest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmkit.eval.report.runs import Run, Score
+from mmkit.eval.report.runs import Prediction, Run, Score
 from mmkit.eval.report.systems import Condition, Row
 
 # Printed name -> the keys of a score's settings that hold it, in the order of the page.
@@ -19,6 +19,9 @@ KNOWN = {
 }
 # Scores that differ in one of these answer different questions: they never share a column.
 APART = ("OCR", "Rule")
+# Those that differ in one of these share it, and are marked: asked otherwise, the same system gives other figures.
+UNLIKE = ("Tokenizer", "Prompt", "Decoding")
+_QUOTED = 60  # letters of a prompt in a line
 FINGERPRINT_KEYS = ("fingerprint", "model_fingerprint", "model")
 
 
@@ -56,8 +59,8 @@ def settings_of(score: Score, task: str, run: Run) -> dict[str, str]:
         given = [left.pop(key) for key in keys if key in left]
         if given:
             found[name] = flat(given[0]) or "none"
-        # A score that does not say its prompt (another program's, say) still has it in its predictions.
-        elif name == "Prompt" and (prompt := prompt_of(run, task)):
+        # A score that does not say its prompt still has it in its predictions; another program's hold question and prompt in one.
+        elif name == "Prompt" and not run.imported and (prompt := prompt_of(run, task)):
             found[name] = prompt
     found["n"] = str(score.n)
     # Taken out even where the manifest names the model, which would stand there twice otherwise.
@@ -80,16 +83,47 @@ def departures(score: Score, usual: Score) -> list[str]:
         usual: The column's first score.
 
     Returns:
-        One line for each difference in tokenizer or samples; none where the two compare.
+        One line for each difference in `UNLIKE` or in the number of samples; none where the two compare.
     """
-    lines = []
-    own, other = _setting(score, "Tokenizer"), _setting(usual, "Tokenizer")
-    if own != other:
-        lines.append(f"tokenizer {own or 'not recorded'}, the column's first has {other or 'not recorded'}")
+    lines = [f"{own}, the column's first has {other}" for own, other in unlike(score, usual)]
     # A limit, and results with gaps, both show in the number of samples.
     if score.n != usual.n:
         lines.append(f"{score.n} samples, the column's first has {usual.n}")
     return lines
+
+
+def unlike(score: Score, other: Score) -> list[tuple[str, str]]:
+    """The settings of `UNLIKE` in which two scores of one task differ.
+
+    Args:
+        score: A score.
+        other: What it is held against.
+
+    Returns:
+        For each such setting its name and value here, and its value there.
+    """
+    found = []
+    for name in UNLIKE:
+        own, there = _setting(score, name), _setting(other, name)
+        # A captioner takes no prompt and a bare score tells no decoding: only what both have can differ. The tokenizer's
+        # default is known to no reader, so that saying nothing differs from saying one.
+        if own == there or (name != "Tokenizer" and not (own and there)):
+            continue
+        told = _apart(own, there) if name == "Prompt" else (own or "not recorded", there or "not recorded")
+        found.append((f"{name.lower()} {told[0]}", told[1]))
+    return found
+
+
+def _apart(one: str, two: str) -> tuple[str, str]:
+    """Two long texts in quotes, each cut to where they begin to differ; line breaks as a sign, since they may be all of it."""
+    shared = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    # Some words in front tell where in the prompt it is.
+    start = 0 if shared < _QUOTED // 2 else max(one.find(" ", shared - _QUOTED // 2, shared) + 1, shared - _QUOTED // 2)
+    parts = [
+        ("…" if start else "") + text[start : start + _QUOTED] + ("…" if text[start + _QUOTED :] else "") for text in (one, two)
+    ]
+    first, second = (f"“{part}”".replace("\n", "⏎") for part in parts)
+    return first, second
 
 
 def _setting(score: Score, name: str) -> str:
@@ -99,11 +133,17 @@ def _setting(score: Score, name: str) -> str:
 
 def prompt_of(run: Run, task: str) -> str:
     """The prompt template that all predictions of a task share, the question put back as a placeholder."""
-    prompts = {p.prompt.replace(p.question, "{question}") if p.question else p.prompt for p in run.predictions if p.task == task}
+    prompts = {template_of(p) for p in run.predictions if p.task == task}
     # The least of a set, not the first: the same report every time.
     if len(prompts) > 1:
         return f"differs by sample, e.g. {min(prompts)}"
     return next(iter(prompts), "")
+
+
+def template_of(prediction: Prediction) -> str:
+    """A prompt with the question put back as a placeholder."""
+    question = prediction.question
+    return prediction.prompt.replace(question, "{question}") if question else prediction.prompt
 
 
 def model_of(run: Run) -> str:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from mmkit.eval.report.conditions import variant_of
+from mmkit.eval.report.conditions import unlike, variant_of
 from mmkit.eval.report.runs import Score
-from mmkit.eval.report.significance import LEVEL, holm, permutation_test
+from mmkit.eval.report.significance import LEVEL, holm, permutation_test, smallest_p
 from mmkit.eval.report.systems import Row
 from mmkit.eval.report.tables import Column, task_columns
 from mmkit.eval.statistics import paired_bootstrap
+
+WORDS = {"unclear": "no clear difference", "few": "too few pictures to decide"}
 
 
 @dataclass(frozen=True)
 class Difference:
     """A system against the first one on the same samples; figures as stored.
 
-    `p` is of the permutation test, `p_holm` corrected for all tests of the report.
+    `p` is of the permutation test, `p_holm` corrected for all tests of the report, and `least` the smallest `p_holm` that any
+    answers on this many pictures could have given. `unlike` says in what the two were asked otherwise, so that the difference
+    may be that of the conditions.
     """
 
     system: str
@@ -29,6 +33,9 @@ class Difference:
     high: float
     p: float
     p_holm: float
+    pictures: int
+    least: float = 0.0
+    unlike: list[str] = field(default_factory=list)
 
     @property
     def significant(self) -> bool:
@@ -37,9 +44,16 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """higher, lower, or unclear where the corrected test does not tell."""
+        """higher, lower, unclear where the corrected test does not tell, few where no data could have made it tell."""
+        if self.least >= LEVEL:
+            return "few"
         # Not told by the interval: of twenty of them one misses zero by chance alone.
         return "unclear" if not self.significant else "higher" if self.value > 0 else "lower"
+
+    @property
+    def words(self) -> str:
+        """The verdict as it is printed."""
+        return WORDS.get(self.verdict, self.verdict)
 
     def show(self, value: float) -> str:
         """A signed figure with a real minus sign."""
@@ -77,7 +91,9 @@ def differences(rows: Sequence[Row], *, seed: int) -> tuple[list[Difference], li
             else:
                 _compare(row, rows[0], column, found, without, seed=seed)
     adjusted = holm({i: d.p for i, d in enumerate(found)})
-    return [replace(d, p_holm=adjusted[i]) for i, d in enumerate(found)], without
+    # Holm's method is monotone: where even the smallest p-values of all tests do not pass, no data could have passed.
+    least = holm({i: smallest_p(d.pictures) for i, d in enumerate(found)})
+    return [replace(d, p_holm=adjusted[i], least=least[i]) for i, d in enumerate(found)], without
 
 
 def per_sample(row: Row, column: Column) -> dict[str, float]:
@@ -116,7 +132,8 @@ def _compare(row: Row, first: Row, column: Column, found: list[Difference], with
     clusters: dict[Hashable, Hashable] = {key: pictures.get(key, key) for key in shared}
     own: dict[Hashable, float] = {key: mine[key] for key in shared}
     theirs: dict[Hashable, float] = {key: base[key] for key in shared}
-    found.append(_difference(row.label, first.label, column, own, theirs, clusters, seed=seed))
+    asked = [f"{here}, {first.label} has {there}" for here, there in unlike(row.scores[task], first.scores[task])]
+    found.append(replace(_difference(row.label, first.label, column, own, theirs, clusters, seed=seed), unlike=asked))
     if len(shared) < max(len(base), len(mine)):
         total = f"{len(shared)} of {max(len(base), len(mine))}"
         without.append(f"{row.label}, {task}: only {total} samples are shared with {first.label}")
@@ -136,4 +153,4 @@ def _difference(
     value, low, high, n = paired_bootstrap(mine, base, clusters=clusters, seed=seed)
     p = permutation_test([mine[k] - base[k] for k in mine], [clusters[k] for k in mine], seed=seed)
     # Corrected when all tests of the report are known.
-    return Difference(system, baseline, column, n, value, low, high, p, p)
+    return Difference(system, baseline, column, n, value, low, high, p, p, len(set(clusters.values())))

@@ -1,4 +1,4 @@
-"""The report for other programs and for papers: Markdown, LaTeX, CSV, JSON."""
+"""The report for other programs: Markdown, CSV, JSON; latex.py has the tables for papers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,11 @@ from mmkit.eval.report.conditions import settings_of
 from mmkit.eval.report.curves import HELD_OUT, Curve
 from mmkit.eval.report.gallery import Entry
 from mmkit.eval.report.systems import Row
-from mmkit.eval.report.tables import MISSING, Cell, Column, Group, Table, column_score, groups_of
+from mmkit.eval.report.tables import MISSING, NO_SPREAD, Cell, Column, Group, column_score, groups_of
 from mmkit.eval.report.view import REASONS, Report, duration
 
 # What Markdown (GitHub's flavour included) would take for markup inside a paragraph or a table cell.
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]|~$#])")
-_LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "×": r"$\times$", "−": "$-$", "–": "--", "′": r"$'$", "…": r"\ldots{}", "±": r"$\pm$",
-}  # fmt: skip
 # Spreadsheets run a cell that begins with one of these.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _SPEED = ("samples_per_second", "data_wait")
@@ -44,7 +39,7 @@ def to_markdown(report: Report) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, finalize=escape_markdown, trim_blocks=True, lstrip_blocks=True)
     environment.filters["duration"] = duration
-    environment.globals.update(missing=MISSING, most_reasons=REASONS, Markup=Markup)
+    environment.globals.update(missing=MISSING, no_spread=NO_SPREAD, most_reasons=REASONS, Markup=Markup)
     # Sections without content leave runs of empty lines behind.
     return re.sub(r"\n{3,}", "\n\n", environment.get_template("report.md.j2").render(r=report)).strip() + "\n"
 
@@ -65,54 +60,6 @@ def escape_markdown(value: Any) -> Any:
     # The ampersand first, or it would escape the entities that follow.
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKDOWN.sub(r"\\\1", text)
-
-
-def escape_latex(text: object) -> str:
-    """Make a text inert in LaTeX, on one line."""
-    return "".join(_LATEX.get(letter, letter) for letter in " ".join(str(text).split()))
-
-
-def to_latex(report: Report) -> str:
-    """The score tables for a paper: booktabs, the best in bold, published figures in grey. Needs booktabs and xcolor."""
-    lines = [r"% \usepackage{booktabs,xcolor}", f"% {escape_latex(report.title)}"]
-    for table in [*report.tables, *report.probes]:
-        lines += ["", *_latex_table(table)]
-    return "\n".join(lines) + "\n"
-
-
-def _latex_table(table: Table) -> list[str]:
-    """One ``tabular``; the caption and label are the paper's own."""
-    count = sum(len(group.columns) for group in table.groups)
-    heads = [_latex_head(group) for group in table.groups]
-    rules, at = [], 2
-    for group in table.groups:
-        rules.append(rf"\cmidrule(lr){{{at}-{at + len(group.columns) - 1}}}")
-        at += len(group.columns)
-    metrics = [escape_latex(f"{c.heading} {c.unit}".strip()) for group in table.groups for c in group.columns]
-    lines = [rf"\begin{{tabular}}{{l{'r' * count}}}", r"\toprule", rf" & {' & '.join(heads)} \\", "".join(rules)]
-    lines += [rf"System & {' & '.join(metrics)} \\", r"\midrule"]
-    lines += [_latex_row(label, cells, grey=False) for label, cells in table.rows]
-    if table.references:
-        lines += [r"\midrule", *(_latex_row(label, cells, grey=True) for label, cells in table.references)]
-    return [*lines, r"\bottomrule", r"\end{tabular}"]
-
-
-def _latex_head(group: Group) -> str:
-    """A task over its columns, with what is to be known of it."""
-    name = f"{group.task} ({group.variant})" if group.variant else group.task
-    return rf"\multicolumn{{{len(group.columns)}}}{{c}}{{{escape_latex(name)}}}"
-
-
-def _latex_row(label: str, cells: Sequence[tuple[Column, Cell]], *, grey: bool) -> str:
-    """A system; a dagger where the figure does not compare, a double one where a warning speaks of it, a star as on the page."""
-    figures = []
-    for _, cell in cells:
-        text = rf"\textbf{{{escape_latex(cell.text)}}}" if cell.best else escape_latex(cell.text)
-        signs = (r"\dagger" if cell.apart else "") + (r"\ddagger" if cell.warnings else "") + ("*" if cell.mark else "")
-        text += f"$^{{{signs}}}$" if signs else ""
-        figures.append(rf"\textcolor{{gray}}{{{text}}}" if grey else text)
-    name = rf"\textcolor{{gray}}{{{escape_latex(label)} (published)}}" if grey else escape_latex(label)
-    return rf"{name} & {' & '.join(figures)} \\"
 
 
 def to_csv(report: Report) -> str:
@@ -145,8 +92,7 @@ def to_csv(report: Report) -> str:
                 if cell.text != MISSING:
                     told = dict(cell.conditions)
                     row = {"published": "yes", "source": told["Source"], "conditions": told["Conditions"]}
-                    value = float(cell.text) / column.known.scale
-                    writer.writerow({**_csv_cell(label, column, cell), "value": round(value, 6), **_plain(row)})
+                    writer.writerow({**_csv_cell(label, column, cell), "value": cell.value, **_plain(row)})
     return out.getvalue()
 
 
@@ -189,11 +135,13 @@ def to_json(report: Report) -> str:
                 "task": d.column.task,
                 "metric": d.column.metric,
                 "n": d.n,
+                "pictures": d.pictures,
                 "difference": d.value,
                 "ci95": [d.low, d.high],
                 "p": d.p,
                 "p_holm": d.p_holm,
                 "verdict": d.verdict,
+                "unlike": d.unlike,
             }
             for d in report.differences
         ],

@@ -6,20 +6,22 @@ metric name of its own. The rules are those of the tasks' ``utils.py`` in lmms-e
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from mmkit.errors import InputError
+from mmkit.eval.report.lmms_eval_files import AGAIN, PROGRAM, read_samples
 from mmkit.eval.report.runs import Prediction, Run, Score
 from mmkit.files import read_json
-
-PROGRAM = "lmms-eval"
-_AGAIN = "give the ..._results.json that lmms-eval wrote under --output_path"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ _CAPTION = {f"coco_{name}": name for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Ble
 # Its yes ratio counts the labels, not the answers, hence the other name.
 _POPE = {"pope_accuracy": "accuracy", "pope_precision": "precision", "pope_recall": "recall", "pope_yes_ratio": "label_yes_ratio"}
 _MMBENCH = {"gpt_eval_score": "accuracy"}
+# Finds the option otherwise than VLMEvalKit's function, which is mmkit's static rule.
 _STATIC = "lmms-eval: options found without an API"
 _JUDGED = "lmms-eval: options found by a GPT judge"
 _MMMU_NOTE = "lmms-eval up to 0.7.2 counts all 53 open questions as wrong; this file does not say that it is newer"
@@ -59,11 +62,13 @@ TASKS = {
     "vqav2_val": Known("vqav2", "vqav2-val", "always"),
     # The same evaluator file as M4C's and LLaVA's; the prompt's OCR tokens are a setting of the task.
     "textvqa_val": Known("textvqa", "textvqa-val", "m4c"),
-    "vizwiz_vqa_val": Known("vizwiz", "vizwiz-val", "lmms-eval: M4C processing of both sides"),
-    "gqa": Known("gqa", "gqa-testdev-balanced", "lmms-eval: equal but for case and punctuation"),
-    "scienceqa": Known("scienceqa", "scienceqa-test", "lmms-eval: letter, or letter and period in front"),
-    "scienceqa_img": Known("scienceqa", "scienceqa-img-test", "lmms-eval: letter, or letter and period in front"),
-    # mmkit's own rule=lmms reads POPE and MME as lmms-eval does. One F1 over all three splits is not the mean of three.
+    # M4C's processing on both sides: mmkit's rule=m4c, not its official one.
+    "vizwiz_vqa_val": Known("vizwiz", "vizwiz-val", "m4c"),
+    # mmkit's own rule=lmms reads GQA, ScienceQA, POPE and MME as lmms-eval does.
+    "gqa": Known("gqa", "gqa-testdev-balanced", "lmms"),
+    "scienceqa": Known("scienceqa", "scienceqa-test", "lmms"),
+    "scienceqa_img": Known("scienceqa", "scienceqa-img-test", "lmms"),
+    # One F1 over all three splits is not the mean of three.
     "pope": Known("pope", "pope", "lmms", {**_POPE, "pope_f1_score": "f1_pooled"}),
     "pope_random": Known("pope", "pope-random", "lmms", {**_POPE, "pope_f1_score": "f1"}),
     "pope_pop": Known("pope", "pope-popular", "lmms", {**_POPE, "pope_f1_score": "f1"}),
@@ -94,35 +99,35 @@ def read_lmms_eval(path: Path) -> Run:
     Raises:
         InputError: The file is no results file of lmms-eval, holds no figure, or a samples file is damaged.
     """
-    content = read_json(path, mend=_AGAIN)
+    content = read_json(path, mend=AGAIN)
     results = content.get("results") if isinstance(content, dict) else None
     if not isinstance(results, dict) or not isinstance(content.get("configs"), dict):
-        raise InputError('not a result file of lmms-eval (it has no "results" and "configs")', where=path, mend=_AGAIN)
+        raise InputError('not a result file of lmms-eval (it has no "results" and "configs")', where=path, mend=AGAIN)
     notes: list[str] = []
     scores: dict[str, Score] = {}
     predictions: list[Prediction] = []
     for task, row in results.items():
         if not isinstance(row, dict):
-            raise InputError(f"task {task!r} is no object of metrics", where=path, mend=_AGAIN)
+            raise InputError(f"task {task!r} is no object of metrics", where=path, mend=AGAIN)
         # A group's row carries its members' names and no figure of its own.
         if not _figures(row) or content["configs"].get(task) is None:
             continue
-        samples = _samples(path, task, notes)
+        samples = read_samples(path, task, notes)
         try:
             name, score, said = _task(task, row, content, samples)
         # A program's own file goes no deeper than this; an edited one may hold anything anywhere.
         except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise InputError(f"task {task!r} is damaged ({type(error).__name__}: {error})", where=path, mend=_AGAIN) from error
+            raise InputError(f"task {task!r} is damaged ({type(error).__name__}: {error})", where=path, mend=AGAIN) from error
         if name in scores:
             raise InputError(f"{task!r} and another task both are {name} here", where=path, mend="import them from two files")
         scores[name] = score
         predictions += said
     if not scores:
-        raise InputError("no task in it has a figure", where=path, mend=_AGAIN)
+        raise InputError("no task in it has a figure", where=path, mend=AGAIN)
     try:
         return _run(path, content, scores, predictions, notes)
     except (TypeError, AttributeError) as error:
-        raise InputError(f"is damaged ({type(error).__name__}: {error})", where=path, mend=_AGAIN) from error
+        raise InputError(f"is damaged ({type(error).__name__}: {error})", where=path, mend=AGAIN) from error
 
 
 def _task(
@@ -134,7 +139,8 @@ def _task(
     known = TASKS.get(task) or Known(task, task, PROGRAM, {key.partition(",")[0]: key.partition(",")[0] for key in found})
     name = _row_name(known, config)
     score = _score(task, known, found, config, content, samples)
-    return name, score, [_prediction(name, task, sample, known, config) for sample in samples]
+    ends = _ends(config, samples)
+    return name, score, [_prediction(name, task, sample, known, ends) for sample in samples]
 
 
 def _run(
@@ -150,9 +156,9 @@ def _run(
         "status": "imported",
         "kind": "eval",
         "stage": PROGRAM,
-        "started": str(content.get("date") or ""),
+        "started": started(content),
         "seconds": _number(content.get("total_evaluation_time_seconds")) or 0.0,
-        "git": str(content.get("git_hash") or ""),
+        "git": str(content.get("git_hash") or "not recorded"),
         "mmkit": f"imported from {version}",
         "parents": [{"role": "model", "path": model, "fingerprint": ""}],
     }
@@ -203,7 +209,7 @@ def _score(
         if error is not None:
             intervals[name] = ((value - 1.96 * error) / known.scale, (value + 1.96 * error) / known.scale)
     total, asked = _counts(task, content)
-    settings = _settings(task, known, config, content)
+    settings = _settings(task, known, config, content, samples)
     if 0 < asked < total:
         settings["scored"] = f"{asked} of {total}"
     return Score(
@@ -216,19 +222,20 @@ def _score(
     )
 
 
-def _settings(task: str, known: Known, config: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+def _settings(
+    task: str, known: Known, config: dict[str, Any], content: dict[str, Any], samples: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """The conditions under which the figure was made, in the words of mmkit's own settings where there are such."""
-    kwargs = config.get("lmms_eval_specific_kwargs") or config.get("model_specific_prompt_kwargs") or {}
-    # Keyed by model family in the file, with the chosen entry merged in by newer versions.
-    prompts = {**(kwargs.get("default") or {}), **{k: v for k, v in kwargs.items() if not isinstance(v, dict)}}
+    ends, generation = _ends(config, samples), config.get("generation_kwargs") or {}
     run = content.get("config") or {}
     settings: dict[str, Any] = {
         "evaluator": _version(content),
         "lmms-eval task": task,
         "task version": (content.get("versions") or {}).get(task),
         "data": ", ".join(str(config[k]) for k in ("dataset_path", "dataset_name", "test_split") if config.get(k)),
-        "prompt": f"{prompts.get('pre_prompt') or ''}{{question}}{prompts.get('post_prompt') or ''}",
-        "generation": config.get("generation_kwargs") or {},
+        **({"prompt": f"{ends[0]}{{question}}{ends[1]}"} if ends else {}),
+        "decoding": decoding_of(generation),
+        "generation_kwargs": generation,
         "batch_size": run.get("batch_size"),
         "interval": "1.96 standard errors of lmms-eval",
         "model": _model_of(content),
@@ -242,6 +249,30 @@ def _settings(task: str, known: Known, config: dict[str, Any], content: dict[str
     if known.suite == "mmmu" and _release(_version(content)) < (0, 7, 3):
         notes.append(_MMMU_NOTE)
     return {**settings, **({"notes": notes} if notes else {})}
+
+
+def _ends(config: dict[str, Any], samples: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    """What stands before and after every question: as the task says, else the lines that all prompts end with; None untold."""
+    kwargs = config.get("lmms_eval_specific_kwargs") or config.get("model_specific_prompt_kwargs") or {}
+    if kwargs:
+        # Keyed by model family in the file, with the chosen entry merged in by newer versions.
+        told = {**(kwargs.get("default") or {}), **{k: v for k, v in kwargs.items() if not isinstance(v, dict)}}
+        return str(told.get("pre_prompt") or ""), str(told.get("post_prompt") or "")
+    prompts = sorted({_text(sample.get("input"))[::-1] for sample in samples})
+    # What the first and the last in order begin with, all between them do.
+    pairs = zip(prompts[0], prompts[-1], strict=False) if len(prompts) > 1 else []
+    ending = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))[::-1]
+    # Whole lines alone: all questions end with the same mark.
+    return ("", ending[ending.index("\n") :]) if "\n" in ending else None
+
+
+def decoding_of(kwargs: Mapping[str, Any]) -> str:
+    """A task's ``generation_kwargs`` in the words of mmkit's own scores; what is left out means greedy there."""
+    beams, heat = int(_number(kwargs.get("num_beams")) or 1), _number(kwargs.get("temperature")) or 0.0
+    if kwargs.get("do_sample", heat > 0):
+        given = {key: _number(kwargs.get(key)) for key in ("temperature", "top_p", "top_k")}
+        return "sample, " + ", ".join(f"{key} {value:g}" for key, value in given.items() if value is not None)
+    return f"beam {beams}" if beams > 1 else "greedy"
 
 
 def _row_name(known: Known, config: dict[str, Any]) -> str:
@@ -264,8 +295,26 @@ def _counts(task: str, content: dict[str, Any]) -> tuple[int, int]:
 
 
 def _version(content: dict[str, Any]) -> str:
-    """Program and version, which is a release or branch@commit of a checkout."""
-    return f"{PROGRAM} {content.get('lmms_eval_version') or content.get('git_hash') or 'of unknown version'}"
+    """Program and version: a release, or branch@commit of the folder it was started in; outside of a checkout it has none."""
+    told = [str(content.get(key) or "") for key in ("lmms_eval_version", "git_hash")]
+    version = next((text for text in told if text and text != "unknown@unknown"), "")
+    return f"{PROGRAM} {version}" if version else f"{PROGRAM}, version not recorded"
+
+
+def started(content: dict[str, Any]) -> str:
+    """The file's date as a manifest has it, in UTC where the file tells its time zone; any other text as it is."""
+    text = str(content.get("date") or "")
+    try:
+        local = datetime.strptime(text, "%Y%m%d_%H%M%S")
+    except ValueError:
+        return text
+    # Its default is Singapore's time, wherever it runs, so that a guess would be hours off.
+    named = ((content.get("config") or {}).get("resolved_cli_args") or {}).get("timezone")
+    try:
+        there = local.replace(tzinfo=ZoneInfo(str(named)))
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        return f"{local:%Y-%m-%dT%H:%M:%S} ({named or 'time zone not recorded'})"
+    return f"{there.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -286,48 +335,6 @@ def _model_of(content: dict[str, Any]) -> str:
     return found.group(1) if found else str(run.get("model") or "unnamed model")
 
 
-def _samples(path: Path, task: str, notes: list[str]) -> list[dict[str, Any]]:
-    """Rows of the task's samples file, none if there is no such file beside the results.
-
-    Raises:
-        InputError: A row is damaged, or it cannot be told which of several files belongs to the results.
-    """
-    # 20260101_120000_results.json and 20260101_120000_samples_TASK.jsonl are of one run.
-    date = path.name.removesuffix("results.json") if path.name.endswith("results.json") else ""
-    named = [path.with_name(f"{date}samples_{task}.jsonl")]
-    # Also the older results_DATE.json with samples_TASK_DATE.jsonl, and renamed results.
-    others = sorted({*path.parent.glob(f"*samples_{task}.jsonl"), *path.parent.glob(f"samples_{task}_2*.jsonl")})
-    files = [p for p in named if p.is_file()] or others
-    if len(files) > 1:
-        what = f"{len(files)} files may hold the samples of {task}: {', '.join(f.name for f in files[:4])}"
-        raise InputError(what, where=path, mend="keep one run in a folder, with the file names lmms-eval gave")
-    if not files:
-        notes.append(f"no samples of {task} beside {path.name}; run lmms-eval with --log_samples to see its answers")
-    return [row for file in files for row in _sample_rows(file)]
-
-
-def _sample_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one samples file."""
-    mend = "run lmms-eval again with --log_samples"
-    seen: set[object] = set()
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"not valid JSON ({error})", where=where, mend=mend) from error
-            if not isinstance(row, dict) or not isinstance(row.get("doc_id"), (int, str)) or "filtered_resps" not in row:
-                raise InputError("no sample of lmms-eval (doc_id and filtered_resps)", where=where, mend=mend)
-            # It appends: a second run of the same minute doubles every row.
-            if row["doc_id"] in seen:
-                raise InputError(f"doc_id {row['doc_id']} is there twice", where=where, mend=mend)
-            seen.add(row["doc_id"])
-            yield row
-
-
 def _key(task: str, sample: dict[str, Any]) -> str:
     """An id that only lmms-eval's own samples share: its doc_id is a position, not a question id."""
     return f"{task}:{sample['doc_id']}"
@@ -345,23 +352,21 @@ def _sample_scores(sample: dict[str, Any], known: Known) -> dict[str, float]:
     return {k: v for k, v in scores.items() if k == "accuracy"} or scores
 
 
-def _prediction(name: str, task: str, sample: dict[str, Any], known: Known, config: dict[str, Any]) -> Prediction:
-    """A sample as a row of predictions; its picture is not in the file."""
+def _prediction(name: str, task: str, sample: dict[str, Any], known: Known, ends: tuple[str, str] | None) -> Prediction:
+    """A sample as a row of predictions."""
     answer = sample["filtered_resps"]
     while isinstance(answer, list) and answer:
         answer = answer[0]
     prompt = _text(sample.get("input"))
     target = _text(sample.get("target"))
-    kwargs = config.get("lmms_eval_specific_kwargs") or {}
-    ends = {**(kwargs.get("default") or {}), **{k: v for k, v in kwargs.items() if not isinstance(v, dict)}}
-    question = prompt.removeprefix(str(ends.get("pre_prompt") or "")).removesuffix(str(ends.get("post_prompt") or ""))
-    key = _key(task, sample)
+    before, after = ends or ("", "")
+    question = prompt.removeprefix(before).removesuffix(after)
+    image = _image(task, sample)
     return Prediction(
         task=name,
-        id=key,
-        # Stands for the picture, so that each sample has an entry of its own.
-        image=f"{PROGRAM}/{key}",
-        image_shown=f"{PROGRAM}/{key}",
+        id=_key(task, sample),
+        image=image,
+        image_shown=image,
         prompt=prompt,
         text=_text(answer),
         # Python's None as text: the task has no single right answer to name.
@@ -369,6 +374,16 @@ def _prediction(name: str, task: str, sample: dict[str, Any], known: Known, conf
         question=question or None if known.suite != "coco-caption" else None,
         score=_sample_scores(sample, known),
     )
+
+
+def _image(task: str, sample: dict[str, Any]) -> str:
+    """The sample's first picture where version 0.7.3 or newer found its name, else a name of its own for each sample."""
+    media = sample.get("input_media")
+    named = media[0] if isinstance(media, list) and media and isinstance(media[0], str) else ""
+    if named.startswith("data:"):
+        # The bytes themselves: their hash still tells which questions are on one picture.
+        return f"{PROGRAM}/{hashlib.sha256(named.encode()).hexdigest()[:16]}"
+    return named or f"{PROGRAM}/{_key(task, sample)}"
 
 
 def _text(value: Any) -> str:

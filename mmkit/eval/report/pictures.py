@@ -14,6 +14,8 @@ from PIL import Image
 
 from mmkit.data.images import ImageRef, decode_image
 from mmkit.data.skipped import SampleError
+from mmkit.eval.report.lmms_eval_files import PROGRAM
+from mmkit.eval.report.moved import follow
 from mmkit.eval.report.runs import Run
 
 SMALL = 160  # px: up to here a picture is shown enlarged, pixel by pixel, instead of being re-encoded with losses
@@ -104,11 +106,14 @@ def read_thumbnails(names: Sequence[tuple[str, Run]], *, side: int) -> list[Pict
 
 def _open(name: str, run: Run) -> Image.Image | str:
     """The decoded picture, or what is wrong with it."""
-    # Names from elsewhere may be longer than a file name can be, or hold a null byte.
-    path = next((p for p in (name, os.path.join(run.path, name)) if os.path.isfile(p)), None)  # noqa: PTH113, PTH118
+    # Most often absolute or relative to where the command was started, which may be a folder above the runs.
+    places = [name, *(os.path.join(folder, name) for folder in (run.path, *run.path.parents))]  # noqa: PTH118
+    places += [str(there)] if (there := follow(name, run.move)) is not None else []
+    # Names from elsewhere may be longer than a file name can be, or hold a null byte; pathlib's is_file raises at them.
+    path = next((p for p in dict.fromkeys(places) if os.path.isfile(p)), None)  # noqa: PTH113
     if path is None:
-        # Results of another program do not carry their pictures.
-        return UNLOGGED if run.imported else "file not found"
+        # Results of another program may tell no picture; the name that stands for one begins with the program's.
+        return UNLOGGED if run.imported and name.startswith(f"{PROGRAM}/") else "file not found"
     try:
         # The loader's own decoder: what is shown is what the model saw. Encoding anew below also drops what the page must
         # not carry (GPS position, embedded previews, trailing bytes).

@@ -12,10 +12,11 @@ from markupsafe import Markup
 
 from mmkit.errors import InputError
 from mmkit.eval.report.collect import collect
-from mmkit.eval.report.exports import to_csv, to_json, to_latex, to_markdown
+from mmkit.eval.report.exports import to_csv, to_json, to_markdown
+from mmkit.eval.report.latex import to_latex
 from mmkit.eval.report.lineage import WIDTH
 from mmkit.eval.report.significance import PERMUTATIONS
-from mmkit.eval.report.tables import MISSING
+from mmkit.eval.report.tables import MISSING, NO_SPREAD
 from mmkit.eval.report.view import MISSING_LISTED, REASONS, Report, assemble, duration
 from mmkit.files import write_text
 
@@ -84,7 +85,12 @@ def to_html(report: Report) -> str:
     )
     environment.filters.update(duration=duration, probability=probability, source_hash=source_hash)
     environment.globals.update(
-        missing=MISSING, most_reasons=REASONS, most_missing=MISSING_LISTED, permutations=f"{PERMUTATIONS:,}", box_width=WIDTH
+        missing=MISSING,
+        no_spread=NO_SPREAD,
+        most_reasons=REASONS,
+        most_missing=MISSING_LISTED,
+        permutations=f"{PERMUTATIONS:,}",
+        box_width=WIDTH,
     )
     css = environment.get_template("report.css.j2").render().strip()
     # One script element, so that the policy names one hash.
@@ -99,4 +105,4 @@ def source_hash(source: str) -> str:
 
 def probability(p: float) -> str:
     """A p-value with as many digits as mean something."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    return "<\u00a00.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"

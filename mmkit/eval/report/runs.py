@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmkit.eval.report.moved import Move
+
 
 @dataclass(frozen=True)
 class Published:
@@ -68,7 +70,8 @@ class Prediction:
 class Run:
     """One run directory as read from disk; ``parents`` are the run directories its manifest leads to.
 
-    ``imported`` names the program whose result file stands for the run, where it was not mmkit.
+    ``imported`` names the program whose result file stands for the run, where it was not mmkit; ``move`` is where it was moved
+    from.
     """
 
     path: Path
@@ -85,3 +88,4 @@ class Run:
     parents: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     imported: str = ""
+    move: Move | None = None

@@ -42,6 +42,18 @@ def permutation_test(differences: Sequence[float], clusters: Sequence[Hashable],
     return (1 + _extreme(sums, observed, seed)) / (PERMUTATIONS + 1)
 
 
+def smallest_p(clusters: int) -> float:
+    """The smallest p-value that `permutation_test` can give for so many clusters, whatever their differences are.
+
+    Args:
+        clusters: Their number, such as that of the pictures.
+
+    Returns:
+        2 / 2^n: the observed signs and all of them flipped are always as far from zero as the observed ones.
+    """
+    return min(1.0, 2.0 ** (1 - clusters))
+
+
 def _extreme(sums: Floats, observed: float, seed: int) -> int:
     """How many of `PERMUTATIONS` random sign patterns give a total at least as large as the observed one."""
     rng = np.random.default_rng(seed)

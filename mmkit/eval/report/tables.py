@@ -15,6 +15,8 @@ from mmkit.eval.report.systems import Row
 # Columns of one table before the next begins: what fits a page of 1280 px and a sheet of paper.
 COLUMNS_PER_TABLE = 7
 MISSING = "–"
+# Stands for an interval from samples that all have one figure: resampling them gives a point, which is no measure of doubt.
+NO_SPREAD = "no spread"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Cell:
         apart: Why it does not compare with the column's first figure.
         conditions: Printed settings, in the order of the page.
         key: The cell's name on the page.
+        value: The figure as it is stored.
     """
 
     text: str
@@ -75,6 +78,7 @@ class Cell:
     apart: list[str] = field(default_factory=list)
     conditions: list[tuple[str, str]] = field(default_factory=list)
     key: str = ""
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,21 @@ class Table:
         """What is to be known of each column's task."""
         return [group.variant for group in self.groups for _ in group.columns]
 
+    @property
+    def even(self) -> bool:
+        """Whether some figure has no interval because all its samples are alike."""
+        return any(cell.interval == NO_SPREAD for _, cells in self.rows for _, cell in cells)
+
 
 def apart_lines(tables: Sequence[Table]) -> list[str]:
-    """Figures that do not compare with the first of their column, and why; a line for each system and task."""
-    lines = [
-        f"{label}, {column.task}: {'; '.join(cell.apart)}"
-        for table in tables
-        for label, cells in table.rows
-        for column, cell in cells
-        if cell.apart
-    ]
-    return list(dict.fromkeys(lines))
+    """Figures that do not compare with the first of their column, and why; a line for each system and reason."""
+    tasks: dict[tuple[str, str], dict[str, None]] = {}
+    for table in tables:
+        for label, cells in table.rows:
+            for column, cell in cells:
+                if cell.apart:
+                    tasks.setdefault((label, "; ".join(cell.apart)), {})[column.task] = None
+    return [f"{label}, {', '.join(names)}: {why}" for (label, why), names in tasks.items()]
 
 
 def task_columns(rows: Sequence[Row]) -> list[tuple[str, list[Column]]]:
@@ -217,17 +225,25 @@ def _cell(
     apart = departures(score, first)
     base = column_score(baseline, column)
     against = base.metrics.get(column.metric) if base and row is not baseline and not apart else None
+    delta = "" if against is None or not math.isfinite(against) else column.signed(value - against)
     return Cell(
         text,
-        interval=f"{column.show(ci[0])} to {column.show(ci[1])}" if ci else "",
+        interval=_interval(column, ci) if ci else "",
         best=best is not None and text == best and not apart,
-        delta="" if against is None or not math.isfinite(against) else column.signed(value - against),
-        mark=marks.get((row.label, column), ""),
+        delta=delta,
+        # A star without its difference would speak of nothing.
+        mark=marks.get((row.label, column), "") if delta else "",
         warnings=warnings_of(score),
         apart=apart,
         conditions=list(settings_of(score, column.task, row.run_of(column.task)).items()),
         key=key,
+        value=value,
     )
+
+
+def _interval(column: Column, ci: tuple[float, float]) -> str:
+    """An interval as printed."""
+    return NO_SPREAD if ci[0] == ci[1] else f"{column.show(ci[0])} to {column.show(ci[1])}"
 
 
 def warnings_of(score: Score) -> list[str]:
@@ -260,5 +276,7 @@ def _references(rows: Sequence[Row], columns: Sequence[Column], key: str) -> lis
                     label = f"{entry.system} ({', '.join(filter(None, (entry.source, entry.conditions)))})"
                 told = [("Published for", entry.system), ("Source", entry.source or "not given")]
                 told.append(("Conditions", entry.conditions or "not given"))
-                found.setdefault(label, {})[column] = Cell(column.show(value), conditions=told, key=f"{key}{len(seen)}")
+                found.setdefault(label, {})[column] = Cell(
+                    column.show(value), conditions=told, key=f"{key}{len(seen)}", value=value
+                )
     return [(label, [(c, line.get(c, Cell(MISSING))) for c in columns]) for label, line in found.items()]

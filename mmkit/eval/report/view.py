@@ -14,15 +14,17 @@ from mmkit.eval.report.curves import Panel, panels_of
 from mmkit.eval.report.differences import Difference, differences
 from mmkit.eval.report.gallery import Gallery, build_gallery
 from mmkit.eval.report.lineage import Lineage, build_lineage
+from mmkit.eval.report.lmms_eval_files import PROGRAM
 from mmkit.eval.report.pictures import UNLOGGED, Picture
 from mmkit.eval.report.runs import Run, Score
 from mmkit.eval.report.systems import Condition, Row, system_rows
-from mmkit.eval.report.tables import Column, Table, apart_lines, score_tables
+from mmkit.eval.report.tables import Column, Table, apart_lines, score_tables, task_columns
 from mmkit.eval.report.viewer import Viewer, build_viewer
 
 PART_FIGURES = ("points", "f1", "accuracy")  # of MME's subtasks, of POPE's splits, of all else
 SKIPPED_LISTED = 50  # skipped samples named one by one for each run; skipped.jsonl has all
 REASONS = 8  # distinct reasons listed per run; the JSON has all
+NAMED = 8  # systems or tasks named one by one in the first sentence
 MISSING_LISTED = 20  # pictures named one by one; the JSON has all
 
 
@@ -109,6 +111,22 @@ class Report:
         return apart_lines(self.tables)
 
     @property
+    def probe_apart(self) -> list[str]:
+        """The same of the probes."""
+        return apart_lines(self.probes)
+
+    @property
+    def unlike(self) -> list[str]:
+        """Tested pairs that were asked otherwise, in words."""
+        told = "the difference may be that of the conditions"
+        return [f"{d.system}, {d.column.task}: {'; '.join(d.unlike)}: {told}" for d in self.differences if d.unlike]
+
+    @property
+    def rules(self) -> list[str]:
+        """Tasks that are scored by several rules here, and how an import's rule can be had for mmkit's own answers."""
+        return rule_lines(self.rows)
+
+    @property
     def sources(self) -> list[tuple[str, str, str, str, str]]:
         """Every published figure in words: system, task and metric, figure, source, conditions."""
         lines = []
@@ -143,7 +161,8 @@ def assemble(collection: Collection, *, title: str, gallery: int, thumbnail: int
     rows = system_rows([run for run in collection.runs if run.kind == "eval"])
     probes = system_rows([run for run in collection.runs if run.kind == "probe" or (run.kind == "train" and run.scores)])
     found, without = differences(rows, seed=seed) if rows else ([], [])
-    marks = {(d.system, d.column): "*" for d in found if d.significant}
+    # No star where it may be the prompt that made the difference: the verdict below says both.
+    marks = {(d.system, d.column): "*" for d in found if d.significant and not d.unlike}
     everything = collection.everything()
     pictures = build_gallery(rows, count=gallery, seed=seed)
     return Report(
@@ -167,7 +186,7 @@ def assemble(collection: Collection, *, title: str, gallery: int, thumbnail: int
         data=[use for run in everything if (use := data_of(run)) is not None],
         # Of all runs: what an encoder's training left out is a condition of every score built on it.
         skipped=[skipped_of(run) for run in everything],
-        notes=[f"{run.name}: {note}" for run in everything for note in notes_of(run)],
+        notes=[*collection.notes, *(f"{run.name}: {note}" for run in everything for note in notes_of(run))],
         runs=everything,
         lineage=build_lineage(everything),
     )
@@ -184,7 +203,7 @@ def summary_of(rows: Sequence[Row], probes: Sequence[Row], runs: Sequence[Run]) 
     if not systems:
         return f"Training curves of {_listed(counts)}."
     verb = " are compared" if len(systems) > 1 else " is scored"
-    return f"{_listed(systems)}{verb} on {_listed(tasks)}, from {_listed(counts)}."
+    return f"{_named(systems, 'systems')}{verb} on {_named(tasks, 'tasks')}, from {_listed(counts)}."
 
 
 def facts_of(collection: Collection) -> list[tuple[str, list[str]]]:
@@ -229,10 +248,13 @@ def shapes_of(system: str, task: str, score: Score) -> Shapes:
 
 def notes_of(run: Run) -> list[str]:
     """What reading the run found, and that an import's samples have no pictures."""
-    bare = (
-        [f"its samples are shown without pictures, which {run.imported} does not log"] if run.imported and run.predictions else []
+    said = (
+        f"its samples are shown without pictures, which {run.imported} did not log; in tests each counts as a picture of its own"
     )
-    return [*run.notes, *bare]
+    if run.kind == "eval" and run.scores and not run.predictions and not run.imported:
+        return [*run.notes, "it has no predictions.jsonl, so that its answers are not in the gallery"]
+    bare = run.imported and run.predictions and all(p.image.startswith(f"{PROGRAM}/{p.id}") for p in run.predictions)
+    return [*run.notes, said] if bare else run.notes
 
 
 def parts_of(rows: Sequence[Row]) -> list[Parts]:
@@ -256,6 +278,24 @@ def parts_of(rows: Sequence[Row]) -> list[Parts]:
         heading = f"{column.heading} {column.unit}".strip()
         tables.append(Parts(task, kind.replace("_", " "), heading, list(systems), lines))
     return tables
+
+
+def rule_lines(rows: Sequence[Row]) -> list[str]:
+    """A line for each task under several rules: why it has several columns, and how to bring an import beside a run."""
+    lines = []
+    for task, columns in task_columns(rows):
+        rules = list(dict.fromkeys(value for c in columns for name, value in c.variant if name == "Rule"))
+        if len(rules) < 2:
+            continue
+        line = f"{task}: one and the same answer may be right under one of these rules and wrong under another, so that each "
+        line += f"has columns of its own: {'; '.join(rules)}"
+        imported = {
+            str(row.scores[task].settings.get("rule")) for row in rows if task in row.scores and row.run_of(task).imported
+        }
+        # A rule with the program's name in front is one that mmkit does not have.
+        own = sorted(rule for rule in imported & set(rules) if not rule.startswith(PROGRAM))
+        lines.append(line + "".join(f". For {PROGRAM}'s rule evaluate with settings.rule={rule}" for rule in own))
+    return lines
 
 
 def data_of(run: Run) -> DataUse | None:
@@ -291,6 +331,13 @@ def duration(seconds: float) -> str:
 def _distinct(values: Iterable[Any]) -> list[str]:
     """In order of first mention, empty ones left out."""
     return list(dict.fromkeys(str(v) for v in values if v)) or ["not recorded"]
+
+
+def _named(names: Sequence[str], what: str) -> str:
+    """The names; of many their number and the first few, for the tables below have them all."""
+    if len(names) <= NAMED:
+        return _listed(names)
+    return f"{len(names)} {what} ({', '.join(names[:3])}, …)"
 
 
 def _listed(words: Sequence[str]) -> str:

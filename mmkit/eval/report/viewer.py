@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmkit.eval.metrics import describe, headline
+from mmkit.eval.report.conditions import template_of
 from mmkit.eval.report.gallery import Gallery, figure_of
 from mmkit.eval.report.pictures import Picture, read_thumbnails
 from mmkit.eval.report.runs import Prediction, Run
@@ -116,7 +117,7 @@ def _sample(
     references: dict[str, int] = {}
     for text in first.references:
         references[text] = references.get(text, 0) + 1
-    prompt = first.prompt.replace(first.question, "{question}") if first.question else first.prompt
+    asked = prompts.of(template_of(first))
     return [
         picture,
         list(tasks).index(key[0]),
@@ -124,8 +125,8 @@ def _sample(
         first.id,
         first.question or "",
         [[text, count] for text, count in references.items()],
-        prompts.of(prompt),
-        [0 if pair is None else _answer(pair[0], metric, index) for pair in found],
+        asked,
+        [0 if pair is None else _answer(pair[0], metric, index, prompts, asked) for pair in found],
     ]
 
 
@@ -146,17 +147,23 @@ def _task(name: str, first: Prediction, run: Run) -> dict[str, Any]:
     }
 
 
-def _answer(prediction: Prediction, metric: str, index: dict[str, int]) -> list[Any]:
-    """Text and figure; behind them, only where there are such, what was parsed and the picture really shown."""
+def _answer(prediction: Prediction, metric: str, index: dict[str, int], prompts: _Numbers, asked: int) -> list[Any]:
+    """Text and figure; behind them, only where there are such: what was parsed, the picture really shown, another prompt."""
     value = figure_of(prediction, metric)
-    row: list[Any] = [prediction.text, None if value is None else round(value, 4)]
     shown = os.path.normpath(prediction.image_shown)
     blind = shown != os.path.normpath(prediction.image)
-    if prediction.parsed is not None or blind:
-        row.append(prediction.parsed)
-    if blind:
-        # By number where it is among the thumbnails anyway, else by name: it is no reason for a larger page.
-        row.append(index.get(shown, os.path.basename(shown)))  # noqa: PTH119
+    # By number where it is among the thumbnails anyway, else by name: it is no reason for a larger page.
+    other = index.get(shown, os.path.basename(shown)) if blind else None  # noqa: PTH119
+    prompt = prompts.of(template_of(prediction))
+    row = [
+        prediction.text,
+        None if value is None else round(value, 4),
+        prediction.parsed,
+        other,
+        None if prompt == asked else prompt,
+    ]
+    while row[-1] is None and len(row) > 2:
+        row.pop()
     return row
 
 

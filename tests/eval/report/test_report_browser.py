@@ -159,7 +159,7 @@ def test_a_link_opens_its_sample(page_file: Path, opened: Open) -> None:
     page.locator("#viewer .sample a").nth(1).click()
     page.wait_for_selector(".sample.whole")
     words = " ".join(page.locator(".sample.whole").inner_text().split())
-    assert "How many circles are there?" in words and "Prompt of SuperClass:" in words and "read as" in words
+    assert "How many circles are there?" in words and "Prompt: USER: <image> {question}" in words and "read as" in words
     assert page.locator("#count").inner_text() == "Sample 2 of 28" and not page.locator("#filters").is_visible()
     direct = opened(page.url)
     assert " ".join(direct.locator(".sample.whole").inner_text().split()) == words
@@ -174,6 +174,31 @@ def test_a_link_opens_its_sample(page_file: Path, opened: Open) -> None:
     assert page.locator("#filters").is_visible() and page.locator("[name=task]").input_value() == "textvqa-val"
     missing = opened(page.url.split("#")[0] + "#sample=vqav2/none")
     assert missing.locator("#viewer").inner_text() == "This page has no such sample."
+
+
+def test_every_wording_of_a_prompt_and_every_line_of_an_answer_is_shown(runs: Runs, opened: Open) -> None:
+    def asked(name: str, prompt: str) -> Path:
+        rows = [row(1, runs.picture("a.png"), "one\ntwo", ["one"], {"accuracy": 0.0}, question="What?", prompt=prompt)]
+        return runs.eval(name, name, {"vqav2": rows})
+
+    paths = [asked("A", "What? Briefly."), asked("B", "What?"), asked("C", "What? Briefly.")]
+    page = opened(build_report(paths, runs.root / "out"))
+    page.locator("#viewer .sample a").first.click()
+    page.wait_for_selector(".sample.whole")
+    blocks = page.locator(".sample.whole pre")
+    assert blocks.all_inner_texts() == ["{question} Briefly.", "{question}"]
+    notes = texts(page, ".sample.whole p.note")
+    assert "Prompt of A, C:" in notes and "Prompt of B:" in notes
+    assert page.locator(".whole .said").first.inner_text() == "one\ntwo"
+    # A link that was cut within an escape is no error.
+    broken = opened(page.url.split("#")[0] + "#sample=vqav2/%C3%")
+    assert broken.locator("#viewer").inner_text() == "This page has no such sample."
+
+
+def test_long_names_do_not_widen_the_filters(wide: Path, opened: Open) -> None:
+    page = opened(wide)
+    widths = page.evaluate("[...document.querySelectorAll('#filters select')].map(e => e.getBoundingClientRect().width)")
+    assert max(widths) <= 18 * 16
 
 
 def test_conditions_by_mouse_and_by_keyboard(page_file: Path, opened: Open) -> None:
@@ -257,6 +282,31 @@ def test_no_page_scrolls_sideways(name: str, request: pytest.FixtureRequest, ope
         page.wait_for_selector(".sample.whole")
         alone = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert (width, over, alone) == (width, 0, 0)
+
+
+def test_what_is_touched_is_large_enough(page_file: Path, opened: Open) -> None:
+    page = opened(page_file, width=390, height=844)
+    sizes = page.evaluate(
+        """() => [...document.querySelectorAll('nav a, table.scores button, #pager button, #filters select')]
+            .filter(e => e.checkVisibility()).map(e => [e.getBoundingClientRect().height, e.outerHTML.slice(0, 60)])"""
+    )
+    # WCAG 2.2, 2.5.8.
+    assert len(sizes) > 20 and [found for found in sizes if found[0] < 24] == []
+
+
+def test_printed_pages_have_their_pictures(page_file: Path, opened: Open, tmp_path: Path) -> None:
+    page = opened(page_file)
+    unseen = "[...document.querySelectorAll('#viewer img')].filter(i => !i.src).length"
+    assert page.evaluate(unseen) > 0
+    page.pdf(path=str(tmp_path / "page.pdf"))
+    # Equal pictures are one object of the PDF: drawings in five colours, and the large one.
+    assert page.evaluate(unseen) == 0 and (tmp_path / "page.pdf").read_bytes().count(b"/Subtype /Image") == 6
+
+
+def test_prompts_keep_their_lines(page_file: Path, opened: Open) -> None:
+    page = opened(page_file)
+    value = page.locator("table.conditions tr", has_text="{question}").first.locator("td").first
+    assert value.inner_text().splitlines() == ["USER: <image>", "{question}", "ASSISTANT:"]
 
 
 CONTRAST = """() => {

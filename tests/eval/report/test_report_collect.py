@@ -61,13 +61,37 @@ def test_an_ancestor_may_be_unfinished_a_given_run_may_not(runs) -> None:
     (stopped / "manifest.json").write_text(json.dumps({**manifest, "status": "stopped"}))
     child = runs.train("cap", "clipcap", parents=[stopped])
     assert collect([child]).ancestors[0].manifest["status"] == "stopped"
-    with pytest.raises(InputError, match=r"not done .status 'stopped'.*same command again"):
+    with pytest.raises(InputError, match=r"not done .status 'stopped'.; start the same command again"):
+        collect([stopped])
+    (stopped / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    with pytest.raises(InputError, match=r"not done .status 'running'.; wait for its end or, if it was killed, start the same"):
         collect([stopped])
 
 
-def test_same_folder_names_are_told_apart_and_repeats_dropped(runs) -> None:
+def test_same_folder_names_are_told_apart_and_repeats_dropped(runs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one, two = runs.train("a/enc", "superclass"), runs.train("b/enc", "superclass")
-    assert [run.name for run in collect([one, two, one]).runs] == ["a/enc", "b/enc"]
+    (tmp_path / "link").symlink_to(two)
+    found = collect([one, two, one, tmp_path / "link"])
+    assert [run.name for run in found.runs] == ["a/enc", "b/enc"]
+    # Said where the command is given and on the page.
+    lines = [
+        f"{one} is the same run, given twice; it counts once",
+        f"{tmp_path / 'link'} and {two} is the same run, given twice; it counts once",
+    ]
+    assert found.notes == lines == [record.getMessage() for record in caplog.records]
+    page = build_report([one, one], tmp_path / "out").read_text()
+    assert lines[0] in page and lines[0] in (tmp_path / "out" / "report.json").read_text()
+    assert collect([one, two]).notes == []
+
+
+def test_parts_of_a_run_and_folders_of_runs_name_what_to_give(runs) -> None:
+    path = runs.probe("probe", "Mine", 0.9)
+    for inside in ("scores.json", "manifest.json", "recipe.yaml"):
+        with pytest.raises(InputError, match=f"is a file of a run, not a run; give the run directory {path}"):
+            collect([path / inside])
+    others = [runs.probe(f"probe{i}", "Mine", 0.9) for i in range(3)]
+    with pytest.raises(InputError, match=f"name the runs in it: {path} {others[0]} {others[1]} …"):
+        collect([path.parent])
 
 
 def test_refusals_name_what_and_mend(runs, tmp_path: Path) -> None:

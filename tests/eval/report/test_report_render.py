@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from report_runs import row
+from report_runs import row, score
 
 from mmkit.errors import InputError
 from mmkit.eval.report import build_report
@@ -214,6 +214,35 @@ def test_reports_of_one_kind_leave_the_other_sections_out(runs, tmp_path: Path, 
     assert "No run skipped a sample." in text and "No run skipped a sample." in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_task_without_a_figure_still_says_why(runs, tmp_path: Path) -> None:
+    told = "a test set without answers has no score here; the file for the server is submission/x.json"
+    task = {"task": "vqav2", "metrics": {}, "n": 3, "settings": {"notes": [told]}, "answers": {"total": 3, "empty": 1}}
+    rows = [{**row(i, runs.picture("a.png"), "x", [], {}, question="q"), "task": "vqav2-test-dev"} for i in range(3)]
+    path = runs.run("a", "eval", manifest={"system": "A"}, scores={"vqav2-test-dev": task}, predictions=rows)
+    page = assert_self_contained(build_report([path], tmp_path / "out").read_text())
+    words = " ".join(page.text.split())
+    assert (
+        "No task of these runs has a figure." in words and f"A, vqav2-test-dev: {told}" in words and "empty 1 (33.3 %)" in words
+    )
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "No task of these runs has a figure." in markdown and "a test set without answers" in markdown
+
+
+def test_answers_that_are_not_there_are_missed_aloud(runs, tmp_path: Path) -> None:
+    rows = [row(i, Path("a.png"), "x", ["x"], {"accuracy": 1.0}, question="q") for i in range(3)]
+    path = runs.eval("a", "A", {"vqav2": rows})
+    (path / "predictions.jsonl").unlink()
+    text = build_report([path], tmp_path / "out").read_text()
+    assert "a: it has no predictions.jsonl, so that its answers are not in the gallery" in text
+
+
+def test_many_systems_and_tasks_are_counted_in_the_first_sentence(runs, tmp_path: Path) -> None:
+    scores = {f"task{i}": score("gqa", {"accuracy": 0.5}) for i in range(9)}
+    paths = [runs.run(f"r{i}", "eval", manifest={"system": f"S{i}"}, scores=scores) for i in range(10)]
+    text = build_report(paths, tmp_path / "out").read_text()
+    assert "<p>10 systems (S0, S1, S2, …) are compared on 9 tasks (task0, task1, task2, …), from 10 evaluation runs.</p>" in text
+
+
 def test_refusals(world: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gallery is -1"):
         build_report(world, tmp_path / "out", gallery=-1)
@@ -232,6 +261,6 @@ def test_markdown_escapes() -> None:
 
 def test_small_words() -> None:
     assert [duration(s) for s in (5, 300, 9000)] == ["5 s", "5.0 min", "2.5 h"]
-    assert [probability(p) for p in (0.0002, 0.0123, 0.4321)] == ["< 0.001", "0.012", "0.43"]
+    assert [probability(p) for p in (0.0002, 0.0123, 0.4321)] == ["<\u00a00.001", "0.012", "0.43"]
     gpus = {"gpus": ["H200", "H200"], "cpu": "X", "driver": 550}
     assert hardware_of(gpus) == "X; 2 × H200; driver 550" and hardware_of("laptop") == "laptop" and hardware_of(None) == ""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmkit.eval.report.significance import PERMUTATIONS, holm, permutation_test
+from mmkit.eval.report.significance import PERMUTATIONS, holm, permutation_test, smallest_p
 
 
 def brute_force(differences: list[float], clusters: list[int]) -> float:
@@ -30,6 +30,12 @@ def test_six_wins_of_six_are_the_sign_test() -> None:
     assert permutation_test([1.0] * 6, range(6), seed=0) == 2 / 64
     # The same six answers on one picture say as much as one.
     assert permutation_test([1.0] * 6, [0] * 6, seed=0) == 1.0
+
+
+def test_no_p_is_below_what_the_number_of_clusters_allows() -> None:
+    for n in range(1, 9):
+        assert permutation_test([1.0] * n, range(n), seed=0) == smallest_p(n)
+    assert smallest_p(0) == 1.0 and smallest_p(5) >= 0.05 > smallest_p(6)
 
 
 def test_many_clusters_are_sampled_near_the_exact_value() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from report_runs import row, score
 
+from mmkit.eval.report import build_report
 from mmkit.eval.report.collect import collect
-from mmkit.eval.report.conditions import conditions, flat
+from mmkit.eval.report.conditions import conditions, departures, flat
 from mmkit.eval.report.differences import Difference, differences
+from mmkit.eval.report.runs import Score
 from mmkit.eval.report.systems import Row, system_rows
 from mmkit.eval.report.tables import Column, apart_lines, score_tables, task_columns
 from mmkit.eval.report.view import parts_of
@@ -93,6 +95,73 @@ def test_a_figure_over_other_samples_or_another_tokenizer_is_never_the_best(runs
     python = runs.eval("python", "python", rows, settings={"tokenizer": "python"})
     (table,) = score_tables(rows_of([java, python]))
     assert [line[0][1].apart for _, line in table.rows] == [[], ["tokenizer python, the column's first has java"]]
+
+
+def asked(runs, name: str, wins: int, total: int = 30, **settings: object) -> Path:
+    rows = [row(i, Path(f"{i}.png"), "x", ["x"], {"accuracy": float(i < wins)}, question="q?") for i in range(total)]
+    return runs.eval(name, name, {"vqav2": rows}, settings=settings)
+
+
+def test_a_figure_asked_otherwise_is_marked_and_claims_nothing(runs) -> None:
+    short, long = ({"prompt": "{question}\nAnswer the question using a single " + end} for end in ("word.", "word or phrase."))
+    rows = rows_of([asked(runs, "a", 20, **short), asked(runs, "b", 3, **long), asked(runs, "c", 2, **short)])
+    found, without = differences(rows, seed=0)
+    (table,) = score_tables(rows, {(d.system, d.column): "*" for d in found})
+    cells = {label: line[0][1] for label, line in table.rows}
+    assert cells["b"].apart == [
+        "prompt “…question using a single word or phrase.”, the column's first has “…question using a single word.”"
+    ]
+    assert (cells["b"].best, cells["b"].delta, cells["b"].mark) == (False, "", "")
+    assert (cells["a"].best, cells["c"].delta, cells["c"].mark) == (True, "−60.0", "*")
+    # Tested all the same, for whoever wants the pair as it is; what stands beside it is said.
+    assert [(d.system, d.verdict, len(d.unlike)) for d in found] == [("b", "lower", 1), ("c", "lower", 0)] and without == []
+    assert found[0].unlike[0].endswith("a has “…question using a single word.”")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "lines"),
+    [
+        ({"decoding": "greedy"}, {"decoding": "beam 5"}, ["decoding greedy, the column's first has beam 5"]),
+        # A captioner takes no prompt, and bare scores tell no decoding.
+        ({"prompt": ""}, {"prompt": "Describe it."}, []),
+        ({}, {"decoding": "beam 5"}, []),
+        ({"prompt": "a\nb"}, {"prompt": "a b"}, ["prompt “a⏎b”, the column's first has “a b”"]),
+        ({"prompt": "a"}, {"prompt": "a\n"}, ["prompt “a”, the column's first has “a⏎”"]),
+        ({"tokenizer": "java"}, {}, ["tokenizer java, the column's first has not recorded"]),
+        ({"batch_size": 1}, {"batch_size": 64}, []),
+    ],
+)  # fmt: skip
+def test_what_makes_scores_unlike(one: dict[str, str], other: dict[str, str], lines: list[str]) -> None:
+    made = [Score("vqav2", {"accuracy": 0.5}, {}, 10, settings, []) for settings in (one, other)]
+    assert departures(*made) == lines
+
+
+def test_one_reason_for_several_tasks_is_one_line(runs) -> None:
+    def run(name: str, n: int) -> Path:
+        return runs.run(name, "eval", scores={t: score(t, {"accuracy": 0.5}, n=n) for t in ("gqa", "mine", "vqav2")})
+
+    tables = score_tables(rows_of([run("a", 40), run("b", 10)]))
+    assert apart_lines(tables) == ["b, gqa, mine, vqav2: 10 samples, the column's first has 40"]
+
+
+def test_unlike_conditions_are_said_in_every_form(runs, tmp_path: Path) -> None:
+    paths = [asked(runs, "a", 20, prompt="{question} One word."), asked(runs, "b", 3, prompt="{question}")]
+    text = build_report(paths, tmp_path / "out").read_text()
+    line = "b, vqav2: prompt “{question}”, a has “{question} One word.”: the difference may be that of the conditions"
+    assert line in text and "b, vqav2: prompt “{question}”, the column&#39;s first has “{question} One word.”" in text
+    assert 'class="verdict lower">lower</span><span class="flag" role="img" aria-label="asked otherwise">≠' in text
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "| lower ≠ |" in markdown and markdown.count("- ≠ b, vqav2: prompt") == 2
+    assert r"10.0$^{\dagger}$" in (tmp_path / "out" / "report.tex").read_text()
+
+
+@pytest.mark.parametrize(("pictures", "systems", "verdict"), [(5, 2, "few"), (6, 2, "lower"), (6, 3, "few"), (7, 3, "lower")])
+def test_few_pictures_decide_nothing(runs, pictures: int, systems: int, verdict: str) -> None:
+    # The first is right on every picture, the others on none: the clearest that data can be.
+    paths = [asked(runs, f"s{i}", 0 if i else pictures, pictures) for i in range(systems)]
+    found, _ = differences(rows_of(paths), seed=0)
+    assert [(d.verdict, d.pictures) for d in found] == [(verdict, pictures)] * (systems - 1)
+    assert found[0].words == {"few": "too few pictures to decide"}.get(verdict, verdict)
 
 
 def test_a_cell_says_its_conditions_and_what_makes_it_doubtful(rich: list[Path]) -> None:
@@ -197,13 +266,13 @@ def test_differences_pair_by_id_and_tell_what_is_not_shared(runs) -> None:
     b = eval_run("b", {3: 0.5, 2: 1.0, 1: 0.0, 9: 1.0})
     c = eval_run("c", {70: 1.0, 1: 0.2})
     found, without = differences(rows_of([a, b, c]), seed=0)
-    assert [(d.system, d.n, d.value, d.verdict) for d in found] == [("b", 3, 0.0, "unclear")]
+    assert [(d.system, d.n, d.value, d.verdict) for d in found] == [("b", 3, 0.0, "few")]
     assert without == ["b, vqav2: only 3 of 4 samples are shared with a", "c, vqav2: fewer than two samples in common with a"]
 
 
 def test_signed_figures() -> None:
     column = Column("vqav2", "accuracy")
-    d = Difference("b", "a", column, 10, 0.031, 0.001, 0.06, 0.04, 0.049)
+    d = Difference("b", "a", column, 10, 0.031, 0.001, 0.06, 0.04, 0.049, 10)
     assert [d.show(v) for v in (0.031, -0.031, 0.0, -0.00001)] == ["+3.1", "−3.1", "0.0", "0.0"]
     assert d.verdict == "higher" and replace(d, value=-0.031).verdict == "lower"
     # The interval excludes zero, the corrected test does not find it enough.
@@ -240,6 +309,36 @@ def test_prompts_that_differ_and_empty_prompts_are_said(runs) -> None:
     b = runs.eval("b", "B", {"coco-caption": rows}, settings={"prompt": ""})
     lines = [(c.value, c.systems) for c in conditions(rows_of([a, b]))["coco-caption"] if c.name == "Prompt"]
     assert lines == [("differs by sample, e.g. one", ["A"]), ("none", ["B"])]
+
+
+def test_halves_are_rounded_alike_in_every_place(runs) -> None:
+    # 98.75 - 7.5 in floats is a hair off 91.25: the table of scores and that of differences printed two figures for it.
+    def run(name: str, right: int) -> Path:
+        return asked(runs, name, right, total=160)
+
+    rows = rows_of([run("a", 158), run("b", 12)])
+    (table,) = score_tables(rows)
+    (difference,) = differences(rows, seed=0)[0]
+    assert [line[0][1].text for _, line in table.rows] == ["98.8", "7.5"]
+    assert table.rows[1][1][0][1].delta == difference.show(difference.value) == "−91.3"
+    column = Column("x", "accuracy")
+    assert [column.show(v) for v in (0.0005, 0.00049, 0.1225, 0.9125, 0.91250000000000014)] == [
+        "0.1",
+        "0.0",
+        "12.3",
+        "91.3",
+        "91.3",
+    ]
+
+
+def test_no_spread_is_no_interval(runs, tmp_path: Path) -> None:
+    more = {"ci95": {"accuracy": [1.0, 1.0]}}
+    rows = [row(i, Path(f"{i}.png"), "x", ["x"], {"accuracy": 1.0}, question="q") for i in range(9)]
+    path = runs.eval("a", "a", {"vqav2": rows}, more=more)
+    (table,) = score_tables(rows_of([path]))
+    assert table.rows[0][1][0][1].interval == "no spread" and table.even
+    assert "No spread: all samples have the same figure" in build_report([path], tmp_path / "out").read_text()
+    assert "100.0 (no spread)" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_columns_follow_the_first_mention(world: list[Path]) -> None:

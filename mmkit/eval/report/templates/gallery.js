@@ -9,7 +9,7 @@
   const form = $('filters'), viewer = $('viewer'), count = $('count'), pager = $('pager');
   // Places in a sample's row; mmkit/eval/report/viewer.py writes them.
   const PICTURE = 0, TASK = 1, TYPE = 2, ID = 3, QUESTION = 4, TRUTHS = 5, PROMPT = 6, ANSWERS = 7;
-  const TEXT = 0, SCORE = 1, PARSED = 2, SHOWN = 3;
+  const TEXT = 0, SCORE = 1, PARSED = 2, SHOWN = 3, ASKED = 4;
   const PAGE = 24;  // samples in the document at a time, however many there are
   const EMPTY = { task: '', type: '', show: '', disagree: '', order: '', q: '', page: '1' };
   let state = { ...EMPTY }, list = [];
@@ -32,13 +32,20 @@
     return chunks.get(number)[index % data.chunk];
   }
   // A picture is decoded when it comes near the window, not before.
+  function show(image) {
+    image.src = uri(Number(image.dataset.picture));
+    near.unobserve(image);
+  }
   const near = new IntersectionObserver((entries) => {
-    for (const { isIntersecting, target } of entries) {
-      if (!isIntersecting) continue;
-      target.src = uri(Number(target.dataset.picture));
-      near.unobserve(target);
-    }
+    for (const { isIntersecting, target } of entries) if (isIntersecting) show(target);
   }, { rootMargin: '300px' });
+  // Paper has no window to come near to.
+  addEventListener('beforeprint', () => {
+    for (const image of viewer.querySelectorAll('img:not([src])')) {
+      image.decoding = 'sync';
+      show(image);
+    }
+  });
 
   function picture(index, large) {
     const [name, width, height, pixelated, missing] = data.pictures[index];
@@ -119,11 +126,11 @@
     const task = data.tasks[s[TASK]], table = make('dl', 'answers');
     s[ANSWERS].forEach((answer, i) => {
       if (!answer) return;
-      const said = make('span', '', answer[TEXT] || '(empty)');
+      const said = make('span', 'said', answer[TEXT] || '(empty)');
       said.dir = 'auto';
       const place = make('dd', '', said, ' ', mark(answer, task));
       if (whole && typeof answer[PARSED] === 'string') place.append(make('span', 'note', `read as “${answer[PARSED]}”`));
-      if (answer[SHOWN] !== undefined) {
+      if (answer[SHOWN] !== undefined && answer[SHOWN] !== null) {
         const other = typeof answer[SHOWN] === 'number' ? data.pictures[answer[SHOWN]][0] : answer[SHOWN];
         const told = make('span', 'note', 'shown instead: ' + other);
         if (whole && typeof answer[SHOWN] === 'number') told.append(picture(answer[SHOWN], false));
@@ -144,6 +151,18 @@
     return element;
   }
 
+  // Who was asked in which words, a block for each wording.
+  function prompts(s) {
+    const asked = new Map();
+    s[ANSWERS].forEach((answer, i) => {
+      if (!answer) return;
+      const prompt = data.prompts[answer[ASKED] ?? s[PROMPT]];
+      asked.set(prompt, [...(asked.get(prompt) || []), data.systems[i]]);
+    });
+    return [...asked].filter(([prompt]) => prompt).flatMap(([prompt, systems]) =>
+      [make('p', 'note', asked.size > 1 ? `Prompt of ${systems.join(', ')}:` : 'Prompt:'), make('pre', '', prompt)]);
+  }
+
   function card(number, whole) {
     const s = data.samples[number], task = data.tasks[s[TASK]].name, type = data.types[s[TYPE]];
     const link = make('a', '', `${task} ${s[ID]}`);
@@ -151,7 +170,7 @@
     const asked = make(whole ? 'h3' : 'p', 'question', s[QUESTION] || 'Caption');
     asked.dir = 'auto';
     const words = make('div', '', asked, truths(s, whole), answers(s, whole), make('p', 'note', link, type ? `, ${type}` : ''));
-    if (whole && data.prompts[s[PROMPT]]) words.append(make('p', 'note', `Prompt of ${data.systems[s[ANSWERS].findIndex(Boolean)]}:`), make('pre', '', data.prompts[s[PROMPT]]));
+    if (whole) words.append(...prompts(s));
     const frame = make('figure', '', picture(s[PICTURE], whole));
     if (whole) frame.append(make('figcaption', '', data.pictures[s[PICTURE]][0]));
     return make('article', whole ? 'sample whole' : 'sample', frame, words);
@@ -205,10 +224,14 @@
     }
     showList();
   }
+  // A link that was cut or typed by hand may end within an escape.
+  function plain(text) {
+    try { return decodeURIComponent(text); } catch { return text; }
+  }
   function route() {
     const hash = location.hash;
     if (hash.startsWith('#sample=')) {
-      const [task, id] = hash.slice(8).split('/', 2).map(decodeURIComponent);
+      const [task, id] = hash.slice(8).split('/', 2).map(plain);
       filter();
       let number = list.find((i) => data.samples[i][ID] === id && data.tasks[data.samples[i][TASK]].name === task);
       // Not among those of the present filter: it is shown all the same, and the filter goes.
