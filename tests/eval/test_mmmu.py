@@ -202,7 +202,7 @@ def test_test_split_has_no_answers(tmp_path: Path) -> None:
         ([*answers(), {"id": "validation_Art_9", "response": ""}], "row 4: answers to 1 unknown questions: validation_Art_9"),
         ([{"id": 1, "response": "A"}], 'row 1: has "id" 1, not a text'),
         ([{"id": "validation_Art_1", "response": 1}], 'row 1: question validation_Art_1 has "response" 1, not a text'),
-        ([{"id": "validation_Art_1"}], 'row 1: question validation_Art_1 has no "response"'),
+        ([{"id": "validation_Art_1"}], 'row 1: question validation_Art_1 has no "prediction" or "response"'),
         ([{"id": "validation_Art_1", "response": "A", "index2ans": [1]}], '"index2ans" that is no object of texts'),
         ({"validation_Art_1": None}, "the answer to validation_Art_1 is None, not a text"),
         ({"validation_Art_9": "A"}, "answers to 1 unknown questions: validation_Art_9"),

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Union
 from mmkit.errors import InputError
 from mmkit.eval.scorers.formats import Source, listed, load_json, match_results
 
-# Names that the benchmarks' programs give to an answer: mmkit and VQA, LLaVA, VLMEvalKit, MMMU.
-TEXTS = ("answer", "text", "prediction", "response")
+# Names that the benchmarks' programs give to an answer: VLMEvalKit, MMMU, mmkit and VQA, LLaVA. In this order, because where
+# one file has two, "answer" is the true one beside a prediction, and "text" the question beside an answer.
+TEXTS = ("prediction", "response", "answer", "text")
 
 
 class Row(NamedTuple):
@@ -53,7 +54,8 @@ def read_rows(source: Source, label: str) -> Union[list[Row], dict[str, Any]]:
     lines = _json_lines(source) if isinstance(source, (str, Path)) else None
     if lines is not None:
         return [_row(where, _line(text, where, last)) for where, text, last in lines]
-    data, name = load_json(source, label)
+    # A key twice in a file of answers by id is an answer twice, of which Python would take the last.
+    data, name = load_json(source, label, unique=True)
     if isinstance(data, dict):
         return data
     if not isinstance(data, list) or not data:

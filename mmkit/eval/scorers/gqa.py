@@ -171,7 +171,7 @@ def read_choices(source: str, scored: Sequence[str]) -> dict[str, tuple[list[str
     Raises:
         InputError: A question has none.
     """
-    data, name = load_json(source, "choices")
+    data, name = load_json(source, "choices", unique=True)
     # Only of what is scored: the file has all questions of a split.
     rows = {key: data.get(key) if isinstance(data, dict) else None for key in scored}
     parts = ("valid", "plausible")

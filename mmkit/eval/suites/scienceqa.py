@@ -80,7 +80,7 @@ def read_problems(source: Source, split: str) -> dict[str, Problem]:
     path = Path(source) if isinstance(source, (str, Path)) else None
     if path is not None and path.is_dir():
         path = path / "problems.json"
-    problems, name = load_json(path if path is not None else source, "annotations")
+    problems, name = load_json(path if path is not None else source, "annotations", unique=True)
     if not isinstance(problems, dict) or not problems:
         raise InputError("no ScienceQA problems in it", where=name, mend="give problems.json, or its folder")
     ids = _split_ids(path.parent / "pid_splits.json", split) if path is not None else _own_split(problems, split, name)
