@@ -12,7 +12,7 @@ from typing import Any
 from mmkit.config import TaskConfig
 from mmkit.errors import InputError
 from mmkit.eval.result import Score, Settings, nearest
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.suites import BUILT_IN, find_suite, suite_names
 
 # Settings of every suite; each suite names its own beside them.

@@ -19,7 +19,7 @@ from openpyxl.utils.exceptions import InvalidFileException
 
 from mmkit.errors import InputError
 from mmkit.eval.scorers.answer_files import TEXTS, Found, Row, add_answer, field, read_answers, refuse_unknown
-from mmkit.eval.scorers.formats import Source, listed
+from mmkit.eval.scorers.json_files import Source, listed
 
 # Rows from here on ask the question of row ``index % ROTATIONS`` with its options rotated.
 ROTATIONS = 1_000_000

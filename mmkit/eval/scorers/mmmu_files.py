@@ -16,7 +16,7 @@ from mmkit.errors import InputError
 from mmkit.eval.examples import Picture
 from mmkit.eval.scorers import answer_files
 from mmkit.eval.scorers.answer_files import TEXTS, Found, Row, add_answer, read_rows, refuse_unknown
-from mmkit.eval.scorers.formats import Source, load_json
+from mmkit.eval.scorers.json_files import Source, load_json
 
 CHOICE = "multiple-choice"
 # A question's pictures at most.

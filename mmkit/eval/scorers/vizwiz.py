@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mmkit.errors import InputError
-from mmkit.eval.scorers.formats import Source, VqaQuestion, check_answers, check_rows, listed, load_json, refuse_repeated
+from mmkit.eval.scorers.formats import VqaQuestion, check_answers, check_rows
+from mmkit.eval.scorers.json_files import Source, listed, load_json, refuse_repeated
 from mmkit.eval.scorers.normalise import (
     CONTRACTIONS,
     DIGITS_VIZWIZ,

@@ -14,7 +14,7 @@ from mmkit.eval.examples import Example, picture_file, required
 from mmkit.eval.result import Score, Settings, coverage, make_score, refuse_questions
 from mmkit.eval.scorers import bleu, formats, ptb
 from mmkit.eval.scorers.families import BLEU_NAMES, DEFAULT, Family, chosen_families, combined, compute_families
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.statistics import bootstrap_ci
 from mmkit.eval.suites.suite import Predictions, Suite
 from mmkit.files import read_json

@@ -15,7 +15,8 @@ from mmkit.eval.examples import Example, Id, fill_prompt, picture_file, required
 from mmkit.eval.result import LONG_ANSWER_WORDS, Score, Settings, refuse_questions
 from mmkit.eval.scorers import own
 from mmkit.eval.scorers.answer_files import Row, answer_rows, read_answers
-from mmkit.eval.scorers.formats import ANSWERS, Source, VqaQuestion, listed
+from mmkit.eval.scorers.formats import ANSWERS, VqaQuestion
+from mmkit.eval.scorers.json_files import Source, listed
 from mmkit.eval.suites.answers import score_answers
 from mmkit.eval.suites.suite import Predictions, Suite
 

@@ -11,7 +11,8 @@ from mmkit.errors import InputError
 from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings, refuse_questions
 from mmkit.eval.scorers import gqa
-from mmkit.eval.scorers.formats import Source, VqaQuestion, match_results, read_results
+from mmkit.eval.scorers.formats import VqaQuestion, match_results, read_results
+from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.suites.answers import score_answers
 from mmkit.eval.suites.suite import Predictions, Suite
 from mmkit.files import write_json
@@ -71,7 +72,8 @@ def score_gqa(task: str, predictions: Source, annotations: Source, questions: So
 
     Args:
         task: Name for messages and for the result.
-        predictions: ``[{"questionId", "prediction"}]``; answers to questions that are not balanced serve consistency alone.
+        predictions: ``[{"questionId", "prediction"}]``, or LLaVA's answers (JSON lines of ``question_id`` and ``text``);
+            answers to questions that are not balanced serve consistency alone.
         annotations: The question file.
         questions: Must be None: the annotations are the questions.
         s: Settings; ``rule`` is a key of `mmkit.eval.scorers.gqa.RULES`, ``choices`` the path of a choices file.
@@ -91,7 +93,7 @@ def score_gqa(task: str, predictions: Source, annotations: Source, questions: So
     if not balanced:
         where = str(annotations) if isinstance(annotations, (str, Path)) else "annotations"
         raise InputError("no question is balanced, and only those are scored", where=where, mend="give a file that has some")
-    given, name = read_results(predictions, key="questionId", text="prediction", of=str)
+    given, name = read_results(predictions, key="questionId", text="prediction", of=str, llava=("question_id", "text"))
     # Of testdev_all most questions are not balanced: they are asked so that consistency can be scored.
     beside = {key: text for key, text in given.items() if key in asked and not asked[key].balanced}
     results = {key: text for key, text in given.items() if key not in beside}

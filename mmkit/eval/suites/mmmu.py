@@ -20,7 +20,7 @@ from mmkit.errors import InputError
 from mmkit.eval.examples import Example, Picture, fill_prompt, required
 from mmkit.eval.result import Score, Settings, coverage, make_score, refuse_questions
 from mmkit.eval.scorers.answer_files import Found, match_answers
-from mmkit.eval.scorers.formats import Source, listed
+from mmkit.eval.scorers.json_files import Source, listed
 from mmkit.eval.scorers.mmmu import open_correct, parse_choice, parse_open
 from mmkit.eval.scorers.mmmu_files import CHOICE, Truth, read_responses, read_truth, split_id
 from mmkit.eval.suites.parsed import breakdown, count_answers, part_means, sample_rows

@@ -20,7 +20,7 @@ from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings, coverage, make_score, nearest, refuse_questions
 from mmkit.eval.scorers.answer_files import Found, match_answers, read_answers, read_rows, refuse_unknown
 from mmkit.eval.scorers.choice import LETTERS, SCIENCEQA_RULES
-from mmkit.eval.scorers.formats import Source, listed, load_json
+from mmkit.eval.scorers.json_files import Source, listed, load_json
 from mmkit.eval.suites.parsed import breakdown, count_answers, part_means, sample_rows
 from mmkit.eval.suites.suite import Suite, question_rows
 

@@ -10,7 +10,7 @@ from mmkit.errors import InputError
 from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings
 from mmkit.eval.scorers import formats
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.json_files import Source, listed
 from mmkit.eval.scorers.normalise import normalise_m4c
 from mmkit.eval.scorers.vqa import RULE_SOURCES, RULES, vqa_accuracy
 from mmkit.eval.suites.answers import score_answers
@@ -54,7 +54,7 @@ def score_vqav2(task: str, predictions: Source, annotations: Source, questions: 
 
     Args:
         task: Name for messages and for the result.
-        predictions: VQA results.
+        predictions: VQA results, or LLaVA's answers (JSON lines of ``question_id`` and ``text``).
         annotations: VQA annotations.
         questions: VQA questions, checked against the annotations where given.
         s: Settings; ``rule`` is a key of `RULES`.
@@ -68,7 +68,7 @@ def score_vqav2(task: str, predictions: Source, annotations: Source, questions: 
     # The official repository's HEAD is the default; which version the evaluation server runs is not public.
     name = s.choice("rule", RULES, "official")
     known = formats.read_vqa(annotations, questions)
-    results, file = formats.read_results(predictions, key="question_id", text="answer")
+    results, file = formats.read_results(predictions, key="question_id", text="answer", llava=("question_id", "text"))
     rule = RULES[name]
     return score_answers(
         task,
@@ -104,7 +104,7 @@ def submit(folder: Path, asked: Sequence[Example], predictions: Predictions, *, 
     # A file of another year or split, which only the server would notice.
     unknown = answers.keys() - set(ids)
     if unknown:
-        what = f"{len(unknown)} questions were asked that are not in all_questions: {formats.listed(sorted(unknown))}"
+        what = f"{len(unknown)} questions were asked that are not in all_questions: {listed(sorted(unknown))}"
         raise InputError(
             what, where="all_questions", mend="give v2_OpenEnded_mscoco_test2015_questions.json, of which test-dev is a part"
         )
