@@ -75,8 +75,8 @@ def check_task_settings(config: TaskConfig, where: str = "") -> None:
     for key in given:
         _check_setting(config.task, key)
     _check_common(**{key: value for key, value in given.items() if key in COMMON})
-    if config.annotations is not None:
-        _check_values(config.task, given)
+    # Of a test set too, where they have no effect: a value that does not exist is a slip wherever it stands.
+    _check_values(config.task, given)
     if config.task != "coco-caption" and "{question}" not in config.prompt:
         raise InputError(f"prompt {config.prompt!r} has no {{question}}", where=f"{where}prompt", mend="put it in")
 

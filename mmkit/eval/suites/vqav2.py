@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmkit.config import TaskConfig
 from mmkit.errors import InputError
@@ -29,12 +30,17 @@ def examples(config: TaskConfig) -> list[Example]:
         Examples in the order of the annotations, without references for a test set.
 
     Raises:
-        InputError: Broken files, files of different splits, or a picture's name that cannot be made.
+        InputError: Broken files, files of different splits, ``settings.all_questions`` of which the questions are no part, or a
+            picture's name that cannot be made.
     """
     questions = required(config, "questions")
     known = (
         formats.read_vqa_questions(questions) if config.annotations is None else formats.read_vqa(config.annotations, questions)
     )
+    whole = config.settings.get("all_questions")
+    if config.annotations is None and whole is not None:
+        # Hours of answers later the submission would be refused.
+        _whole_set(known, str(whole))
     # The readers have compared ids and pictures of the two files.
     return [
         Example(
@@ -100,17 +106,26 @@ def submit(folder: Path, asked: Sequence[Example], predictions: Predictions, *, 
     """
     answers = {e.id: normalise_m4c(predictions[e.id]) for e in asked}
     # In the order of the whole file, as LLaVA writes it; the server pairs by id.
-    ids = list(answers) if all_questions is None else list(formats.read_vqa_questions(all_questions))
-    # A file of another year or split, which only the server would notice.
-    unknown = answers.keys() - set(ids)
-    if unknown:
-        what = f"{len(unknown)} questions were asked that are not in all_questions: {listed(sorted(unknown))}"
-        raise InputError(
-            what, where="all_questions", mend="give v2_OpenEnded_mscoco_test2015_questions.json, of which test-dev is a part"
-        )
+    ids = list(answers) if all_questions is None else _whole_set(answers, all_questions)
     path = folder / "vqav2_submission.json"
     write_json(path, [{"question_id": i, "answer": answers.get(i, "")} for i in ids])
     return path
+
+
+def _whole_set(asked: Mapping[Any, Any], all_questions: Source) -> list[int | str]:
+    """Ids of the whole test set.
+
+    Raises:
+        InputError: Some of the asked questions are not in it.
+    """
+    ids = list(formats.read_vqa_questions(all_questions))
+    # A file of another year or split, which only the server would notice.
+    unknown = asked.keys() - set(ids)
+    if unknown:
+        what = f"{len(unknown)} questions were asked that are not in all_questions: {listed(sorted(unknown))}"
+        mend = "give v2_OpenEnded_mscoco_test2015_questions.json, of which test-dev is a part"
+        raise InputError(what, where="all_questions", mend=mend)
+    return [*ids]
 
 
 SUITE = Suite("vqav2", examples, score_vqav2, question_rows, options=("rule",), submit=submit, submit_options=("all_questions",))
