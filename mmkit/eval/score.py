@@ -12,7 +12,7 @@ from typing import Any
 from mmkit.config import TaskConfig
 from mmkit.errors import InputError
 from mmkit.eval.result import Score, Settings, nearest
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.suites import BUILT_IN, find_suite, suite_names
 
 # Settings of every suite; each suite names its own beside them.
@@ -75,8 +75,8 @@ def check_task_settings(config: TaskConfig, where: str = "") -> None:
     for key in given:
         _check_setting(config.task, key)
     _check_common(**{key: value for key, value in given.items() if key in COMMON})
-    if config.annotations is not None:
-        _check_values(config.task, given)
+    # Of a test set too, where they have no effect: a value that does not exist is a slip wherever it stands.
+    _check_values(config.task, given)
     if config.task != "coco-caption" and "{question}" not in config.prompt:
         raise InputError(f"prompt {config.prompt!r} has no {{question}}", where=f"{where}prompt", mend="put it in")
 

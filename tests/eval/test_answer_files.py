@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmkit.errors import InputError
@@ -82,6 +82,37 @@ def test_broken_files(tmp_path: Path, text: str, said: str) -> None:
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_true_answer_of_a_row_is_never_taken_for_the_models() -> None:
+    # lmms-eval's and VLMEvalKit's rows repeat the table, whose "answer" is the true one.
+    rows = [{"index": 1, "question": "?", "answer": "A", "prediction": "B", "category": "x"}]
+    assert score("mmbench", rows, SETS["mmbench"], bootstrap=0)["metrics"]["accuracy"] == 0
+    own = [{"id": 1, "question": "?", "answer": "red", "prediction": "blue"}]
+    assert score("generic", own, [{"id": 1, "question": "?", "answers": ["red"]}], bootstrap=0)["metrics"]["accuracy"] == 0
+    output = [{"id": "validation_Art_1", "answer": "A", "response": "B", "index2ans": {"A": "x", "B": "y"}}]
+    assert score("mmmu", output, SETS["mmmu"], bootstrap=0)["metrics"]["accuracy"] == 0
+    # A label of POPE with an answer added: its "text" is the question.
+    labels = {"random": [{**LABEL, "text": "Is there no dog?"}]}
+    assert score("pope", {"random": [{**labels["random"][0], "answer": "yes"}]}, labels, bootstrap=0)["metrics"]["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("suite", "results", "annotations"),
+    [
+        ("mmmu", '{"validation_Art_1": "A", "validation_Art_1": "B"}', None),
+        ("scienceqa", '{"outputs": {"1": "A", "1": "B"}}', None),
+        ("mmmu", '[{"id": "validation_Art_1", "response": "A", "response": "B"}]', None),
+        ("mmmu", None, '{"a": {"question_type": "open", "ground_truth": "x"}, "a": 1}'),
+        ("scienceqa", None, '{"1": {"question": "?"}, "1": {}}'),
+    ],
+)
+def test_keys_that_come_twice_in_an_object_are_refused(
+    tmp_path: Path, suite: str, results: str | None, annotations: str | None
+) -> None:
+    found: Any = write(tmp_path / "problems.json", results or annotations or "")
+    with pytest.raises(InputError, match="more than one row for key"):
+        score(suite, found if results else [], found if annotations else SETS[suite])
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes(b'[{"a": "\xe9"}]')
     for path, said in (
@@ -93,7 +124,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             read_rows(path, "predictions")
 
 
-@settings(max_examples=150)
+# Drawing is slow on a busy machine, which says nothing about the code.
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(sorted(SETS)), st.lists(rows, max_size=3) | rows)
 def test_any_rows_give_a_score_or_an_input_error(suite: str, found: Any) -> None:
     try:
@@ -105,7 +137,7 @@ def test_any_rows_give_a_score_or_an_input_error(suite: str, found: Any) -> None
         assert json.dumps(result, allow_nan=False)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(sorted(SETS)), st.data())
 def test_any_annotations_give_a_score_or_an_input_error(suite: str, data: st.DataObject) -> None:
     good = {
@@ -129,3 +161,67 @@ def test_any_annotations_give_a_score_or_an_input_error(suite: str, data: st.Dat
         assert score(suite, good, annotations, bootstrap=2)["n"] == 1
     except InputError as error:
         assert "\n" not in str(error)
+
+
+VQA = {
+    "annotations": [
+        {
+            "question_id": n,
+            "image_id": 7,
+            "answer_type": "other",
+            "answers": [{"answer": "red", "answer_id": k} for k in range(10)],
+        }
+        for n in (1, 2)
+    ]
+}
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    """A file of JSON lines, with a blank one at the end."""
+    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n")
+
+
+def test_json_lines_and_llavas_answers_give_the_score_of_the_official_list(tmp_path: Path) -> None:
+    official = [{"question_id": 1, "answer": "red"}, {"question_id": 2, "answer": "blue\u2028"}]
+    whole = score("vqav2", official, VQA, bootstrap=20)
+    assert whole["metrics"]["accuracy"] == 0.5
+    lines = written(tmp_path / "a.jsonl", official)
+    llava = [{"question_id": row["question_id"], "prompt": "?", "text": row["answer"], "answer_id": "x"} for row in official]
+    for given_ in (lines, llava, written(tmp_path / "l.jsonl", llava)):
+        assert score("vqav2", given_, VQA, bootstrap=20) == whole
+    # One row is one object.
+    one = {"annotations": VQA["annotations"][:1]}
+    assert score("vqav2", written(tmp_path / "one.jsonl", official[:1]), one, bootstrap=0)["n"] == 1
+    gqa = {"1": {"question": "?", "imageId": "a", "isBalanced": True, "answer": "red", "groups": {}, "entailed": []}}
+    gqa["1"]["types"] = dict.fromkeys(("structural", "semantic", "detailed"), "query")
+    said = written(tmp_path / "g.jsonl", [{"question_id": "1", "prompt": "?", "text": "Red."}])
+    assert score("gqa", said, gqa, bootstrap=0)["metrics"]["accuracy"] == 1
+    vizwiz = [{"image": "a.jpg", "question": "?", "answers": [{"answer": "red"}] * 10}]
+    assert score("vizwiz", written(tmp_path / "v.jsonl", [{"image": "a.jpg", "answer": "red"}]), vizwiz, bootstrap=0)["n"] == 1
+
+
+@pytest.mark.parametrize(
+    ("results", "annotations", "said"),
+    [
+        ('{"question_id": 1, "answer": "x"}\n{"question_id": 2, "ans', None, "a.json:2: not JSON"),
+        ('{"question_id": 1, "answer": "x"}\n{"question_id": 2, "ans', None, "the file looks cut off"),
+        ('{"question_id": 1, "text": "x"}\n{"question_id": 2, "answer": "x"}', None, 'row 2 has no "text" (row 2)'),
+        (
+            '{"question_id": 1, "text": "x"}\n{"question_id": 1, "text": "x"}',
+            None,
+            "more than one row for question 1 (rows 1",
+        ),
+        (None, '{"question_id": 1}\n{"question_id": 2}', "a.json: this is JSON lines, 2 of them; the annotations are one JSON"),
+        (None, '{"annotations": [{"question_id": 1, "image_id": 1, "answer_type": "x"}]}', "as in the file of a test set"),
+        (
+            '[{"question_id": 1, "answer": "red", "prediction": "blue"}, {"question_id": 2, "answer": "red"}]',
+            None,
+            'an "answer" and a "prediction" or "response" in the rows of 1',
+        ),
+    ],
+)
+def test_faults_of_official_files(tmp_path: Path, results: str | None, annotations: str | None, said: str) -> None:
+    found: Any = write(tmp_path / "a.json", results or annotations or "")
+    with pytest.raises(InputError) as caught:
+        score("vqav2", found if results else [], found if annotations else VQA)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -255,7 +255,7 @@ def test_broken_questions(data: Any, part: str) -> None:
     ("data", "part"),
     [
         ([], "no rows in the file of predictions"),
-        ([{"id": 1}], 'predictions: row 1: question 1 has no "answer" or "text" or "prediction"'),
+        ([{"id": 1}], 'predictions: row 1: question 1 has no "prediction" or "response" or "answer"'),
         ([{"id": 1, "prediction": 3}], 'row 1: question 1 has "prediction" 3, not a text'),
         ([{"prediction": "x"}], 'row 1: no "id"'),
         ([ANSWERS[0], ANSWERS[0]], "predictions: row 2: a second answer to question 1 (the first: predictions: row 1)"),

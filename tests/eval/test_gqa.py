@@ -186,6 +186,11 @@ GOOD = rows(q1="red", q2="yes", q3="blue")
         (GOOD, {**truth(), "q2": question("x", groups=None)}, "types or groups: q2"),
         (GOOD, {**truth(), "q2": question("x", entailed=[1])}, "types or groups: q2"),
         (GOOD, {"q1": question("x", isBalanced=False)}, "no question is balanced"),
+        (
+            GOOD,
+            {"q1": {"question": "?", "imageId": "1", "isBalanced": True}},
+            'no question has an "answer", as in the file',
+        ),
     ],
 )
 def test_faults_are_named(results: Any, annotations: Any, part: str) -> None:

@@ -204,7 +204,7 @@ def test_part_of_the_rotations_is_said_to_be_too_high(tmp_path: Path) -> None:
         (lambda a: [*a, {"question_id": 7, "answer": "A"}], "row 6: answers to 1 unknown questions: 7"),
         (lambda a: [{"question_id": "1", "answer": "A"}, *a[1:]], "row 1: has \"question_id\" '1', not a whole number"),
         (lambda a: [{"question_id": 1, "answer": None}, *a[1:]], 'row 1: question 1 has "answer" None, not a text'),
-        (lambda a: [{"question_id": 1}, *a[1:]], 'row 1: question 1 has no "answer" or "text" or "prediction"'),
+        (lambda a: [{"question_id": 1}, *a[1:]], 'row 1: question 1 has no "prediction" or "response" or "answer"'),
         (lambda a: [], "no rows"),
     ],
 )

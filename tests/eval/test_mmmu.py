@@ -188,6 +188,11 @@ def test_test_split_has_no_answers(tmp_path: Path) -> None:
     config = TaskConfig(task="mmmu", questions=str(folder), settings={"split": "test"})
     assert [e.references for e in load_task(config)] == [[], []]
     assert "2 questions have no answer: test_Art_1, test_Art_2" in refusal([], folder, split="test")
+    # As annotations, which are for what can be scored, they are refused before anything is asked.
+    with pytest.raises(
+        InputError, match="2 questions have no answer: test_Art_1, test_Art_2; a test split's are with its server"
+    ):
+        load_task(TaskConfig(task="mmmu", annotations=str(folder), settings={"split": "test"}))
     assert "no validation-*.parquet below it" in refusal([], folder)
     assert "unknown split 'val'; known: validation, dev, test" in refusal([], folder, split="val")
     with pytest.raises(InputError, match="mmmu needs annotations"):
@@ -202,7 +207,7 @@ def test_test_split_has_no_answers(tmp_path: Path) -> None:
         ([*answers(), {"id": "validation_Art_9", "response": ""}], "row 4: answers to 1 unknown questions: validation_Art_9"),
         ([{"id": 1, "response": "A"}], 'row 1: has "id" 1, not a text'),
         ([{"id": "validation_Art_1", "response": 1}], 'row 1: question validation_Art_1 has "response" 1, not a text'),
-        ([{"id": "validation_Art_1"}], 'row 1: question validation_Art_1 has no "response"'),
+        ([{"id": "validation_Art_1"}], 'row 1: question validation_Art_1 has no "prediction" or "response"'),
         ([{"id": "validation_Art_1", "response": "A", "index2ans": [1]}], '"index2ans" that is no object of texts'),
         ({"validation_Art_1": None}, "the answer to validation_Art_1 is None, not a text"),
         ({"validation_Art_9": "A"}, "answers to 1 unknown questions: validation_Art_9"),

@@ -180,7 +180,7 @@ def test_llavas_ids_run_through_all_splits(tmp_path: Path) -> None:
         (lambda rows: [*rows, {**rows[0], "question_id": 9}], "a.jsonl:13: answers to 1 unknown questions: random/9"),
         (lambda rows: [{**rows[0], "question_id": "1"}, *rows[1:]], "a.jsonl:1: has \"question_id\" '1', not a whole number"),
         (lambda rows: [{**rows[0], "answer": 1}, *rows[1:]], 'a.jsonl:1: question random/1 has "answer" 1, not a text'),
-        (lambda rows: [{"question_id": 1, "category": "random"}, *rows[1:]], 'question random/1 has no "answer"'),
+        (lambda rows: [{"question_id": 1, "category": "random"}, *rows[1:]], 'question random/1 has no "prediction" or'),
         (lambda rows: [{**rows[0], "category": "rare"}, *rows[1:]], "question 1 has \"category\" 'rare'"),
         (lambda rows: [{**rows[0], "question": "Is it?"}, *rows[1:]], "question random/1 is 'Is it?' here"),
     ],

@@ -145,3 +145,35 @@ def test_all_that_is_missing_is_told_at_once(tmp_path, monkeypatch):
     missing = "tasks.0.questions q.json, tasks.0.image_root pictures, tasks.2.annotations /nowhere/mme"
     assert f"tasks: no such file or folder: {missing}; set DATA" in str(caught.value) and str(tmp_path) in str(caught.value)
     check_places(tasks[1:2] + tasks[3:])
+
+
+def test_what_scoring_would_refuse_is_refused_before_anything_is_asked(tmp_path, monkeypatch):
+    def write(name, data):
+        (tmp_path / name).write_text(json.dumps(data))
+        return str(tmp_path / name)
+
+    def told(part, task, **more):
+        with pytest.raises(InputError, match=part):
+            load_task(TaskConfig(task=task, image_root=str(tmp_path), **more))
+
+    own = write("own.json", [{"id": 1, "question": "?", "answers": ["red"]}])
+    told("metric=vqa needs 10 answers a question", "generic", annotations=own, settings={"metric": "vqa"})
+    told("no answer has a number for question 1", "generic", annotations=own, settings={"metric": "numeric"})
+    question = {"question": "?", "imageId": "1", "answer": "x", "isBalanced": True, "groups": {}}
+    question["types"] = dict.fromkeys(("structural", "semantic", "detailed"), "x")
+    gqa = write("gqa.json", {"a": question})
+    told("choices file: No such file", "gqa", annotations=gqa, settings={"choices": str(tmp_path / "none.json")})
+    told("no lists .* for a", "gqa", annotations=gqa, settings={"choices": write("choices.json", {"b": {}})})
+    told("no question is balanced", "gqa", annotations=write("odd.json", {"a": {**question, "isBalanced": False}}))
+    asked = write("dev.json", {"questions": [{"question_id": 1, "image_id": 1, "question": "?"}]})
+    other = write("whole.json", {"questions": [{"question_id": 2, "image_id": 1, "question": "?"}]})
+    told("1 questions were asked that are not in all_questions: 1", "vqav2", questions=asked, settings={"all_questions": other})
+    told("cannot read the questions", "vqav2", questions=asked, settings={"all_questions": str(tmp_path / "none.json")})
+    # No score is made of a test set, and its rule is a slip all the same.
+    told("unknown rule 'lmsm'", "vqav2", questions=asked, settings={"rule": "lmsm"})
+    captions = write("cap.json", {"images": [{"id": 1}], "annotations": [{"image_id": 1, "id": 1, "caption": "a"}]})
+    assert len(load_task(TaskConfig(task="coco-caption", image_root="p", annotations=captions))) == 1
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    for setting in ({"metrics": "bleu,meteor"}, {"metrics": "spice"}, {"tokenizer": "java"}):
+        told("no java on the PATH", "coco-caption", annotations=captions, settings=setting)

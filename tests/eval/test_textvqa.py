@@ -92,10 +92,49 @@ def test_the_test_set_has_no_answers(tmp_path: Path) -> None:
 
 def test_files_without_answers_are_no_annotations(tmp_path: Path) -> None:
     (tmp_path / "test.json").write_text(json.dumps(data(2)))
-    with pytest.raises(InputError, match=r"question 0 has no list of answers \(row 1\)"):
+    with pytest.raises(InputError, match='no question has "answers", as in the file of a test set'):
         load_task(TaskConfig(task="textvqa", annotations=str(tmp_path / "test.json"), image_root="p"))
     with pytest.raises(InputError, match="questions does not apply to textvqa"):
         load_task(TaskConfig(task="textvqa", annotations="a.json", questions="b.json", image_root="p"))
     (tmp_path / "odd.json").write_text(json.dumps(data(1, ocr_tokens="STOP")))
     with pytest.raises(InputError, match="question 0 has no ocr_tokens"):
         load_task(TaskConfig(task="textvqa", questions=str(tmp_path / "odd.json"), image_root="p", ocr="reference"))
+
+
+def llava(*found: tuple[str, str, str], line: str = "") -> list[dict[str, Any]]:
+    """LLaVA's rows of (picture, question, answer); the prompt ends as LLaVA's does."""
+    end = "\nAnswer the question using a single word or phrase."
+    return [{"question_id": i, "prompt": f"{q}{line}{end}", "text": a, "answer_id": "x", "metadata": {}} for i, q, a in found]
+
+
+def test_llavas_answers_are_paired_by_picture_and_question(tmp_path: Path) -> None:
+    truth = {
+        "data": [
+            {"question_id": n, "image_id": image, "question": question, "answers": [f"w{n}"] * 10}
+            # One picture is asked the same thing twice; LLaVA's own look-up would score both answers by the last.
+            for n, (image, question) in enumerate([("p", "What Word?"), ("p", "who?"), ("q", "what word?"), ("q", "what word?")])
+        ]
+    }
+    said = llava(("q", "what word?", "w2"), ("p", "WHAT word?", "w0"), ("q", "what word?", "w3"), ("p", "who?", "no"))
+    found = score("textvqa", said, truth, bootstrap=0)
+    assert {row["id"]: row["accuracy"] for row in found["per_sample"]} == {0: 1, 1: 0, 2: 1, 3: 1}
+    # The prompts tell whether there were OCR tokens.
+    assert found["settings"]["ocr"] == "none"
+    line = "\nReference OCR token: a, b"
+    with_ocr = llava(*[(row["question_id"], row["prompt"].split("\n")[0], row["text"]) for row in said], line=line)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, with_ocr)))
+    assert score("textvqa", tmp_path / "a.jsonl", truth, bootstrap=0)["settings"]["ocr"] == "reference"
+    first = [{**row, "prompt": f"Reference OCR token: a\n{row['prompt']}"} for row in said]
+    found = score("textvqa", first, truth, bootstrap=0)
+    assert found["settings"]["ocr"] == "reference" and found["metrics"]["accuracy"] == 0.75
+    for rows_, settings_, part in (
+        (with_ocr, {"ocr": "none"}, "ocr=none, but the prompts in the file of answers show reference"),
+        (with_ocr[:1] + said[1:], {}, "some prompts show OCR tokens and some do not"),
+        (said[:3], {}, "1 of 4 questions have no result: 1"),
+        (said + said[-1:], {}, "predictions: row 5: a second answer to question 1"),
+        (llava(("p", "when?", "x")), {}, "predictions: row 1: picture p is not asked 'when?'"),
+        ([*said[:3], {**said[3], "text": None}], {}, "row 'p' has \"text\" None, not a text (row 4)"),
+    ):
+        with pytest.raises(InputError) as caught:
+            score("textvqa", rows_, truth, **settings_)  # type: ignore[arg-type]
+        assert part in str(caught.value)

@@ -17,12 +17,14 @@ from mmkit.eval.scorers.normalise import (
     CONTRACTIONS,
     NUMBERS,
     clean,
+    normalise_lmms,
     normalise_m4c,
     normalise_vqa,
     process_digits_and_articles,
     process_punctuation,
 )
 from mmkit.eval.scorers.textvqa import textvqa_accuracy
+from mmkit.eval.scorers.vizwiz import normalise_vizwiz
 from mmkit.eval.scorers.vqa import RULES, leave_one_out, rule_2021, vqa_accuracy
 
 
@@ -140,6 +142,22 @@ def test_vqa_processing(raw: str, clean: str) -> None:
     assert normalise_vqa(raw) == clean
 
 
+@pytest.mark.parametrize(
+    ("raw", "vqa", "lmms", "m4c", "vizwiz"),
+    [
+        # Recorded from lmms-eval 0.7.3 (columns lmms and m4c); the VQA code is Python 2, VizWiz's Python 3.
+        (".\u0663", "\u0663", ".\u0663", ".\u0663", ".\u0663"),
+        ("\u0663,\u0663 m/s", "\u0663 \u0663 m s", "\u0663\u0663 ms", "\u0663\u0663 m s", "\u0663\u0663 ms"),
+        ("1,,000 m/s", "1  000 m s", "1000 ms", "1000 m s", "1  000 m s"),
+        ("5.", "5", "5", "5", "5"),
+        (".5.", ".5", ".5", ".5", ".5"),
+    ],
+)
+def test_digits_as_each_evaluator_sees_them(raw: str, vqa: str, lmms: str, m4c: str, vizwiz: str) -> None:
+    got = (normalise_vqa(raw), normalise_lmms(raw), normalise_m4c(raw), normalise_vizwiz(raw))
+    assert got == tuple(" ".join(text.split()) for text in (vqa, lmms, m4c, vizwiz))
+
+
 def test_at_most_32_periods_go() -> None:
     assert process_punctuation("a." * 40).count(".") == 8
 
@@ -182,15 +200,15 @@ def test_closed_form_equals_the_loop(prediction: str, answers: list[str]) -> Non
     assert leave_one_out(prediction, answers) == pytest.approx(literal_accuracy(prediction, answers), abs=1e-12)
 
 
-def literal_punctuation(text: str) -> str:
+def literal_punctuation(text: str, comma: str = "[0-9],[0-9]", period: str = r"\.(?![0-9])") -> str:
     """The official loop over all marks, written out without the short cut."""
     out = text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
-        if mark + " " in text or " " + mark in text or re.search(r"[0-9],[0-9]", text):
+        if mark + " " in text or " " + mark in text or re.search(comma, text):
             out = out.replace(mark, "")
         else:
             out = out.replace(mark, " ")
-    return re.sub(r"\.(?![0-9])", "", out, count=32)
+    return re.sub(period, "", out, count=32)
 
 
 def literal_words(text: str) -> str:
@@ -245,7 +263,9 @@ def test_fast_processing_equals_the_plain_one(text: str) -> None:
     # From the cache the second time.
     assert normalise_vqa(text) == literal_words(literal_punctuation(clean(text)))
     lowered = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    assert normalise_m4c(text) == literal_words(literal_punctuation(clean(lowered)))
+    # Programs for Python 3 know the digits of all scripts.
+    assert normalise_m4c(text) == literal_words(literal_punctuation(clean(lowered), r"\d,+\d", r"\.(?!\d)"))
+    assert normalise_lmms(text) == literal_words(literal_punctuation(clean(text), r"\d,+\d", r"\.(?!\d)"))
 
 
 @settings(max_examples=300, deadline=None)

@@ -5,16 +5,17 @@ Every fault names file and line (JSON lines) or row (JSON list), and the id wher
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 from mmkit.errors import InputError
-from mmkit.eval.scorers.formats import Source, listed, load_json, match_results
+from mmkit.eval.scorers.formats import match_results
+from mmkit.eval.scorers.json_files import Source, json_line, json_lines, listed, load_json
 
-# Names that the benchmarks' programs give to an answer: mmkit and VQA, LLaVA, VLMEvalKit, MMMU.
-TEXTS = ("answer", "text", "prediction", "response")
+# Names that the benchmarks' programs give to an answer: VLMEvalKit, MMMU, mmkit and VQA, LLaVA. In this order, because where
+# one file has two, "answer" is the true one beside a prediction, and "text" the question beside an answer.
+TEXTS = ("prediction", "response", "answer", "text")
 
 
 class Row(NamedTuple):
@@ -45,15 +46,12 @@ def read_rows(source: Source, label: str) -> Union[list[Row], dict[str, Any]]:
     Raises:
         InputError: Missing, empty, not UTF-8, not JSON, cut off, or rows that are no objects.
     """
-    # Suites that take folders have looked before; to the others a folder is a slip that open() would call a permission.
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        what = f"this is a folder, not a file of {label}"
-        raise InputError(what, where=source, mend="give the file")
     # By content: an ending tells nothing, and whole files and lines need different messages.
-    lines = _json_lines(source) if isinstance(source, (str, Path)) else None
+    lines = _lines(source) if isinstance(source, (str, Path)) else None
     if lines is not None:
-        return [_row(where, _line(text, where, last)) for where, text, last in lines]
-    data, name = load_json(source, label)
+        return [_row(where, json_line(text, where, last)) for where, text, last in lines]
+    # A key twice in a file of answers by id is an answer twice, of which Python would take the last.
+    data, name = load_json(source, label, unique=True)
     if isinstance(data, dict):
         return data
     if not isinstance(data, list) or not data:
@@ -62,34 +60,13 @@ def read_rows(source: Source, label: str) -> Union[list[Row], dict[str, Any]]:
     return [_row(f"{name}: row {index}", row) for index, row in enumerate(data, start=1)]
 
 
-def _json_lines(path: Union[str, Path]) -> list[tuple[str, str, bool]] | None:
-    """``(file:line, text, is the last)`` of a file of JSON lines; None where it is something else (`load_json` says what)."""
+def _lines(path: Union[str, Path]) -> list[tuple[str, str, bool]] | None:
+    """The lines of a file of JSON lines; None where it is something else, or cannot be read (`load_json` says why)."""
     try:
         # Read twice where it is no file of lines, which costs less than one wrong message.
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        return json_lines(Path(path).read_bytes().decode("utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError):
         return None
-    # Not splitlines: it breaks at U+2028 as well, which may stand inside a JSON string.
-    lines = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    # A single object may be a row or a whole answer file; the caller knows which.
-    if len(lines) < 2 or not lines[0][1].lstrip().startswith("{"):
-        return None
-    try:
-        # An indented JSON file begins with "{", too, but its first line is no object.
-        json.loads(lines[0][1])
-    except (json.JSONDecodeError, RecursionError):
-        return None
-    return [(where, line, n == len(lines)) for n, (where, line) in enumerate(lines, start=1)]
-
-
-def _line(text: str, where: str, last: bool) -> Any:
-    """One line of JSON."""
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        # Only the last line can be half a line.
-        cut = "; the file looks cut off" if last else ""
-        raise InputError(f"not JSON ({error}){cut}", where=where, mend="copy or write the file again, whole") from None
 
 
 def _row(where: str, row: Any) -> Row:

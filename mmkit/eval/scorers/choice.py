@@ -45,7 +45,7 @@ def llava_letter(text: str) -> str | None:
 
 
 def lmms_letter(text: str) -> str | None:
-    """The letter by lmms-eval 0.7: alone in either case, or a capital before a period.
+    """The letter by lmms-eval 0.7: alone in either case, or a capital before a period; white space around does not count.
 
     Args:
         text: The answer, as it is.
@@ -53,6 +53,8 @@ def lmms_letter(text: str) -> str | None:
     Returns:
         A capital letter, which need not be one of the question's, or None.
     """
+    # Unlike LLaVA, which reads " B" as no letter.
+    text = text.strip()
     # Either case, where LLaVA wants a capital; but no sentence is searched for its answer.
     if len(text) == 1 and text.upper() in LETTERS:
         return text.upper()

@@ -11,10 +11,10 @@ import numpy as np
 from mmkit.errors import InputError
 from mmkit.eval.scorers.bleu import COLUMNS, MAX_N, bleu_from_statistics, bleu_table
 from mmkit.eval.scorers.cider import cider_table
-from mmkit.eval.scorers.meteor import meteor_from_statistics, meteor_statistics
+from mmkit.eval.scorers.meteor import check_meteor, meteor_from_statistics, meteor_statistics
 from mmkit.eval.scorers.ngrams import NgramTable, ngram_table
 from mmkit.eval.scorers.rouge import rouge_l
-from mmkit.eval.scorers.spice import spice_scores
+from mmkit.eval.scorers.spice import check_spice, spice_scores
 from mmkit.eval.statistics import Floats, ratio_of_sums
 
 BLEU_NAMES = tuple(f"Bleu_{n}" for n in range(1, MAX_N + 1))
@@ -59,6 +59,20 @@ def chosen_families(text: str) -> list[str]:
     if not names:
         raise InputError("no metric named", where="metrics", mend=f"metrics={DEFAULT}")
     return [name for name in FAMILIES if name in names]
+
+
+def check_java(names: Sequence[str]) -> None:
+    """Refuse metrics whose Java programs are not here, without starting one.
+
+    Args:
+        names: As from `chosen_families`.
+
+    Raises:
+        InputError: Java or a part of it is missing.
+    """
+    for name in names:
+        if FAMILIES[name]:
+            _CHECKS[name]()
 
 
 def compute_families(
@@ -135,4 +149,5 @@ def _spice(ids: Sequence[int], hypotheses: Sequence[str], references: Sequence[S
 
 
 _JAVA = {"meteor": _meteor, "spice": _spice}
+_CHECKS = {"meteor": check_meteor, "spice": check_spice}
 _TABLE = {"bleu": _bleu, "cider": _cider}

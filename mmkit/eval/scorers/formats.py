@@ -5,21 +5,15 @@ Each reader takes a path or the data already loaded (a notebook's lists and dict
 
 from __future__ import annotations
 
-import functools
-import gc
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmkit.errors import InputError
+from mmkit.eval.scorers.json_files import Source, collector_paused, listed, load_json, refuse_repeated
 
-Source = str | Path | list[Any] | dict[str, Any]
 # People asked about every question of VQA v2 and TextVQA; the M4C evaluator asserts it, and the scores rest on it.
 ANSWERS = 10
-# A broken file can have a fault in each of 200,000 rows, and the message is one line.
-_SHOWN = 5
 
 
 class VqaQuestion(NamedTuple):
@@ -31,82 +25,6 @@ class VqaQuestion(NamedTuple):
     answer_type: str = ""
     question_type: str = ""
     question: str = ""
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No garbage collection for a while: it would look at millions of new objects again and again, at twice the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        # What is read has no cycles, so that nothing waits for the collector meanwhile.
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def listed(items: Iterable[object]) -> str:
-    """Name at most five things and say how many more there are."""
-    names = [str(item) for item in items]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def load_json(source: Source, label: str, *, unique: bool = False) -> tuple[Any, str]:
-    """Read JSON from a path, or pass loaded data through.
-
-    Args:
-        source: A path, or data already loaded.
-        label: What to call loaded data in messages.
-        unique: Refuse an object that has a key twice, for files whose keys are ids; Python would take the last.
-
-    Returns:
-        The data and the name to use for it in messages.
-
-    Raises:
-        InputError: The file is missing, is not UTF-8, or is not JSON (with line and column; cut files are named so).
-    """
-    if not isinstance(source, (str, Path)):
-        return source, label
-    name = str(source)
-    try:
-        # utf-8-sig: editors on Windows put a byte order mark in front.
-        text = Path(source).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read the {label} file: {error.strerror}", where=name, mend="check the path") from None
-    except UnicodeDecodeError as error:
-        what = f"byte {error.start} is not UTF-8"
-        raise InputError(what, where=name, mend="save the file as UTF-8") from None
-    try:
-        with _collector_paused():
-            return json.loads(text, object_pairs_hook=functools.partial(_unique_keys, name) if unique else None), name
-    except json.JSONDecodeError as error:
-        raise _json_error(text, error, name) from None
-    # A file of brackets alone reaches the parser's recursion limit; that is the file's fault, not a bug.
-    except RecursionError:
-        raise InputError("nested too deeply for an annotation file", where=name, mend="check the file") from None
-
-
-def _unique_keys(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a file whose keys may come once only."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        refuse_repeated([key for key, _ in pairs], kind="key", name=name)
-    return found
-
-
-def _json_error(text: str, error: json.JSONDecodeError, name: str) -> InputError:
-    """Tell a file that ends too early from one that is wrong in the middle."""
-    if not text.strip():
-        return InputError("the file is empty", where=name, mend="write or fetch it again")
-    where = f"{name}:{error.lineno}:{error.colno}"
-    # A string that never ends is reported where it starts, so its place says nothing about the end of the file.
-    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-        what = f"not JSON (line {error.lineno} column {error.colno}: {error.msg}); the file looks cut off"
-        return InputError(what, where=where, mend="copy or download it again, whole")
-    what = f"not JSON (line {error.lineno} column {error.colno}: {error.msg})"
-    return InputError(what, where=where, mend="mend that place, or write the file again")
 
 
 def _is_id(value: object) -> bool:
@@ -165,22 +83,6 @@ def section(data: object, field: str, name: str, what: str) -> list[Any]:
     return section
 
 
-def refuse_repeated(ids: Sequence[int | str], *, kind: str, name: str) -> None:
-    """Refuse ids that come twice; taking the first or the last in silence would change the score.
-
-    Raises:
-        InputError: Some do, with their rows.
-    """
-    # One pass of a set is enough for the usual case; rows are looked for only when there is something to name.
-    if len(set(ids)) == len(ids):
-        return
-    places: dict[int | str, list[int]] = {}
-    for row, value in enumerate(ids, start=1):
-        places.setdefault(value, []).append(row)
-    repeated = [f"{value} (rows {listed(rows)})" for value, rows in places.items() if len(rows) > 1]
-    raise InputError(f"more than one row for {kind} {listed(repeated)}", where=name, mend=f"keep one for each {kind}")
-
-
 def read_captions(source: Source) -> dict[int, list[str]]:
     """Read COCO caption annotations.
 
@@ -218,14 +120,17 @@ def read_captions(source: Source) -> dict[int, list[str]]:
     return references
 
 
-def read_results(source: Source, *, key: str, text: str, of: type = int) -> tuple[dict[Any, str], str]:
+def read_results(
+    source: Source, *, key: str, text: str, of: type = int, llava: tuple[str, str] | None = None
+) -> tuple[dict[Any, str], str]:
     """Read an official result file.
 
     Args:
-        source: ``[{key: id, text: str}]`` or a path to it.
+        source: ``[{key: id, text: str}]`` or a path to it; or such rows one a line.
         key: ``image_id`` or ``question_id``.
         text: ``caption`` or ``answer``.
         of: Type of the ids, ``int`` or ``str``.
+        llava: Names of the two fields in LLaVA's answer files, where those have the official ids.
 
     Returns:
         Id -> text, and the name of the file for messages.
@@ -233,8 +138,27 @@ def read_results(source: Source, *, key: str, text: str, of: type = int) -> tupl
     Raises:
         InputError: Not a list, an empty one, fields missing or of the wrong type, or an id that comes twice.
     """
-    data, name = load_json(source, "predictions")
+    data, name = load_rows(source)
+    first = data[0] if isinstance(data, list) and data else None
+    # By the first row: files are of one program, and a stray row is told with the names of the others.
+    if llava is not None and isinstance(first, dict) and text not in first and llava[1] in first:
+        key, text = llava
     return check_results(data, name, key=key, text=text, of=of), name
+
+
+def load_rows(source: Source) -> tuple[Any, str]:
+    """Load result rows, a list or one a line, to be checked by `check_results`.
+
+    Returns:
+        The data, and the name of the file for messages.
+
+    Raises:
+        InputError: See `mmkit.eval.scorers.json_files.load_json`.
+    """
+    data, name = load_json(source, "predictions", lines=True)
+    # JSON lines of a single row are an object, in which no annotation file has an answer.
+    one = isinstance(data, dict) and any(key in data for key in ("answer", "caption", "prediction", "text"))
+    return [data] if one else data, name
 
 
 def check_results(data: Any, name: str, *, key: str, text: str, of: type = int) -> dict[Any, str]:
@@ -258,6 +182,11 @@ def check_results(data: Any, name: str, *, key: str, text: str, of: type = int) 
         mend = "write ids as whole numbers, without quotes" if of is int else "write ids as texts"
         raise InputError(what, where=name, mend=mend)
     check_rows(data, {key: of, text: str}, kind="row", key=key, name=name)
+    # Programs that write a prediction beside it mean the true one by "answer", and it would score 1.
+    both = [row[key] for row in data if "prediction" in row or "response" in row] if text == "answer" else []
+    if both:
+        what = f'an "answer" and a "prediction" or "response" in the rows of {listed(both)}'
+        raise InputError(what, where=name, mend='leave one text in each row, the model\'s, as "answer"')
     refuse_repeated([row[key] for row in data], kind=key.removesuffix("_id"), name=name)
     return {row[key]: row[text] for row in data}
 
@@ -296,7 +225,7 @@ def match_results(results: Mapping[Any, str], known: Collection[Any], *, kind: s
     return scored
 
 
-@_collector_paused()
+@collector_paused()
 def read_vqa(annotations: Source, questions: Source | None = None) -> dict[int, VqaQuestion]:
     """Read VQAv2 annotations and, where given, check them against their questions.
 
@@ -375,6 +304,9 @@ def check_answers(rows: Sequence[Mapping[str, Any]], name: str, kind: type, key:
         InputError: Some have other than ten, or one that is no answer; the first five are named.
     """
     fits = _is_entry if kind is dict else _is_text
+    if not any("answers" in row for row in rows):
+        mend = "give an annotated split; a test set's answers are with its server"
+        raise InputError('no question has "answers", as in the file of a test set', where=name, mend=mend)
     faults = []
     for index, row in enumerate(rows):
         answers = row.get("answers")

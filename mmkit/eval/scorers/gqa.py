@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mmkit.errors import InputError
-from mmkit.eval.scorers.formats import Source, check_rows, listed, load_json
+from mmkit.eval.scorers.formats import check_rows
+from mmkit.eval.scorers.json_files import Source, listed, load_json
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Groups of answers that count as valid and plausible wherever two things are compared ("What do they have in common?").
@@ -77,6 +78,9 @@ def read_gqa(source: Source, *, answers: bool = True) -> dict[str, GqaQuestion]:
     fields = {"question": str, "imageId": str, **({"answer": str} if answers else {})}
     # With the id put in, so that a message can name it.
     rows = [{**row, "id": key} if isinstance(row, dict) else row for key, row in data.items()]
+    if answers and not any("answer" in row for row in rows if isinstance(row, dict)):
+        mend = "give an annotated split; a test set's answers are with its server"
+        raise InputError('no question has an "answer", as in the file of a test set', where=name, mend=mend)
     check_rows(rows, fields, kind="question", key="id", name=name)
     wrong = [row["id"] for row in rows if not isinstance(row.get("isBalanced"), bool) or (answers and not _has_types(row))]
     if wrong:
@@ -104,7 +108,7 @@ def _question(row: Mapping[str, Any], answers: bool) -> GqaQuestion:
     if not answers:
         return GqaQuestion(*text)
     types = row["types"]["structural"], row["types"]["semantic"], row["types"]["detailed"]
-    return GqaQuestion(*text, row["answer"], *types, row["groups"]["global"], tuple(row.get("entailed", ())))
+    return GqaQuestion(*text, row["answer"], *types, row["groups"].get("global"), tuple(row.get("entailed", ())))
 
 
 def distribution(scored: Iterable[tuple[str | None, str, str]]) -> float | None:
@@ -171,7 +175,7 @@ def read_choices(source: str, scored: Sequence[str]) -> dict[str, tuple[list[str
     Raises:
         InputError: A question has none.
     """
-    data, name = load_json(source, "choices")
+    data, name = load_json(source, "choices", unique=True)
     # Only of what is scored: the file has all questions of a split.
     rows = {key: data.get(key) if isinstance(data, dict) else None for key in scored}
     parts = ("valid", "plausible")

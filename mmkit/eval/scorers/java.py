@@ -140,6 +140,20 @@ def java_major(where: str) -> int:
     return int(found[1])
 
 
+_TOKENISER = "tokenizer=java"
+_TOKENISER_JAR = "tokenizer/stanford-corenlp-*.jar"
+
+
+def check_tokeniser() -> None:
+    """Refuse ``tokenizer=java`` where it cannot run.
+
+    Raises:
+        InputError: Java or the jar is missing.
+    """
+    java_program(_TOKENISER)
+    package_file(_TOKENISER_JAR, _TOKENISER)
+
+
 def tokenise_lines(captions: Sequence[str]) -> list[str]:
     """The Stanford tokeniser's output for each caption, as coco-caption calls it.
 
@@ -152,8 +166,8 @@ def tokenise_lines(captions: Sequence[str]) -> list[str]:
     Raises:
         InputError: Java or the jar is missing, or the tokeniser failed.
     """
-    where = "tokenizer=java"
-    jar = package_file("tokenizer/stanford-corenlp-*.jar", where)
+    where = _TOKENISER
+    jar = package_file(_TOKENISER_JAR, where)
     # The system's folder for temporary files: the official code writes into site-packages, which may be read-only.
     with tempfile.TemporaryDirectory(prefix="mmkit-ptb-") as folder:
         path = Path(folder) / "captions.txt"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmkit.errors import InputError
-from mmkit.eval.scorers.java import package_file, run_java
+from mmkit.eval.scorers.java import java_program, package_file, run_java
 
 # Of an image: words and function words of hypothesis and reference; matched content and function words of both for each of
 # four matchers; chunks; all matched words of both.
@@ -21,8 +21,19 @@ COLUMNS = 23
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 _WHERE = "metrics=meteor"
+_JAR = "meteor/meteor-1.5.jar"
 # Start with its 62 MB of paraphrases takes 6 s on an idle machine, and 5,000 images 2 s after that.
 _START_SECONDS, _IMAGE_SECONDS = 300.0, 0.1
+
+
+def check_meteor() -> None:
+    """Refuse METEOR where it cannot run.
+
+    Raises:
+        InputError: Java or the jar is missing.
+    """
+    java_program(_WHERE)
+    package_file(_JAR, _WHERE)
 
 
 def meteor_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
@@ -38,7 +49,7 @@ def meteor_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[s
     Raises:
         InputError: Java or the jar is missing, fails, hangs, or answers in another form.
     """
-    jar = package_file("meteor/meteor-1.5.jar", _WHERE)
+    jar = package_file(_JAR, _WHERE)
     lines = [_request(hypothesis, captions) for hypothesis, captions in zip(hypotheses, references, strict=True)]
     arguments = ["-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     seconds = _START_SECONDS + _IMAGE_SECONDS * len(lines)

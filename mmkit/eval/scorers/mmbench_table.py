@@ -19,7 +19,7 @@ from openpyxl.utils.exceptions import InvalidFileException
 
 from mmkit.errors import InputError
 from mmkit.eval.scorers.answer_files import TEXTS, Found, Row, add_answer, field, read_answers, refuse_unknown
-from mmkit.eval.scorers.formats import Source, listed
+from mmkit.eval.scorers.json_files import Source, listed
 
 # Rows from here on ask the question of row ``index % ROTATIONS`` with its options rotated.
 ROTATIONS = 1_000_000
@@ -235,7 +235,7 @@ def read_mmbench_answers(source: Source, rows: Sequence[TableRow]) -> dict[Any, 
         found: dict[Any, Found] = {}
         for row in _sheet(Path(source)):
             key = field(row, IDS, int)
-            add_answer(found, key, Found(row.where, field(row, TEXTS[2:], str, who=f"question {key}")))
+            add_answer(found, key, Found(row.where, field(row, TEXTS[:1], str, who=f"question {key}")))
     else:
         found = read_answers(source, IDS, lambda row, names: field(row, names, int))
     refuse_unknown(found, {row.index for row in rows}, "the table")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mmkit.errors import InputError
 from mmkit.eval.scorers.answer_files import TEXTS, Found, Row, add_answer, answer_rows, field, refuse_unknown, text_id
-from mmkit.eval.scorers.formats import Source, listed
+from mmkit.eval.scorers.json_files import Source, listed
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")

@@ -15,14 +15,12 @@ import pyarrow.parquet as pq
 from mmkit.errors import InputError
 from mmkit.eval.examples import Picture
 from mmkit.eval.scorers import answer_files
-from mmkit.eval.scorers.answer_files import Found, Row, add_answer, read_rows, refuse_unknown
-from mmkit.eval.scorers.formats import Source, load_json
+from mmkit.eval.scorers.answer_files import TEXTS, Found, Row, add_answer, read_rows, refuse_unknown
+from mmkit.eval.scorers.json_files import Source, load_json
 
 CHOICE = "multiple-choice"
 # A question's pictures at most.
 IMAGES = 7
-# "response" first: in the official output.json, "answer" is the gold one.
-_RESPONSES = ("response", "prediction", "text", "answer")
 _IDS = ("id", "question_id")
 _ID = re.compile(r"(?:dev|validation|test)_(.+)_(\d+)")
 
@@ -75,7 +73,7 @@ def read_truth(source: Source, split: str, *, pictures: bool = False) -> dict[st
             found[key] = truth
         return found
     # The answer file of the official repository: ids, kinds and answers, nothing to ask with.
-    data, name = load_json(source, "annotations")
+    data, name = load_json(source, "annotations", unique=True)
     if not isinstance(data, dict) or not data:
         raise InputError("no answers by id in it", where=name, mend="give answer_dict_val.json, or the data set's folder")
     for key, entry in data.items():
@@ -184,7 +182,7 @@ def read_responses(source: Source, known: Mapping[str, Truth]) -> tuple[dict[str
         name = str(part) if isinstance(part, (str, Path)) else "predictions"
         for row in rows if isinstance(rows, list) else [Row(f"{name}:1", rows)]:
             key = answer_files.field(row, _IDS, str)
-            text = answer_files.field(row, _RESPONSES, str, who=f"question {key}")
+            text = answer_files.field(row, TEXTS, str, who=f"question {key}")
             add_answer(found, key, Found(row.where, text, _row_options(row, key)))
     refuse_unknown(found, known, "MMMU's answers")
     return found, False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 # Apostrophe, colon and $ % & * # ~ ^ | are not on upstream's list, and stay.
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -19,10 +20,25 @@ _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", 
 # Upstream reads "none" as 0, and knows no number word beyond ten.
 NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(_NUMBER_WORDS)}}
 
-# ASCII digits: upstream is Python 2 code, where \d knows no others.
-_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d", re.ASCII)
-# Upstream means "no digit on either side", but the look-behind is mistyped and only the right side counts.
-_PERIOD = re.compile(r"\.(?!\d)", re.ASCII)
+
+class Digits(NamedTuple):
+    """Where an evaluator sees digits beside a mark.
+
+    Attributes:
+        comma: A number with a comma, anywhere in an answer.
+        period: A period that goes. Upstream means "no digit on either side", but its look-behind is mistyped and only the right
+            side counts.
+    """
+
+    comma: re.Pattern[str]
+    period: re.Pattern[str]
+
+
+# GT-Vision-Lab's code is Python 2, where \d knows ASCII digits alone; the others' is Python 3, where it knows all scripts'.
+DIGITS_VQA = Digits(re.compile(r"\d,\d", re.ASCII), re.compile(r"\.(?!\d)", re.ASCII))
+DIGITS_VIZWIZ = Digits(re.compile(r"\d,\d"), re.compile(r"\.(?!\d)"))
+# M4C's comma may be several, as in "1,,000"; lmms-eval runs this part of it without taking the commas out before.
+DIGITS_M4C = Digits(re.compile(r"\d,+\d"), re.compile(r"\.(?!\d)"))
 # Upstream passes re.UNICODE (32) where ``re.sub`` takes its count: at most 32 periods go.
 _MAX_PERIODS = int(re.UNICODE)
 
@@ -94,7 +110,7 @@ def clean(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def process_punctuation(text: str) -> str:
+def process_punctuation(text: str, digits: Digits = DIGITS_VQA) -> str:
     """Remove the VQA punctuation marks, then periods.
 
     A mark is deleted where the original text has it beside a space or has digit-comma-digit anywhere, and becomes a
@@ -102,6 +118,7 @@ def process_punctuation(text: str) -> str:
 
     Args:
         text: An answer.
+        digits: Which digits the evaluator sees.
 
     Returns:
         The answer without those marks; letter case untouched.
@@ -109,7 +126,7 @@ def process_punctuation(text: str) -> str:
     # Most answers are plain words: one scan saves twenty.
     if _ANY_MARK.search(text) is None:
         return text
-    has_comma_number = _DIGIT_COMMA_DIGIT.search(text) is not None
+    has_comma_number = digits.comma.search(text) is not None
     table = {}
     for mark in _MARKS.intersection(text):
         # Tested on the original text, whatever earlier marks have become in the result.
@@ -117,7 +134,7 @@ def process_punctuation(text: str) -> str:
         # One number with a comma anywhere deletes every mark of the answer: "1,000 m/s" becomes "1000 ms".
         table[ord(mark)] = None if beside_space or has_comma_number else " "
     # All marks at once are as good as upstream's one after another: no mark becomes another mark.
-    return _PERIOD.sub("", text.translate(table), count=_MAX_PERIODS)
+    return digits.period.sub("", text.translate(table), count=_MAX_PERIODS)
 
 
 def process_digits_and_articles(text: str, words: Mapping[str, str] = _WORDS) -> str:
@@ -142,6 +159,12 @@ def normalise_vqa(text: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
+def normalise_lmms(text: str) -> str:
+    """VQA's processing by lmms-eval, which has M4C's functions: it differs in digits of other scripts and in "1,,000"."""
+    return process_digits_and_articles(process_punctuation(clean(text), DIGITS_M4C))
+
+
+@lru_cache(maxsize=1 << 16)
 def normalise_m4c(text: str) -> str:
     """The M4C processing of TextVQA: as VQA's, but commas and question marks go first and possessives are split.
 
@@ -153,4 +176,4 @@ def normalise_m4c(text: str) -> str:
     """
     # Commas go before VQA's digit-comma-digit test, which then never fires: "1,000 m/s" becomes "1000 m s".
     lowered = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return process_digits_and_articles(process_punctuation(clean(lowered)))
+    return process_digits_and_articles(process_punctuation(clean(lowered), DIGITS_M4C))

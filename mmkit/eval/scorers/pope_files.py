@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from mmkit.errors import InputError
 from mmkit.eval.scorers.answer_files import TEXTS, Found, Row, add_answer, answer_rows, field, read_rows, refuse_unknown
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.json_files import Source
 
 SPLITS = ("random", "popular", "adversarial")
 

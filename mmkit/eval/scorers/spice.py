@@ -17,7 +17,7 @@ from typing import Any
 
 from mmkit.data.remote import default_cache
 from mmkit.errors import InputError
-from mmkit.eval.scorers.java import java_major, package_file, run_java
+from mmkit.eval.scorers.java import java_major, java_program, package_file, run_java
 
 _WHERE = "metrics=spice"
 _CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -26,6 +26,16 @@ _SOURCE = "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zi
 _START_SECONDS, _CAPTION_SECONDS = 600.0, 0.5
 # The cache's serialiser looks into these packages, which Java 16 and later close.
 _OPENED = ("java.lang", "java.util", "java.math", "java.net", "java.text", "java.util.concurrent")
+
+
+def check_spice() -> None:
+    """Refuse SPICE where it cannot run.
+
+    Raises:
+        InputError: Java, a jar or CoreNLP is missing.
+    """
+    java_program(_WHERE)
+    _class_path()
 
 
 def spice_scores(ids: Sequence[int], hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:

@@ -13,8 +13,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mmkit.errors import InputError
-from mmkit.eval.scorers.formats import Source, VqaQuestion, check_answers, check_rows, listed, load_json, refuse_repeated
-from mmkit.eval.scorers.normalise import CONTRACTIONS, clean, process_digits_and_articles, process_punctuation, word_table
+from mmkit.eval.scorers.formats import VqaQuestion, check_answers, check_rows
+from mmkit.eval.scorers.json_files import Source, listed, load_json, refuse_repeated
+from mmkit.eval.scorers.normalise import (
+    CONTRACTIONS,
+    DIGITS_VIZWIZ,
+    clean,
+    process_digits_and_articles,
+    process_punctuation,
+    word_table,
+)
 
 # An editor has replaced the apostrophes of upstream's table, all but these: "dont" becomes "don’t", which people do not type.
 _PLAIN_KEYS = frozenset({"couldn'tve", "hadn'tve"})
@@ -29,7 +37,7 @@ _WORDS = word_table(TYPOGRAPHIC)
 @lru_cache(maxsize=1 << 16)
 def normalise_vizwiz(text: str) -> str:
     """VQA's processing with the typographic apostrophes of VizWiz's contraction table."""
-    return process_digits_and_articles(process_punctuation(clean(text)), _WORDS)
+    return process_digits_and_articles(process_punctuation(clean(text), DIGITS_VIZWIZ), _WORDS)
 
 
 def rule_vizwiz(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmkit.eval.scorers.normalise import clean, normalise_m4c, normalise_vqa, process_punctuation
+from mmkit.eval.scorers.normalise import clean, normalise_lmms, normalise_m4c, normalise_vqa, process_punctuation
 
 Rule = Callable[[str, Sequence[str]], tuple[str, list[str]]]
 
@@ -55,7 +55,7 @@ def rule_always(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]
         Prediction and answers as they are compared.
     """
     # Older versions give other numbers: until 2025-07 they processed the prediction twice.
-    return normalise_vqa(prediction), [normalise_vqa(answer) for answer in answers]
+    return normalise_lmms(prediction), [normalise_lmms(answer) for answer in answers]
 
 
 def rule_m4c(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]]:

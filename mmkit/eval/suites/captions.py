@@ -13,8 +13,9 @@ from mmkit.config import TaskConfig
 from mmkit.eval.examples import Example, picture_file, required
 from mmkit.eval.result import Score, Settings, coverage, make_score, refuse_questions
 from mmkit.eval.scorers import bleu, formats, ptb
-from mmkit.eval.scorers.families import BLEU_NAMES, DEFAULT, Family, chosen_families, combined, compute_families
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.families import BLEU_NAMES, DEFAULT, Family, check_java, chosen_families, combined, compute_families
+from mmkit.eval.scorers.java import check_tokeniser
+from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.statistics import bootstrap_ci
 from mmkit.eval.suites.suite import Predictions, Suite
 from mmkit.files import read_json
@@ -35,8 +36,13 @@ def examples(config: TaskConfig) -> list[Example]:
         Examples, ascending by image id.
 
     Raises:
-        InputError: Broken files, or a name that cannot be made.
+        InputError: Broken files, a name that cannot be made, or a metric or tokenizer whose Java program is not here.
     """
+    # Scoring would find out after hours of captions.
+    s = Settings({key: str(value) for key, value in config.settings.items() if value is not None})
+    check_java(chosen_families(s.options.get("metrics", DEFAULT)))
+    if s.choice("tokenizer", ptb.TOKENIZERS, "python") == "java":
+        check_tokeniser()
     references = formats.read_captions(required(config, "annotations"))
     # read_captions checks what scoring needs; file names are needed here alone.
     names = {image["id"]: image.get("file_name") for image in read_json(Path(str(config.annotations)))["images"]}

@@ -15,7 +15,8 @@ from mmkit.eval.examples import Example, Id, fill_prompt, picture_file, required
 from mmkit.eval.result import LONG_ANSWER_WORDS, Score, Settings, refuse_questions
 from mmkit.eval.scorers import own
 from mmkit.eval.scorers.answer_files import Row, answer_rows, read_answers
-from mmkit.eval.scorers.formats import ANSWERS, Source, VqaQuestion, listed
+from mmkit.eval.scorers.formats import ANSWERS, VqaQuestion
+from mmkit.eval.scorers.json_files import Source, listed
 from mmkit.eval.suites.answers import score_answers
 from mmkit.eval.suites.suite import Predictions, Suite
 
@@ -119,7 +120,8 @@ def examples(config: TaskConfig) -> list[Example]:
         Examples in the order of the file.
 
     Raises:
-        InputError: See `read_questions`; or a picture's name leads out of the root.
+        InputError: See `read_questions`; answers that the metric of the settings cannot use; or a picture's name that leads out
+            of the root.
     """
     if config.annotations is not None:
         refuse_questions(config.questions, config.task)
@@ -127,6 +129,10 @@ def examples(config: TaskConfig) -> list[Example]:
     # Published benchmarks keep pictures and questions apart; own data mostly lies in one folder.
     if config.image_root is None:
         config = config.model_copy(update={"image_root": str(Path(file).parent)})
+    asked = read_questions(file, answers=config.annotations is not None)
+    if config.annotations is not None:
+        # Not after hours of answers, which the metric would then refuse.
+        _check_fit(asked, str(config.settings.get("metric", "exact")), str(file))
     return [
         Example(
             row.id,
@@ -136,7 +142,7 @@ def examples(config: TaskConfig) -> list[Example]:
             row.answers,
             row.type,
         )
-        for row in read_questions(file, answers=config.annotations is not None).values()
+        for row in asked.values()
     ]
 
 

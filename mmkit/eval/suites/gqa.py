@@ -11,7 +11,8 @@ from mmkit.errors import InputError
 from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings, refuse_questions
 from mmkit.eval.scorers import gqa
-from mmkit.eval.scorers.formats import Source, VqaQuestion, match_results, read_results
+from mmkit.eval.scorers.formats import VqaQuestion, match_results, read_results
+from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.suites.answers import score_answers
 from mmkit.eval.suites.suite import Predictions, Suite
 from mmkit.files import write_json
@@ -27,11 +28,17 @@ def examples(config: TaskConfig) -> list[Example]:
         Examples in the order of the file.
 
     Raises:
-        InputError: Broken files, or a picture's name that cannot be made.
+        InputError: Broken files, nothing to score, or a picture's name that cannot be made.
     """
     if config.annotations is not None:
         refuse_questions(config.questions, config.task)
     answers = config.annotations is not None
+    asked = gqa.read_gqa(config.annotations or required(config, "questions"), answers=answers)
+    if answers:
+        # Whatever scoring would refuse, before hours of answers.
+        balanced = _balanced(asked, str(config.annotations))
+        if config.settings.get("choices") is not None:
+            gqa.read_choices(str(config.settings["choices"]), balanced)
     return [
         Example(
             key,
@@ -41,8 +48,20 @@ def examples(config: TaskConfig) -> list[Example]:
             [q.answer] if answers else [],
             q.structural,
         )
-        for key, q in gqa.read_gqa(config.annotations or required(config, "questions"), answers=answers).items()
+        for key, q in asked.items()
     ]
+
+
+def _balanced(asked: Mapping[str, gqa.GqaQuestion], where: str) -> list[str]:
+    """Ids of the balanced questions.
+
+    Raises:
+        InputError: There are none.
+    """
+    found = [key for key, q in asked.items() if q.balanced]
+    if not found:
+        raise InputError("no question is balanced, and only those are scored", where=where, mend="give a file that has some")
+    return found
 
 
 def rows(asked: Sequence[Example], predictions: Predictions) -> list[dict[str, Any]]:
@@ -71,7 +90,8 @@ def score_gqa(task: str, predictions: Source, annotations: Source, questions: So
 
     Args:
         task: Name for messages and for the result.
-        predictions: ``[{"questionId", "prediction"}]``; answers to questions that are not balanced serve consistency alone.
+        predictions: ``[{"questionId", "prediction"}]``, or LLaVA's answers (JSON lines of ``question_id`` and ``text``);
+            answers to questions that are not balanced serve consistency alone.
         annotations: The question file.
         questions: Must be None: the annotations are the questions.
         s: Settings; ``rule`` is a key of `mmkit.eval.scorers.gqa.RULES`, ``choices`` the path of a choices file.
@@ -87,11 +107,8 @@ def score_gqa(task: str, predictions: Source, annotations: Source, questions: So
     rule_name = s.choice("rule", gqa.RULES, "llava")
     rule = gqa.RULES[rule_name]
     asked = gqa.read_gqa(annotations)
-    balanced = [key for key, q in asked.items() if q.balanced]
-    if not balanced:
-        where = str(annotations) if isinstance(annotations, (str, Path)) else "annotations"
-        raise InputError("no question is balanced, and only those are scored", where=where, mend="give a file that has some")
-    given, name = read_results(predictions, key="questionId", text="prediction", of=str)
+    balanced = _balanced(asked, str(annotations) if isinstance(annotations, (str, Path)) else "annotations")
+    given, name = read_results(predictions, key="questionId", text="prediction", of=str, llava=("question_id", "text"))
     # Of testdev_all most questions are not balanced: they are asked so that consistency can be scored.
     beside = {key: text for key, text in given.items() if key in asked and not asked[key].balanced}
     results = {key: text for key, text in given.items() if key not in beside}

@@ -21,7 +21,7 @@ from mmkit.eval.examples import Example, Picture, fill_prompt, required
 from mmkit.eval.result import Score, Settings, coverage, make_score, refuse_questions
 from mmkit.eval.scorers.answer_files import match_answers
 from mmkit.eval.scorers.choice import infer_option
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.scorers.mmbench_table import TableRow, answer_of, pictures, read_mmbench_answers, read_table
 from mmkit.eval.statistics import Floats
 from mmkit.eval.suites.parsed import breakdown, count_answers, part_means, sample_rows

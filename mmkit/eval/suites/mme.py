@@ -16,7 +16,7 @@ from mmkit.errors import InputError
 from mmkit.eval.examples import Example, Picture, fill_prompt, required
 from mmkit.eval.result import Score, Settings, coverage, make_score, refuse_questions
 from mmkit.eval.scorers.answer_files import match_answers
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.scorers.mme_files import (
     COGNITION,
     PERCEPTION,

@@ -20,7 +20,7 @@ from mmkit.errors import InputError
 from mmkit.eval.examples import Example, Picture, fill_prompt, required
 from mmkit.eval.result import Score, Settings, coverage, make_score, refuse_questions
 from mmkit.eval.scorers.answer_files import Found, match_answers
-from mmkit.eval.scorers.formats import Source, listed
+from mmkit.eval.scorers.json_files import Source, listed
 from mmkit.eval.scorers.mmmu import open_correct, parse_choice, parse_open
 from mmkit.eval.scorers.mmmu_files import CHOICE, Truth, read_responses, read_truth, split_id
 from mmkit.eval.suites.parsed import breakdown, count_answers, part_means, sample_rows
@@ -101,7 +101,7 @@ def examples(config: TaskConfig) -> list[Example]:
             and options, ``{ending}`` LLaVA's ending for its kind.
 
     Raises:
-        InputError: Broken tables, or an answer file, which has no questions.
+        InputError: Broken tables, annotations without answers, or an answer file, which has no questions.
     """
     s = Settings({key: str(value) for key, value in config.settings.items()})
     hidden = config.annotations is None and config.questions is not None
@@ -109,7 +109,10 @@ def examples(config: TaskConfig) -> list[Example]:
     if not Path(source).is_dir():
         raise InputError("questions and pictures are in the data set's folder", where=source, mend="give the folder of MMMU/MMMU")
     found: list[Example] = []
-    for key, truth in read_truth(source, s.choice("split", SPLITS, "validation"), pictures=True).items():
+    known = read_truth(source, s.choice("split", SPLITS, "validation"), pictures=True)
+    if not hidden:
+        _refuse_hidden(known, source)
+    for key, truth in known.items():
         # The answer file calls open questions short-answer, the tables open; only the other kind has one name.
         is_choice = truth.kind == CHOICE
         prompt, images = place_pictures(
@@ -181,10 +184,7 @@ def score_mmmu(task: str, predictions: Source, annotations: Source, questions: S
     split = s.choice("split", SPLITS, "validation")
     known = read_truth(annotations, split)
     # Refused before the predictions are read: no file of answers can mend it.
-    hidden = [key for key, truth in known.items() if not truth.gold]
-    if hidden:
-        what = f"{len(hidden)} questions have no answer: {listed(hidden)}"
-        raise InputError(what, where=annotations, mend="a test split's are with its server: send the submission file there")
+    _refuse_hidden(known, annotations)
     found, parsed = read_responses(predictions, known)
     matched, texts = match_answers(found, known, predictions, allow_missing=s.allow_missing)
     # Subjects by name and questions by number: the order in which the official program draws.
@@ -218,6 +218,15 @@ def score_mmmu(task: str, predictions: Source, annotations: Source, questions: S
         answers=counts,
         breakdown=_breakdown(ids, known, right.tolist()),
     )
+
+
+def _refuse_hidden(known: Mapping[str, Truth], source: Source) -> None:
+    """Refuse questions whose answers the server keeps."""
+    hidden = [key for key, truth in known.items() if not truth.gold]
+    if hidden:
+        what = f"{len(hidden)} questions have no answer: {listed(hidden)}"
+        mend = "a test split's are with its server: give the folder as questions, with annotations=null, and send it the file"
+        raise InputError(what, where=source if isinstance(source, (str, Path)) else "annotations", mend=mend)
 
 
 def _judge(key: str, truth: Truth, answer: Found, parsed: bool) -> tuple[str | None, bool]:

@@ -16,7 +16,7 @@ from mmkit.config import TaskConfig
 from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings, coverage, make_score
 from mmkit.eval.scorers.answer_files import match_answers
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.scorers.pope_files import SPLITS, Label, read_labels, read_pope_answers
 from mmkit.eval.scorers.yesno import COUNTERS, FIGURES, POPE_RULES, pope_defaulted, pope_figures
 from mmkit.eval.statistics import Floats, bootstrap_ci

@@ -20,7 +20,7 @@ from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings, coverage, make_score, nearest, refuse_questions
 from mmkit.eval.scorers.answer_files import Found, match_answers, read_answers, read_rows, refuse_unknown
 from mmkit.eval.scorers.choice import LETTERS, SCIENCEQA_RULES
-from mmkit.eval.scorers.formats import Source, listed, load_json
+from mmkit.eval.scorers.json_files import Source, listed, load_json
 from mmkit.eval.suites.parsed import breakdown, count_answers, part_means, sample_rows
 from mmkit.eval.suites.suite import Suite, question_rows
 
@@ -80,7 +80,7 @@ def read_problems(source: Source, split: str) -> dict[str, Problem]:
     path = Path(source) if isinstance(source, (str, Path)) else None
     if path is not None and path.is_dir():
         path = path / "problems.json"
-    problems, name = load_json(path if path is not None else source, "annotations")
+    problems, name = load_json(path if path is not None else source, "annotations", unique=True)
     if not isinstance(problems, dict) or not problems:
         raise InputError("no ScienceQA problems in it", where=name, mend="give problems.json, or its folder")
     ids = _split_ids(path.parent / "pid_splits.json", split) if path is not None else _own_split(problems, split, name)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from mmkit.config import TaskConfig
 from mmkit.eval.examples import Example, Id
 from mmkit.eval.result import Score, Settings
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.json_files import Source
 from mmkit.files import write_json
 
 Predictions = Mapping[Id, str]

@@ -15,8 +15,8 @@ from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings, refuse_questions
 from mmkit.eval.scorers import formats
 from mmkit.eval.scorers.anls import anls
-from mmkit.eval.scorers.formats import Source
-from mmkit.eval.scorers.textvqa import textvqa_accuracy
+from mmkit.eval.scorers.json_files import Source
+from mmkit.eval.scorers.textvqa import is_llava, read_llava, textvqa_accuracy
 from mmkit.eval.scorers.vqa import RULE_SOURCES
 from mmkit.eval.suites.answers import score_answers
 from mmkit.eval.suites.suite import Predictions, Suite, question_rows
@@ -64,12 +64,11 @@ def examples(config: TaskConfig) -> list[Example]:
 def score_textvqa(task: str, predictions: Source, annotations: Source, questions: Source | None, s: Settings) -> Score:
     """Score TextVQA answers by the M4C rule.
 
-    LLaVA pairs answers with questions by image and text, which can confuse two equal questions on one picture; here the
-    question's id pairs them.
+    The question's id pairs answers and questions; of LLaVA's files, whose id is the picture's, picture and question do.
 
     Args:
         task: Name for messages and for the result.
-        predictions: ``[{"question_id", "answer"}]``.
+        predictions: ``[{"question_id", "answer"}]``, or LLaVA's answers (`mmkit.eval.scorers.textvqa.read_llava`).
         annotations: TextVQA annotations; they hold the questions.
         questions: Must be None.
         s: Settings; ``ocr`` says whether the prompts had the reference OCR tokens, ``anls=true`` adds that metric.
@@ -86,7 +85,16 @@ def score_textvqa(task: str, predictions: Source, annotations: Source, questions
     wants_anls = s.choice("anls", ("true", "false"), "false", any_case=True) == "true"
     # Ids and answers are checked by the readers; from here on nothing can be malformed.
     known = formats.read_textvqa(annotations)
-    results, name = formats.read_results(predictions, key="question_id", text="answer")
+    data, name = formats.load_rows(predictions)
+    if is_llava(data):
+        results, shown = read_llava(data, name, known)
+        # The prompts are at hand here, and what they show is no matter of belief.
+        if ocr not in {"unknown", shown}:
+            what = f"ocr={ocr}, but the prompts in the file of answers show {shown}"
+            raise InputError(what, where=name, mend=f"leave ocr out, or ocr={shown}")
+        ocr = shown
+    else:
+        results = formats.check_results(data, name, key="question_id", text="answer")
     return score_answers(
         task,
         results,

@@ -12,7 +12,8 @@ from mmkit.config import TaskConfig
 from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings, refuse_questions
 from mmkit.eval.scorers import vizwiz
-from mmkit.eval.scorers.formats import Source, check_results, load_json
+from mmkit.eval.scorers.formats import check_results, load_rows
+from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.scorers.normalise import normalise_m4c
 from mmkit.eval.scorers.vqa import RULE_SOURCES, Rule, leave_one_out, rule_m4c
 from mmkit.eval.suites.answers import score_answers
@@ -94,7 +95,7 @@ def score_vizwiz(task: str, predictions: Source, annotations: Source, questions:
     rule, source = RULES[chosen]
     known = vizwiz.read_vizwiz(annotations)
     # Loaded once, since the rows hold answers and confidences.
-    data, name = load_json(predictions, "predictions")
+    data, name = load_rows(predictions)
     results = check_results(data, name, key="image", text="answer", of=str)
     sure = vizwiz.confidences(data, name)
     # Without confidences nothing needs the flags, which users' own files in this layout may lack.

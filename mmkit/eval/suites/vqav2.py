@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmkit.config import TaskConfig
 from mmkit.errors import InputError
 from mmkit.eval.examples import Example, fill_prompt, picture_file, required
 from mmkit.eval.result import Score, Settings
 from mmkit.eval.scorers import formats
-from mmkit.eval.scorers.formats import Source
+from mmkit.eval.scorers.json_files import Source, listed
 from mmkit.eval.scorers.normalise import normalise_m4c
 from mmkit.eval.scorers.vqa import RULE_SOURCES, RULES, vqa_accuracy
 from mmkit.eval.suites.answers import score_answers
@@ -29,12 +30,17 @@ def examples(config: TaskConfig) -> list[Example]:
         Examples in the order of the annotations, without references for a test set.
 
     Raises:
-        InputError: Broken files, files of different splits, or a picture's name that cannot be made.
+        InputError: Broken files, files of different splits, ``settings.all_questions`` of which the questions are no part, or a
+            picture's name that cannot be made.
     """
     questions = required(config, "questions")
     known = (
         formats.read_vqa_questions(questions) if config.annotations is None else formats.read_vqa(config.annotations, questions)
     )
+    whole = config.settings.get("all_questions")
+    if config.annotations is None and whole is not None:
+        # Hours of answers later the submission would be refused.
+        _whole_set(known, str(whole))
     # The readers have compared ids and pictures of the two files.
     return [
         Example(
@@ -54,7 +60,7 @@ def score_vqav2(task: str, predictions: Source, annotations: Source, questions: 
 
     Args:
         task: Name for messages and for the result.
-        predictions: VQA results.
+        predictions: VQA results, or LLaVA's answers (JSON lines of ``question_id`` and ``text``).
         annotations: VQA annotations.
         questions: VQA questions, checked against the annotations where given.
         s: Settings; ``rule`` is a key of `RULES`.
@@ -68,7 +74,7 @@ def score_vqav2(task: str, predictions: Source, annotations: Source, questions: 
     # The official repository's HEAD is the default; which version the evaluation server runs is not public.
     name = s.choice("rule", RULES, "official")
     known = formats.read_vqa(annotations, questions)
-    results, file = formats.read_results(predictions, key="question_id", text="answer")
+    results, file = formats.read_results(predictions, key="question_id", text="answer", llava=("question_id", "text"))
     rule = RULES[name]
     return score_answers(
         task,
@@ -100,17 +106,26 @@ def submit(folder: Path, asked: Sequence[Example], predictions: Predictions, *, 
     """
     answers = {e.id: normalise_m4c(predictions[e.id]) for e in asked}
     # In the order of the whole file, as LLaVA writes it; the server pairs by id.
-    ids = list(answers) if all_questions is None else list(formats.read_vqa_questions(all_questions))
-    # A file of another year or split, which only the server would notice.
-    unknown = answers.keys() - set(ids)
-    if unknown:
-        what = f"{len(unknown)} questions were asked that are not in all_questions: {formats.listed(sorted(unknown))}"
-        raise InputError(
-            what, where="all_questions", mend="give v2_OpenEnded_mscoco_test2015_questions.json, of which test-dev is a part"
-        )
+    ids = list(answers) if all_questions is None else _whole_set(answers, all_questions)
     path = folder / "vqav2_submission.json"
     write_json(path, [{"question_id": i, "answer": answers.get(i, "")} for i in ids])
     return path
+
+
+def _whole_set(asked: Mapping[Any, Any], all_questions: Source) -> list[int | str]:
+    """Ids of the whole test set.
+
+    Raises:
+        InputError: Some of the asked questions are not in it.
+    """
+    ids = list(formats.read_vqa_questions(all_questions))
+    # A file of another year or split, which only the server would notice.
+    unknown = asked.keys() - set(ids)
+    if unknown:
+        what = f"{len(unknown)} questions were asked that are not in all_questions: {listed(sorted(unknown))}"
+        mend = "give v2_OpenEnded_mscoco_test2015_questions.json, of which test-dev is a part"
+        raise InputError(what, where="all_questions", mend=mend)
+    return [*ids]
 
 
 SUITE = Suite("vqav2", examples, score_vqav2, question_rows, options=("rule",), submit=submit, submit_options=("all_questions",))
