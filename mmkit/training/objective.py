@@ -156,4 +156,5 @@ class Stage:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Tensors of a batch on the device, the rest untouched."""
     # Keys and the like stay on the host: they are for messages.
+    # non_blocking takes effect from pinned memory alone, which the training loader gives on a GPU.
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -79,6 +79,7 @@ class OnlineTracker:
     def __init__(self, kind: str, folder: Path, config: TrackConfig, settings: dict[str, Any]) -> None:
         """Start or, for a run that goes on, resume."""
         self._module = importlib.import_module(kind)
+        # Two parts: of runs/demo/superclass/encoder and runs/demo/random/encoder the last one says nothing.
         name = config.name or "/".join(folder.absolute().parts[-2:])
         options: dict[str, Any] = {"project": config.project, "name": name, "config": settings, "resume": "allow"}
         if kind == "wandb":

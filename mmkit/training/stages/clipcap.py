@@ -74,6 +74,7 @@ def collate_captions(samples: list[CaptionedFeatures]) -> Batch:
     """``features`` ``[B, ...]`` and the captions as of `pad_sequences`; all of a caption is learnt."""
     ids = [s.ids for s in samples]
     features = torch.stack([s.features for s in samples])
+    # 0 fills up and is an id like any other: masks come from lengths. The reference ignores id 0, which is GPT-2's "!".
     return {"features": features, **pad_sequences(ids, ids, 0), "keys": [s.key for s in samples]}
 
 
@@ -192,7 +193,9 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         available=source.unlimited - len(left_out),
         layout=layout,
         batching=recipe.batching,
+        # Of captions alone: the prefix adds the same to each, so it changes no grouping.
         lengths=Lengths.of([len(each) for each in samples.ids]),
+        # The monitor alone may have asked for the set.
         validation=validation if recipe.train.val_every is not None else None,
         monitors=monitors,
     )

@@ -61,6 +61,7 @@ def _cut_range(size: int, share: float) -> slice:
     """One side of CutMix's box: sqrt(1 - share) of the picture's, around a random centre, clipped."""
     length = int(size * (1 - share) ** 0.5)
     centre = int(torch.randint(size, ()))
+    # An odd pixel goes to the far side, as in timm's rand_bbox.
     return slice(max(0, centre - length // 2), min(size, centre + (length + 1) // 2))
 
 
@@ -140,6 +141,7 @@ def _global_numbers(rng: np.random.Generator) -> Iterator[None]:
     # Put back afterwards, so that nothing else in the process changes with the augmentation.
     before, before_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(int(rng.integers(1 << 62)))
+    # numpy's old generator takes seeds below 2**32 only.
     np.random.seed(int(rng.integers(1 << 32)))  # noqa: NPY002
     try:
         yield
