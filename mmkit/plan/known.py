@@ -114,7 +114,9 @@ def shape_of(llm: LlmConfig) -> PreTrainedConfig:
     if llm.config is not None:
         return llm_config(llm.config)
     assert llm.name is not None  # the recipe's schema sees to it
+    # A folder says its own shape, whatever it is called.
     if not Path(llm.name).is_dir():
+        # The table before the cache of the hub: no file is touched, and a plan is the same on every machine.
         fields = find(llm.name)
         if fields is not None:
             return llm_config(fields)
