@@ -108,6 +108,7 @@ def run(*, repeats: int = 3, images: int = 5000, references: int = 5, large: int
 def score_mmkit(hypotheses: Sequence[str], grouped: Sequence[Sequence[str]], tokenizer: str) -> list[float]:
     """Corpus scores in the order of `_NAMES`; each image's are computed on the way."""
     tokenise = TOKENIZERS[tokenizer]
+    # All references in one call: with tokenizer=java each starts a process.
     flat = iter(tokenise([caption for group in grouped for caption in group]))
     references = [[next(flat) for _ in group] for group in grouped]
     families = compute_families(_FAMILIES, range(len(grouped)), tokenise(hypotheses), references)
@@ -211,6 +212,7 @@ def make_set(images: int, references: int, seed: int = 0) -> tuple[list[str], li
 def _word(number: int) -> str:
     """A pronounceable word for each number, the same every time: four letters and more for the rare ones."""
     word = ""
+    # No word of one syllable: from 60 on a number has two, from 3,600 on, where the rare words are, three.
     number += 400
     while number:
         number, syllable = divmod(number, 60)

@@ -61,6 +61,7 @@ def run(
     made = make_model(width=width, layers=layers, vocab=vocab, prefix=prefix, length=length).to(device)
     features = torch.randn(pictures, _FEATURE, generator=torch.Generator().manual_seed(0)).to(device)
     stop = [_STOP]
+    # 67: the published limit, entry_length (clipcap.md 5).
     how = DecodingConfig(decoding="paper", num_beams=beams, max_new_tokens=67)
 
     def ours() -> list[list[int]]:
@@ -72,6 +73,7 @@ def run(
     captions = ours()
     # Speed with other captions would be worth nothing.
     assert captions == published(), "captions differ from the loop without cache"
+    # Warm by now: the captions above were a round of each.
     seconds = interleaved({"mmkit": ours, "published": published}, repeats=repeats, warmup=0)
     sizes = [len(ids) for ids in captions]
     found: dict[str, Any] = {
@@ -101,6 +103,7 @@ def make_model(*, width: int, layers: int, vocab: int, prefix: int, length: int)
     """
     # Wide weights: at GPT-2's own 0.02 a random model writes the same token over and over.
     shape = {"n_embd": width, "n_layer": layers, "n_head": max(1, width // 64), "vocab_size": vocab, "initializer_range": 0.15}
+    # Without dropout both sides compute the same losses; without an end token the full stop alone ends a caption.
     plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
     lm = build_llm(None, config={"model_type": "gpt2", "n_positions": 256, **shape, **plain}, seed=0)
     model = build_clipcap(lm, feature_dim=_FEATURE, prefix_length=prefix)
@@ -132,11 +135,13 @@ def beams_without_cache(model: ClipCap, feature: Tensor, *, beams: int, longest:
         if bool(stopped.all()):
             break
         logp = _last(model, embeds)
+        # A finished beam goes on with id 0 at no cost, so that it stays in the comparison.
         logp[stopped] = -torch.inf
         logp[stopped, 0] = 0
         lengths[~stopped] += 1
+        # By the average over its own length, f[beams * V]; what is stopped grows no longer.
         average, chosen = ((scores[:, None] + logp) / lengths[:, None]).flatten().topk(beams)
-        source, token = chosen // logp.shape[1], chosen % logp.shape[1]
+        source, token = chosen // logp.shape[1], chosen % logp.shape[1]  # i64[beams]
         lengths = lengths[source]
         scores = average * lengths
         tokens = torch.cat([tokens[source], token[:, None]], dim=1)
@@ -167,6 +172,7 @@ class TrainingSteps:
         model.set_only_mapper(frozen)
         trained = [p for _, p in model.trainable_parameters()]
         # A rate of 0: both sides compute all of the update and neither changes what the other computes next.
+        # eps and decay are those of transformers' AdamW, which the published code uses (clipcap.md 4).
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, eps=1e-6)
 
     def ours(self) -> float:
@@ -180,6 +186,7 @@ class TrainingSteps:
     def published(self) -> float:
         """Padded to one length of the data set, logits of all positions, gradients of a frozen GPT-2 too (clipcap.md 7.6)."""
         self.model.lm.requires_grad_(True)
+        # The published data set's: mean and ten deviations, the longest at most (clipcap.md 2).
         width = min(int(_MEAN + 10 * _DEVIATION), _LONGEST)
         ids = torch.zeros(len(self.ids), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)

@@ -38,6 +38,7 @@ _PARTS = (
     (21_953, True, 80, 0.3),  # TextCaps
     (134_847, True, 250, 0.7),  # RefCOCO, Visual Genome
 )
+# LLaVA-1.5's: 336 px in patches of 14.
 _IMAGE_TOKENS = 576
 _SYSTEM_TOKENS = 40
 _SHARE_SUPERVISED = 0.35
@@ -117,6 +118,7 @@ def run(
     # The same samples under the same weights: another sum would mean that one side leaves tokens out or lets them see others.
     spread = max(losses.values()) / min(losses.values()) - 1
     assert spread < 1e-3, f"the sides disagree: {losses}"
+    # Warm by now: the losses above were a round of each.
     seconds = interleaved(work, repeats=repeats, warmup=0)
     supervised = sum(label != IGNORE_INDEX for labels in drawn.labels for label in labels[1:])
     return {
@@ -150,6 +152,7 @@ def _read(path: Path, samples: int) -> Lengths:
             tokens, text_only = found["tokens"], found["text_only"]
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"is no file of lengths ({error})", where=path, mend="give tokens and text_only in one .npz") from None
+    # No tokens stand for what could not be encoded.
     usable = np.flatnonzero(tokens)
     if len(usable) < samples:
         raise InputError(f"holds {len(usable)} usable lengths, fewer than {samples}", where=path, mend="use fewer samples")
@@ -193,6 +196,7 @@ def _even(words: list[int], world_size: int, micro_batch: int) -> list[list[int]
         chosen = min((p for p in range(world_size) if len(parts[p]) < micro_batch), key=lambda p: weights[p])
         parts[chosen].append(index)
         weights[chosen] += words[index]
+    # The last group may be too small for every process to get some.
     return [part for part in parts if part]
 
 
@@ -231,6 +235,7 @@ class _Side:
             labels = batch.pop("labels")
             lengths: Any = batch.pop("document_lengths", None)
             how = {} if lengths is None else packed_arguments(lengths, self.device)
+            # bf16 on a GPU, where attention of packed rows takes halves alone.
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
                 hidden = self.model.model(use_cache=False, **batch, **how).last_hidden_state
                 chosen = labels[:, 1:] != IGNORE_INDEX

@@ -56,6 +56,7 @@ def run(
         def keep(key: str, value: Any) -> None:
             found[key] = value
 
+        # Reading apart too: it is most of a scoring (LOG.md).
         contenders: dict[str, Callable[[], object]] = {
             "mmkit": lambda: keep("mmkit", score("vqav2", results, annotations, bootstrap=bootstrap, seed=seed)),
             "mmkit, reading alone": lambda: (read_vqa(annotations), read_results(results, key="question_id", text="answer")),
@@ -119,6 +120,7 @@ def _answer(rng: np.random.Generator, kind: str, words: list[str]) -> str:
     if kind == "yes/no":
         return ("yes", "no")[int(rng.integers(2))]
     if kind == "number":
+        # Zipf's tail has no end, numbers in answers do.
         return str(min(int(rng.zipf(1.6)), 10_000))
     picked = [words[min(int(rng.zipf(1.3)), len(words)) - 1] for _ in range(1 + int(rng.integers(3)) // 2)]
     text = " ".join(picked)
@@ -148,6 +150,7 @@ def plain_evaluation(annotations: Path, results: Path) -> dict[int, float]:
         entries = row["answers"]
         for entry in entries:
             entry["answer"] = _plain_clean(entry["answer"])
+        # Where all people agree the official code compares the texts as they are.
         if len({entry["answer"] for entry in entries}) > 1:
             for entry in entries:
                 entry["answer"] = _plain_words(_plain_marks(entry["answer"]))
@@ -171,10 +174,12 @@ def _plain_marks(text: str) -> str:
     """Step 2: punctuation, mark by mark."""
     result = text
     for mark in PUNCTUATION:
+        # Asked of the text as it came, and not of what the marks before have made of it.
         if mark + " " in text or " " + mark in text or re.search("[0-9],[0-9]", text):
             result = result.replace(mark, "")
         else:
             result = result.replace(mark, " ")
+    # 32 at most: the official code gives re.UNICODE (32) in the place of the count.
     return re.sub(r"\.(?![0-9])", "", result, count=32)
 
 
