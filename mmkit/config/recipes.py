@@ -55,6 +55,7 @@ class PretrainRecipe(RunRecipe):
 
     @model_validator(mode="after")
     def _validates(self) -> PretrainRecipe:
+        # Either alone has no effect.
         if (self.data.val is None) != (self.train.val_every is None):
             raise ValueError("data.val (what to validate on) and train.val_every (how often) go together")
         return self
@@ -139,6 +140,7 @@ class ClipcapRecipe(RunRecipe):
 
     @model_validator(mode="after")
     def _looks_fit(self) -> ClipcapRecipe:
+        # Number -> how often it is looked at; None: never.
         looks = {"val_loss": self.train.val_every, **dict.fromkeys(CAPTION_NUMBERS, self.monitor.every)}
         if (self.data.val is None) != (self.train.val_every is None and self.monitor.every is None):
             raise ValueError("data.val (what to look at) and train.val_every or monitor.every (how often) go together")
@@ -170,6 +172,7 @@ class LlavaRecipe(RunRecipe):
     feature_layer: int = -2
     image_size: int | None = Field(None, ge=8, description="null: the encoder's; another one interpolates its positions")
     projector: Literal["mlp2x_gelu", "linear", "pixel_shuffle"] = "mlp2x_gelu"
+    # None instead of 2, so that a number given for another projector can be told and refused.
     pixel_shuffle: int | None = Field(
         None, ge=2, description="projector pixel_shuffle: r x r patches become one image token; null: 2"
     )
