@@ -83,6 +83,7 @@ class DataConfig(Section):
     cache: str | None = Field(None, description="folder for fetched shards and indexes; null: $MMKIT_CACHE or ~/.cache/mmkit")
     cache_gib: float = Field(50.0, gt=0, description="fetched shards kept at one time; hold at least a window of them")
     workers: int = Field(4, ge=0)
+    # torch's own default.
     prefetch: int = Field(2, ge=1, description="batches that each worker makes ahead")
     # For a batch and not for a picture: what is left out must not depend on how busy the machine is (LOG.md).
     timeout: float = Field(1800, ge=0, description="seconds to wait for a batch of the workers before the run ends; 0: for ever")
@@ -164,6 +165,7 @@ class TrainConfig(Section):
 
     batch_size: int = Field(ge=1)
     micro_batch_size: int | None = Field(None, ge=1, description="per process and forward pass; null: batch_size / world size")
+    # 0 gives the initial weights as a product: the demo's random encoder.
     steps: int | None = Field(None, ge=0)
     epochs: float | None = Field(None, gt=0)
     samples: int | None = Field(None, ge=1)

@@ -141,6 +141,7 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         kept = [pair for pair, sound in zip(pairs, good, strict=True) if sound]
         # All captions are kept as ids, which are few beside the features.
         ids = caption_ids(tokenizer, [p.caption for p in kept], end=recipe.caption_end, max_length=recipe.max_length)
+        # bool[source], over the rows that could not be read too, as the layout counts them.
         readable[readable] = good
         return FeatureSamples(kept, ids, features, work.rows[good]), unreadable + left_out, source.layout.keep(readable)
 
@@ -250,6 +251,7 @@ class FeatureWork:
         @torch.inference_mode()
         def compute(pixels: Tensor) -> Tensor:
             pixels = pixels.to(device, non_blocking=True)
+            # Moved on first use: a run that finds its features kept does not need the encoder there.
             return encoder.to(device).tokens(pixels) if self.kind == "tokens" else encoder.to(device)(pixels)
 
         # The other ranks wait, then read the file, instead of each running the encoder over everything.

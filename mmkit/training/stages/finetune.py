@@ -126,6 +126,7 @@ def build_finetune(recipe: FinetuneRecipe, engine: Engine) -> Stage:
         parents=[parent],
         data_fingerprint=train.fingerprint,
         validation=FinetuneSamples(test, test.targets(classes), size=size, max_pixels=max_pixels),
+        # At 1 layers are not asked for: not every model says what they are.
         lr_of=decayed_rates(encoder, recipe.train.lr, recipe.layer_decay) if recipe.layer_decay < 1 else {},
         # As MAE's fine-tuning (util/lr_decay.py); pretraining decays the position table, as x-cls/superclass does.
         undecayed=("cls_token", "reg_token", "pos_embed"),
