@@ -22,6 +22,7 @@ from mmkit.eval.scorers.families import combined, compute_families
 from mmkit.eval.scorers.java import INSTALL
 from mmkit.eval.scorers.ptb import TOKENIZERS
 
+# METEOR and SPICE are the same Java programs on both sides.
 _FAMILIES = ("bleu", "rouge", "cider")
 _NAMES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
 # The commonest words of captions; about half of all.
@@ -199,6 +200,7 @@ def make_set(images: int, references: int, seed: int = 0) -> tuple[list[str], li
         words = [
             _COMMON[common[row, i]] if chance[row, i] < 0.5 else _word(int(topic[picks[row, i]])) for i in range(lengths[row])
         ]
+        # There are eight words or more, so these places exist.
         if style[row] < 0.05:
             words[3] += "'s"
         elif style[row] < 0.1:

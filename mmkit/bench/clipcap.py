@@ -125,10 +125,10 @@ def _cut(ids: Tensor, stop: list[int]) -> list[list[int]]:
 @torch.no_grad()
 def beams_without_cache(model: ClipCap, feature: Tensor, *, beams: int, longest: int, stop: list[int]) -> list[int]:
     """The published beam search for one picture, its sequences computed anew for every token; returns the best one's ids."""
-    embeds = model.prefix(feature[None])
+    embeds = model.prefix(feature[None])  # [1, P, H]
     ends = torch.tensor(stop, device=embeds.device)
     scores, tokens = _last(model, embeds).topk(beams)
-    scores, tokens = scores[0], tokens[0][:, None]
+    scores, tokens = scores[0], tokens[0][:, None]  # f[beams], i64[beams, 1]
     embeds = torch.cat([embeds.expand(beams, -1, -1), model.get_input_embeddings()(tokens)], dim=1)
     lengths, stopped = torch.ones(beams, device=embeds.device), torch.isin(tokens[:, 0], ends)
     for _ in range(longest - 1):
@@ -142,6 +142,7 @@ def beams_without_cache(model: ClipCap, feature: Tensor, *, beams: int, longest:
         # By the average over its own length, f[beams * V]; what is stopped grows no longer.
         average, chosen = ((scores[:, None] + logp) / lengths[:, None]).flatten().topk(beams)
         source, token = chosen // logp.shape[1], chosen % logp.shape[1]  # i64[beams]
+        # A beam is whatever came first: what belongs to its source goes along.
         lengths = lengths[source]
         scores = average * lengths
         tokens = torch.cat([tokens[source], token[:, None]], dim=1)
@@ -195,8 +196,9 @@ class TrainingSteps:
             mask[row, : len(found)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         prefix = self.model.prefix(self.features)
-        embeds = torch.cat([prefix, self.model.get_input_embeddings()(ids)], dim=1)
+        embeds = torch.cat([prefix, self.model.get_input_embeddings()(ids)], dim=1)  # [B, P + T, H]
         mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], dim=1)
+        # Position P - 1 + t predicts token t.
         logits = self.model.lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[:, prefix.shape[1] - 1 : -1]
         return self._update(F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=0))
 

@@ -40,7 +40,9 @@ _PARTS = (
 )
 # LLaVA-1.5's: 336 px in patches of 14.
 _IMAGE_TOKENS = 576
+# vicuna_v1's system sentence, about.
 _SYSTEM_TOKENS = 40
+# Of the rest of the text. It makes a tenth of all tokens, the lower end of what performance.md 6 gives.
 _SHARE_SUPERVISED = 0.35
 
 
@@ -120,6 +122,7 @@ def run(
     assert spread < 1e-3, f"the sides disagree: {losses}"
     # Warm by now: the losses above were a round of each.
     seconds = interleaved(work, repeats=repeats, warmup=0)
+    # Without the first position, which nothing predicts.
     supervised = sum(label != IGNORE_INDEX for labels in drawn.labels for label in labels[1:])
     return {
         "conditions": f"{samples} samples, {int(known.tokens.sum())} tokens, {supervised} supervised "
@@ -137,10 +140,10 @@ def _mixture(samples: int, max_length: int) -> Lengths:
     """Lengths as of the 665 k mixture: its parts by their sizes, text tokens log-normal in each."""
     rng = np.random.default_rng(0)
     sizes = np.asarray([part[0] for part in _PARTS], dtype=np.float64)
-    chosen = rng.choice(len(_PARTS), samples, p=sizes / sizes.sum())
+    chosen = rng.choice(len(_PARTS), samples, p=sizes / sizes.sum())  # i64[samples], the part of each
     medians, spreads = (np.asarray([part[i] for part in _PARTS]) for i in (2, 3))
     text = np.exp(np.log(medians[chosen]) + spreads[chosen] * rng.standard_normal(samples)).astype(int)
-    pictured = np.asarray([part[1] for part in _PARTS])[chosen]
+    pictured = np.asarray([part[1] for part in _PARTS])[chosen]  # bool[samples]
     tokens = np.minimum(text + _SYSTEM_TOKENS + pictured * _IMAGE_TOKENS, max_length)
     return Lengths(tokens.astype(np.int32), ~pictured)
 

@@ -101,6 +101,7 @@ def make_files(folder: Path, questions: int, seed: int) -> tuple[Path, Path]:
         # In three of ten questions all people agree; elsewhere each has an answer of his own now and then.
         doubt = 0.0 if rng.random() < 0.3 else rng.uniform(0, 0.7)
         said = [_answer(rng, kind, words) if rng.random() < doubt else common for _ in range(10)]
+        # With a number for each: to the official code two people of equal answer, confidence and number are one.
         entries = [{"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(said, start=1)]
         start = _STARTS[int(rng.integers(len(_STARTS)))]
         row = {"question_type": start, "multiple_choice_answer": common, "answers": entries, "image_id": int(n / PER_PICTURE)}

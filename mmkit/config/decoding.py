@@ -27,6 +27,7 @@ class DecodingConfig(Section):
     top_k: int | None = Field(None, ge=1, description="sample: the likeliest tokens of this number; null: all")
     seed: int | None = Field(None, ge=0, description="sample: of the draws; null: 0")
 
+    # Before the checks: once num_beams has its default, nobody can tell that it was not given.
     @model_validator(mode="before")
     @classmethod
     def _papers_beams(cls, value: Any) -> Any:

@@ -137,6 +137,7 @@ class Saved:
                 self.buffers[name] = source.all()
             else:
                 self._pieces.setdefault((kind, name), []).append((int(start), source))
+        # Whatever states there are: which ones an optimizer keeps is its own matter.
         self.kinds = {kind for kind, _ in self._pieces}
         self.names = {name for _, name in self._pieces}
 

@@ -59,6 +59,7 @@ class Planner:
         """
         self.recipe, self.name, self.machine, self.encoder = recipe, name, machine, encoder
         config: TrainConfig = recipe.train
+        # Samples of a step on each GPU.
         self.share, rest = divmod(config.batch_size, machine.gpus)
         if rest or not self.share:
             raise InputError(
@@ -99,6 +100,7 @@ class Planner:
         found = self.trace(micro, self.lengths.longest)
         reserve = RESERVE_BYTES + round(RESERVE_SHARE * self.machine.memory_gib * GIB)
         working = found.peak - found.held
+        # With several micro-batches DeepSpeed is told to add up gradients in fp32 (`deepspeed_settings`).
         held = states(self.sizes, self.sharding, self.machine.gpus, adds_up=micro < self.share)
         return Memory(micro, held.gpu, found.saved, working, held.update, reserve, held.host)
 
@@ -146,6 +148,7 @@ class Planner:
             work=self.work(micro, samples),
             advice=[],
         )
+        # Last, since advice looks at the finished plan.
         return dataclasses.replace(plan, advice=self._advice(plan))
 
     def work(self, micro: int, samples: int | None) -> Work:
@@ -164,6 +167,7 @@ class Planner:
             # "tower" is the vision tower; the other is "text tower".
             again = {k: v for k, v in found.forward.items() if not (frozen and k.startswith("tower"))}
             executed += sum(again.values()) // micro
+        # Whole batches, as in training: the last goes on into the next epoch.
         seen = steps * config.batch_size
         seconds = seen * executed / (self.machine.gpus * self.machine.tflops * 1e12 * self.machine.mfu)
         return Work(

@@ -201,6 +201,7 @@ def _zero(sizes: Sizes, sharding: Sharding, n: int, stage: int, moments: int, ad
         host = {name: gpu.pop(name) for name in moved}
         # On the host gradients are fp32 from the start where the stage has no buffer of its own for them (stage_1_and_2.py).
         host["gradients"] = _share(4 * sizes.trainable, part)
+        # Made on the host.
         update = 0
     if sharding.offload_param and stage == 3:
         for name in ("trainable weights", "frozen weights"):

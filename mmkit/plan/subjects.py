@@ -59,11 +59,13 @@ class Subject:
     supervised: int = 0
     given: int = 0
     quantised: int = 0
+    # One for each: tensors of two modes cannot meet.
     mode: FakeTensorMode = dataclasses.field(default_factory=FakeTensorMode)
 
     def place(self, dtype: torch.dtype | None) -> None:
         """Give the objective its tensors, in training mode; ``dtype`` as DeepSpeed casts it."""
         fake(self.objective, self.mode, dtype)
+        # Checkpointing computes again in this mode alone.
         self.objective.train()
 
     def trace(self, rows: int, length: int, *, autocast: bool) -> Trace:
@@ -238,6 +240,7 @@ def _llava(recipe: LlavaRecipe, stand_in: str | None) -> Subject:
             where="batching.kind",
             mend="plan with batching.kind=grouped batching.max_tokens=null and train.micro_batch_size=max_tokens / mean length",
         )
+    # What the model is made of is said where it was put together, what of it trains by this recipe.
     made = _assembled(recipe)
     assert made.encoder is not None and made.llm is not None  # the recipe's schema sees to it
     encoder = named_encoder(made.encoder, stand_in)
@@ -332,7 +335,9 @@ def named_encoder(name: str, stand_in: str | None = None) -> VisionEncoder:
     if folder is not None:
         config = read_json(folder / "config.json")
         cfg = config.get("pretrained_cfg", {})
+        # timm's default where the folder does not say.
         size = int(cfg.get("input_size", [3, 224, 224])[-1])
+        # Without timm's classifier, which no stage asks.
         args = {"num_classes": 0, **config.get("model_args", {})}
         return VisionEncoder(
             create_backbone(config["architecture"], args), architecture=config["architecture"], model_args=args, image_size=size

@@ -43,6 +43,7 @@ class Best:
         self.seen: list[Seen] = []
         if config is None:
             return
+        # Told before the first step: nothing would ever end the run early, or say which step was the best.
         if not every:
             what = f"nothing gives {config.metric}: the run has neither validation nor a monitor"
             raise InputError(what, where="train.early_stopping", mend="give data.val and train.val_every, or a monitor")

@@ -155,6 +155,7 @@ class StepLog:
             "step": launched.done,
             "samples": launched.done * self.config.batch_size,
             "loss": loss,
+            # Of the groups without a rate of their own (`Stage.lr_of`); the others have the same factor.
             "lr": self.config.lr * launched.lr_scale,
             "grad_norm": norm,
             "counted": self._counted / steps,

@@ -217,7 +217,7 @@ def _retrieval(found: Embeddings) -> dict[str, Tensor]:
     """Rows whose nearest neighbour on the other side is their own, as scalars."""
     with torch.autocast(found.image.device.type, enabled=False):
         # In bf16 cosines near 1 have steps of 0.004, and neighbours would tie.
-        cosines = found.image @ found.text.T
+        cosines = found.image @ found.text.T  # [B, B]
     own = torch.arange(len(cosines), device=cosines.device)
     to_text, to_image = cosines.argmax(dim=1), cosines.argmax(dim=0)
     return {"image_to_text@1": (to_text == own).sum(), "text_to_image@1": (to_image == own).sum()}

@@ -159,6 +159,7 @@ def _make_encoder(recipe: FinetuneRecipe, source: str) -> VisionEncoder:
         args["img_size"] = size
     # Nothing to rebuild: the loaded tower itself is used, no weight is touched.
     if args == known.model_args and size == known.image_size:
+        # Many published towers are stored in halves, in which small updates would be rounded away.
         return known.float()
     encoder = VisionEncoder(
         create_backbone(known.architecture, args),

@@ -104,7 +104,9 @@ class FinetuneSamples:
         key, target = self.source.keys[index], self.targets[index]
         how = self.augment
         if how is None:
+            # The view of the score at the end (`pixel_batches`).
             return FinetuneSample(fit_square(decode_image(data, max_pixels=self.max_pixels), self.size, fit="crop"), target, key)
+        # Crop, flip, RandAugment: timm's order (transforms_factory.py).
         pixels = training_crop(data, self.size, rng, scale=how.crop_scale, decoder=how.decoder, max_pixels=self.max_pixels)
         if how.flip and rng.random() < 0.5:
             # A view with negative stride cannot become a tensor.
