@@ -189,6 +189,7 @@ def make_set(images: int, references: int, seed: int = 0) -> tuple[list[str], li
     rng = np.random.default_rng(seed)
     # Zipf-Mandelbrot over made words: COCO's captions have some 25,000 different ones, most of them rare.
     share = 1 / np.arange(5, 25_005)
+    # Captions of one image draw from the same twelve words, or n-grams would have nothing to match.
     topics = rng.choice(25_000, (images, 12), p=share / share.sum())
     count = images * (references + 1)
     lengths = rng.integers(8, 16, count)

@@ -92,6 +92,7 @@ def run(
         contenders = {"mmkit": ours, "mmkit, nothing shared": plain, "one by one": loop}
         # Warm by now: the answers above were a round of each.
         seconds = interleaved(contenders, repeats=repeats, warmup=0)
+    # Told too: of a model that says the same of every picture equal answers would prove nothing.
     count, distinct = len(examples), len(set(answers.values()))
     return {
         "conditions": f"{device.type}, {torch.get_num_threads()} threads, fp32, Llama of width {width} and {layers} layers, "

@@ -108,7 +108,7 @@ def _compare(folder: Path, webdataset: Any, samples: int, per_shard: int, size: 
         assert total == samples * size
 
     def theirs(shuffle: int) -> None:
-        # In order, which is quicker for it: its shuffling is the second contender.
+        # In order, which is quicker for it: its shuffling is a contender of its own.
         stream = webdataset.WebDataset(names, shardshuffle=False, empty_check=False)
         stream = stream.shuffle(shuffle) if shuffle else stream
         assert sum(len(sample["jpg"]) for sample in stream if sample["txt"]) == samples * size

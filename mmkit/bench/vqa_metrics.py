@@ -99,6 +99,7 @@ def make_files(folder: Path, questions: int, seed: int) -> tuple[Path, Path]:
         kind = _KINDS[int(rng.choice(3, p=(0.376, 0.130, 0.494)))]
         common = _answer(rng, kind, words)
         # In three of ten questions all people agree; elsewhere each has an answer of his own now and then.
+        # Both branches of the rule have work by that.
         doubt = 0.0 if rng.random() < 0.3 else rng.uniform(0, 0.7)
         said = [_answer(rng, kind, words) if rng.random() < doubt else common for _ in range(10)]
         # With a number for each: to the official code two people of equal answer, confidence and number are one.

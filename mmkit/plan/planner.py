@@ -222,6 +222,7 @@ def make_plan(
     gpu: str = "h100",
     gpu_memory: float | None = None,
     tflops: float | None = None,
+    # An assumption, and the only one in the hours; published trainings reach 0.1 to 0.6 (performance.md 1.3).
     mfu: float = 0.4,
     samples: int | None = None,
     tokens: int | None = None,

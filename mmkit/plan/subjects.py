@@ -65,7 +65,7 @@ class Subject:
     def place(self, dtype: torch.dtype | None) -> None:
         """Give the objective its tensors, in training mode; ``dtype`` as DeepSpeed casts it."""
         fake(self.objective, self.mode, dtype)
-        # Checkpointing computes again in this mode alone.
+        # transformers checkpoints in this mode alone.
         self.objective.train()
 
     def trace(self, rows: int, length: int, *, autocast: bool) -> Trace:

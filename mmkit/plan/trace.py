@@ -288,6 +288,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         causal = args[4] if len(args) > 4 else kwargs.get("is_causal", False)
         # Kernels leave out the half above the diagonal where the mask is no tensor.
         return int(sdpa_flop_count(query, key, value)) // (2 if causal else 1)
+    # Five products to the four of plain attention: fused kernels compute the scores again.
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         # Behind these come output, logsumexp, dropout_p, is_causal.
         gradient, query, key, value = (t.shape for t in args[:4])

@@ -266,6 +266,7 @@ class FeatureWork:
                 size=encoder.image_size,
                 # The view that prediction uses too.
                 fit="squash",
+                # Of no effect: what is squashed has no border.
                 fill=(0, 0, 0),
                 max_pixels=self.max_pixels,
                 max_bytes=self.max_bytes,

@@ -60,7 +60,7 @@ def keep_features(
         # The model's own layer and not the recipe's, which says nothing of a model that is gone on from.
         facts += [model.config.vision_feature_layer, model.config.vision_feature_select_strategy, kept]
         facts += [data_fingerprint, recipe.data.limit, recipe.data.max_pixels, recipe.data.max_bytes]
-        # Asked of the tower: how many tokens there are depends on its class, its class token and the layer.
+        # Asked of the model: how many tokens there are, and how wide, depends on the tower's class and on what of it is selected.
         shape = tuple(extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
         told = [(hash_text(*map(str, facts), *map(picture_state, pictures)), shape, len(pictures))]
     # First without a timeout: looking at half a million files may take minutes on a network disk.

@@ -139,6 +139,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
         parts = [(found.piece(0, limit or len(found)), source.path) for source, (found, *_) in zip(sources, read, strict=True)]
         fit, size = meta["image_fit"], meta["image_size"]
         bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
+        # Padding in the encoder's mean colour becomes 0, but for rounding, when pixels are normalised.
         samples = ConversationSamples(parts, encode=encode, size=size, fit=fit, fill=mean_colour(meta["mean"]), **bounds)
         layout = join([Layout.flat(len(found)) for found, _ in parts], [source.weight for source in sources])
         hashes = [fingerprint for *_, fingerprint in read]
