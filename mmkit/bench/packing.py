@@ -102,6 +102,7 @@ def run(
     common = {"lengths": known, "batch_size": batch_size}
     steps = samples // batch_size
     grouped = GroupedOrder(order, seed=0, steps=steps, epoch=samples, **common)  # type: ignore[arg-type]
+    # Rank by rank, since no piece holds samples of two processes.
     ours = [
         [p.index for p in batch]
         for step in range(steps)

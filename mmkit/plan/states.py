@@ -189,6 +189,7 @@ def _zero(sizes: Sizes, sharding: Sharding, n: int, stage: int, moments: int, ad
         gpu["reduction buckets"] = width * min(sharding.bucket, sizes.trainable) * (2 if sharding.overlap else 1)
     if stage == 3:
         # The shares of the others, for as long as a layer and those that are used again soon need them.
+        # Those below the threshold stay gathered for good.
         gathered = min(sharding.live + sharding.prefetch, sizes.total) + min(sizes.small, sizes.total)
         gpu["gathered weights"] = width * min(gathered, sizes.total)
     # Gradients become fp32 beside the narrow ones, stage 3 in groups.
