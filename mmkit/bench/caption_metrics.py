@@ -22,6 +22,7 @@ from mmkit.eval.scorers.families import combined, compute_families
 from mmkit.eval.scorers.java import INSTALL
 from mmkit.eval.scorers.ptb import TOKENIZERS
 
+# METEOR and SPICE are the same Java programs on both sides.
 _FAMILIES = ("bleu", "rouge", "cider")
 _NAMES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
 # The commonest words of captions; about half of all.
@@ -108,6 +109,7 @@ def run(*, repeats: int = 3, images: int = 5000, references: int = 5, large: int
 def score_mmkit(hypotheses: Sequence[str], grouped: Sequence[Sequence[str]], tokenizer: str) -> list[float]:
     """Corpus scores in the order of `_NAMES`; each image's are computed on the way."""
     tokenise = TOKENIZERS[tokenizer]
+    # All references in one call: with tokenizer=java each starts a process.
     flat = iter(tokenise([caption for group in grouped for caption in group]))
     references = [[next(flat) for _ in group] for group in grouped]
     families = compute_families(_FAMILIES, range(len(grouped)), tokenise(hypotheses), references)
@@ -187,6 +189,7 @@ def make_set(images: int, references: int, seed: int = 0) -> tuple[list[str], li
     rng = np.random.default_rng(seed)
     # Zipf-Mandelbrot over made words: COCO's captions have some 25,000 different ones, most of them rare.
     share = 1 / np.arange(5, 25_005)
+    # Captions of one image draw from the same twelve words, or n-grams would have nothing to match.
     topics = rng.choice(25_000, (images, 12), p=share / share.sum())
     count = images * (references + 1)
     lengths = rng.integers(8, 16, count)
@@ -198,6 +201,7 @@ def make_set(images: int, references: int, seed: int = 0) -> tuple[list[str], li
         words = [
             _COMMON[common[row, i]] if chance[row, i] < 0.5 else _word(int(topic[picks[row, i]])) for i in range(lengths[row])
         ]
+        # There are eight words or more, so these places exist.
         if style[row] < 0.05:
             words[3] += "'s"
         elif style[row] < 0.1:
@@ -211,6 +215,7 @@ def make_set(images: int, references: int, seed: int = 0) -> tuple[list[str], li
 def _word(number: int) -> str:
     """A pronounceable word for each number, the same every time: four letters and more for the rare ones."""
     word = ""
+    # No word of one syllable: from 60 on a number has two, from 3,600 on, where the rare words are, three.
     number += 400
     while number:
         number, syllable = divmod(number, 60)

@@ -61,6 +61,7 @@ def run(
     made = make_model(width=width, layers=layers, vocab=vocab, prefix=prefix, length=length).to(device)
     features = torch.randn(pictures, _FEATURE, generator=torch.Generator().manual_seed(0)).to(device)
     stop = [_STOP]
+    # 67: the published limit, entry_length (clipcap.md 5).
     how = DecodingConfig(decoding="paper", num_beams=beams, max_new_tokens=67)
 
     def ours() -> list[list[int]]:
@@ -72,6 +73,7 @@ def run(
     captions = ours()
     # Speed with other captions would be worth nothing.
     assert captions == published(), "captions differ from the loop without cache"
+    # Warm by now: the captions above were a round of each.
     seconds = interleaved({"mmkit": ours, "published": published}, repeats=repeats, warmup=0)
     sizes = [len(ids) for ids in captions]
     found: dict[str, Any] = {
@@ -101,6 +103,7 @@ def make_model(*, width: int, layers: int, vocab: int, prefix: int, length: int)
     """
     # Wide weights: at GPT-2's own 0.02 a random model writes the same token over and over.
     shape = {"n_embd": width, "n_layer": layers, "n_head": max(1, width // 64), "vocab_size": vocab, "initializer_range": 0.15}
+    # Without dropout both sides compute the same losses; without an end token the full stop alone ends a caption.
     plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
     lm = build_llm(None, config={"model_type": "gpt2", "n_positions": 256, **shape, **plain}, seed=0)
     model = build_clipcap(lm, feature_dim=_FEATURE, prefix_length=prefix)
@@ -122,21 +125,24 @@ def _cut(ids: Tensor, stop: list[int]) -> list[list[int]]:
 @torch.no_grad()
 def beams_without_cache(model: ClipCap, feature: Tensor, *, beams: int, longest: int, stop: list[int]) -> list[int]:
     """The published beam search for one picture, its sequences computed anew for every token; returns the best one's ids."""
-    embeds = model.prefix(feature[None])
+    embeds = model.prefix(feature[None])  # [1, P, H]
     ends = torch.tensor(stop, device=embeds.device)
     scores, tokens = _last(model, embeds).topk(beams)
-    scores, tokens = scores[0], tokens[0][:, None]
+    scores, tokens = scores[0], tokens[0][:, None]  # f[beams], i64[beams, 1]
     embeds = torch.cat([embeds.expand(beams, -1, -1), model.get_input_embeddings()(tokens)], dim=1)
     lengths, stopped = torch.ones(beams, device=embeds.device), torch.isin(tokens[:, 0], ends)
     for _ in range(longest - 1):
         if bool(stopped.all()):
             break
         logp = _last(model, embeds)
+        # A finished beam goes on with id 0 at no cost, so that it stays in the comparison.
         logp[stopped] = -torch.inf
         logp[stopped, 0] = 0
         lengths[~stopped] += 1
+        # By the average over its own length, f[beams * V]; what is stopped grows no longer.
         average, chosen = ((scores[:, None] + logp) / lengths[:, None]).flatten().topk(beams)
-        source, token = chosen // logp.shape[1], chosen % logp.shape[1]
+        source, token = chosen // logp.shape[1], chosen % logp.shape[1]  # i64[beams]
+        # A beam is whatever came first: what belongs to its source goes along.
         lengths = lengths[source]
         scores = average * lengths
         tokens = torch.cat([tokens[source], token[:, None]], dim=1)
@@ -167,6 +173,7 @@ class TrainingSteps:
         model.set_only_mapper(frozen)
         trained = [p for _, p in model.trainable_parameters()]
         # A rate of 0: both sides compute all of the update and neither changes what the other computes next.
+        # eps and decay are those of transformers' AdamW, which the published code uses (clipcap.md 4).
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, eps=1e-6)
 
     def ours(self) -> float:
@@ -180,6 +187,7 @@ class TrainingSteps:
     def published(self) -> float:
         """Padded to one length of the data set, logits of all positions, gradients of a frozen GPT-2 too (clipcap.md 7.6)."""
         self.model.lm.requires_grad_(True)
+        # The published data set's: mean and ten deviations, the longest at most (clipcap.md 2).
         width = min(int(_MEAN + 10 * _DEVIATION), _LONGEST)
         ids = torch.zeros(len(self.ids), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -188,8 +196,9 @@ class TrainingSteps:
             mask[row, : len(found)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         prefix = self.model.prefix(self.features)
-        embeds = torch.cat([prefix, self.model.get_input_embeddings()(ids)], dim=1)
+        embeds = torch.cat([prefix, self.model.get_input_embeddings()(ids)], dim=1)  # [B, P + T, H]
         mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], dim=1)
+        # Position P - 1 + t predicts token t.
         logits = self.model.lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[:, prefix.shape[1] - 1 : -1]
         return self._update(F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=0))
 

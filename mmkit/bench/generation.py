@@ -31,6 +31,7 @@ from mmkit.models.llm import build_llm
 from mmkit.models.mllm import Mllm
 from mmkit.models.processor import processor_for
 
+# SigLIP's, whose class the tower has.
 _MEAN = _STD = [0.5, 0.5, 0.5]
 _LIMITS = {"max_bytes": 1 << 26, "max_pixels": 100_000_000}
 
@@ -66,6 +67,7 @@ def run(
     Raises:
         InputError: A size that does not fit.
     """
+    # A head has 32 numbers, as in the demo's model.
     if image_size % patch or width % 32:
         raise InputError("image_size is a multiple of patch, and width of 32", where="bench generation")
     if threads:
@@ -88,7 +90,9 @@ def run(
         # Speed with other answers would be worth nothing.
         assert ours() == answers and plain() == answers, "answers differ from the loop's"
         contenders = {"mmkit": ours, "mmkit, nothing shared": plain, "one by one": loop}
+        # Warm by now: the answers above were a round of each.
         seconds = interleaved(contenders, repeats=repeats, warmup=0)
+    # Told too: of a model that says the same of every picture equal answers would prove nothing.
     count, distinct = len(examples), len(set(answers.values()))
     return {
         "conditions": f"{device.type}, {torch.get_num_threads()} threads, fp32, Llama of width {width} and {layers} layers, "
@@ -106,6 +110,7 @@ def _make(
 ) -> tuple[list[Example], Mllm]:
     """The world's questions, and a model that answers them at random."""
     world = folder / "world"
+    # The training part is there for the tokenizers alone, which learn from its texts.
     make_world(world, train=60, heldout=pictures, image_size=image_size)
     make_tokenizers(world)
     task = TaskConfig(
@@ -116,6 +121,7 @@ def _make(
         prompt="{question}\nAnswer the question using a single word or phrase.",
     )
     torch.manual_seed(0)
+    # The demo's tower. Without a pooling head, which LLaVA never asks.
     vision = SiglipVisionConfig(
         hidden_size=128,
         intermediate_size=512,
@@ -137,6 +143,7 @@ def _make(
     meta = {"template": "demo", "image_fit": "squash", "image_size": image_size, "mean": _MEAN, "std": _STD}
     meta["num_image_tokens"] = num_image_tokens(model.config)
     save_mllm(model, processor_for(model, tokenizer, mean=_MEAN, std=_STD, template="demo"), folder / "model", meta=meta)
+    # From files, as an evaluation opens it.
     return load_task(task), Mllm(str(folder / "model"), device)
 
 
@@ -152,6 +159,7 @@ def answer_in_batches(
     found: dict[Id, str] = {}
     place = 0
     while place < len(rows):
+        # Not `batch`: the size is halved where memory runs out.
         part = next_batch(rows, place, batches.size)
         place += len(part)
         found |= batches.answer(part, following=rows[place : place + 1])

@@ -42,11 +42,14 @@ def run(
     Returns:
         Conditions, seconds, MiB beyond inputs and their gradients, ratios, largest difference of the gradients.
     """
+    # Before the first operation, so that both sides have the same number.
     if threads:
         torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # On the CPU, for the same numbers on every device.
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(batch, length, width, generator=generator).to(device).requires_grad_()
+    # Logits of a size that occurs in training.
     weight = (torch.randn(vocab_size, width, generator=generator) * width**-0.5).to(device).requires_grad_()
     labels = torch.randint(vocab_size, (batch, length), generator=generator)
     labels[torch.rand(batch, length, generator=generator) >= supervised] = IGNORE_INDEX
@@ -56,10 +59,12 @@ def run(
         return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
     def ours() -> tuple[Tensor, ...]:
+        # Position t predicts token t + 1.
         targets = labels[:, 1:]
         chosen = targets != IGNORE_INDEX
         with autocast():
             loss = token_loss_sum(hidden[:, :-1][chosen], weight, targets[chosen], chunk_rows=chunk_rows)
+        # grad, not backward: nothing accumulates in .grad from round to round.
         return torch.autograd.grad(loss, (hidden, weight))
 
     def full() -> tuple[Tensor, ...]:

@@ -160,8 +160,10 @@ def _open_clip_batches(shards: list[Path], size: int, batch: int) -> Callable[[]
         wds.select(lambda sample: "txt" in sample and any(kind in sample for kind in ("png", "jpg", "jpeg", "webp"))),
         wds.decode("pilrgb"),
         wds.rename(image="jpg;png;jpeg;webp", text="txt"),
+        # The text as it is, in place of the tokenizer.
         wds.map_dict(image=image_transform(size, is_train=True), text=lambda text: text),
         wds.to_tuple("image", "text"),
+        # Whole batches, as open_clip trains.
         wds.batched(batch, partial=False),
     )
     return lambda: (pixels for pixels, _ in pipeline)

@@ -45,6 +45,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     On the GPU the allocator's own count (what is returned counts in full, at every time); on the CPU every allocation of torch
     as its profiler reports it.
     """
+    # What is left of before would be freed while the work runs, and hide as much of what that takes.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()

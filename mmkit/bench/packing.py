@@ -38,8 +38,11 @@ _PARTS = (
     (21_953, True, 80, 0.3),  # TextCaps
     (134_847, True, 250, 0.7),  # RefCOCO, Visual Genome
 )
+# LLaVA-1.5's: 336 px in patches of 14.
 _IMAGE_TOKENS = 576
+# vicuna_v1's system sentence, about.
 _SYSTEM_TOKENS = 40
+# Of the rest of the text. It makes a tenth of all tokens, the lower end of what performance.md 6 gives.
 _SHARE_SUPERVISED = 0.35
 
 
@@ -99,6 +102,7 @@ def run(
     common = {"lengths": known, "batch_size": batch_size}
     steps = samples // batch_size
     grouped = GroupedOrder(order, seed=0, steps=steps, epoch=samples, **common)  # type: ignore[arg-type]
+    # Rank by rank, since no piece holds samples of two processes.
     ours = [
         [p.index for p in batch]
         for step in range(steps)
@@ -117,7 +121,9 @@ def run(
     # The same samples under the same weights: another sum would mean that one side leaves tokens out or lets them see others.
     spread = max(losses.values()) / min(losses.values()) - 1
     assert spread < 1e-3, f"the sides disagree: {losses}"
+    # Warm by now: the losses above were a round of each.
     seconds = interleaved(work, repeats=repeats, warmup=0)
+    # Without the first position, which nothing predicts.
     supervised = sum(label != IGNORE_INDEX for labels in drawn.labels for label in labels[1:])
     return {
         "conditions": f"{samples} samples, {int(known.tokens.sum())} tokens, {supervised} supervised "
@@ -135,10 +141,10 @@ def _mixture(samples: int, max_length: int) -> Lengths:
     """Lengths as of the 665 k mixture: its parts by their sizes, text tokens log-normal in each."""
     rng = np.random.default_rng(0)
     sizes = np.asarray([part[0] for part in _PARTS], dtype=np.float64)
-    chosen = rng.choice(len(_PARTS), samples, p=sizes / sizes.sum())
+    chosen = rng.choice(len(_PARTS), samples, p=sizes / sizes.sum())  # i64[samples], the part of each
     medians, spreads = (np.asarray([part[i] for part in _PARTS]) for i in (2, 3))
     text = np.exp(np.log(medians[chosen]) + spreads[chosen] * rng.standard_normal(samples)).astype(int)
-    pictured = np.asarray([part[1] for part in _PARTS])[chosen]
+    pictured = np.asarray([part[1] for part in _PARTS])[chosen]  # bool[samples]
     tokens = np.minimum(text + _SYSTEM_TOKENS + pictured * _IMAGE_TOKENS, max_length)
     return Lengths(tokens.astype(np.int32), ~pictured)
 
@@ -150,6 +156,7 @@ def _read(path: Path, samples: int) -> Lengths:
             tokens, text_only = found["tokens"], found["text_only"]
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"is no file of lengths ({error})", where=path, mend="give tokens and text_only in one .npz") from None
+    # No tokens stand for what could not be encoded.
     usable = np.flatnonzero(tokens)
     if len(usable) < samples:
         raise InputError(f"holds {len(usable)} usable lengths, fewer than {samples}", where=path, mend="use fewer samples")
@@ -193,6 +200,7 @@ def _even(words: list[int], world_size: int, micro_batch: int) -> list[list[int]
         chosen = min((p for p in range(world_size) if len(parts[p]) < micro_batch), key=lambda p: weights[p])
         parts[chosen].append(index)
         weights[chosen] += words[index]
+    # The last group may be too small for every process to get some.
     return [part for part in parts if part]
 
 
@@ -231,6 +239,7 @@ class _Side:
             labels = batch.pop("labels")
             lengths: Any = batch.pop("document_lengths", None)
             how = {} if lengths is None else packed_arguments(lengths, self.device)
+            # bf16 on a GPU, where attention of packed rows takes halves alone.
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
                 hidden = self.model.model(use_cache=False, **batch, **how).last_hidden_state
                 chosen = labels[:, 1:] != IGNORE_INDEX

@@ -58,6 +58,7 @@ def _colour(values: np.ndarray) -> tuple[int, int, int]:
 def _pink_noise(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     """float[height, width] whose amplitude falls with the frequency, of deviation 1."""
     spectrum = np.fft.rfft2(rng.standard_normal((height, width)))
+    # As rfft2 lays it out: all rows, half of the columns. f[height, width // 2 + 1]
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     # The mean has no frequency; any divisor will do, as it is taken away.
     frequency[0, 0] = 1
@@ -81,6 +82,7 @@ def read_photographs(folder: str, count: int) -> list[Image.Image]:
     if not files:
         raise InputError("no JPEG here", where=folder, mend="give a folder with .jpg files as pictures=FOLDER")
     opened = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in files]
+    # Repeats rather than fewer: batches are to be whole whatever the folder holds.
     return [opened[i % len(opened)] for i in range(count)]
 
 

@@ -104,15 +104,18 @@ def _compare(folder: Path, webdataset: Any, samples: int, per_shard: int, size: 
 
     def ours(indices: Any) -> None:
         total = sum(len(pair.image.read()) for pair in map(source.read, indices) if pair.caption)
+        # Everything was read, or the rates would be of different work.
         assert total == samples * size
 
     def theirs(shuffle: int) -> None:
+        # In order, which is quicker for it: its shuffling is a contender of its own.
         stream = webdataset.WebDataset(names, shardshuffle=False, empty_check=False)
         stream = stream.shuffle(shuffle) if shuffle else stream
         assert sum(len(sample["jpg"]) for sample in stream if sample["txt"]) == samples * size
 
     def hub() -> None:
         stream = datasets.load_dataset("webdataset", data_files={"train": names}, split="train", streaming=True)
+        # Its default decodes every picture by Pillow (performance.md 5.3).
         stream = stream.cast_column("jpg", datasets.Image(decode=False))
         assert sum(len(row["jpg"]["bytes"]) for row in stream) == samples * size
 
@@ -146,6 +149,7 @@ def _start(folder: Path, shards: int) -> dict[str, Any]:
 def _go_on(folder: Path, names: int, per_shard: int, step: int, batch: int) -> dict[str, Any]:
     """Going on at a step far into a very large set."""
     write_samples(folder / "000000.tar", [(f"{i:06d}", bytes(1000), f"caption {i}") for i in range(per_shard)])
+    # Writes the index beside it, which is then linked as often as the shard.
     open_pairs(str(folder / "000000.tar"))
     for path in list(folder.iterdir()):
         linked = path
@@ -157,6 +161,7 @@ def _go_on(folder: Path, names: int, per_shard: int, step: int, batch: int) -> d
             else:
                 os.link(linked, target)
     cache = folder.parent / "cache"
+    # Once from the beginning: it leaves the catalogue in the cache, which a run that goes on finds there.
     first, *_ = _measure(str(folder), cache, 0, batch)
     seconds, peak, before, count = _measure(str(folder), cache, step, batch)
     shutil.rmtree(folder)

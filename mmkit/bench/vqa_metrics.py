@@ -56,6 +56,7 @@ def run(
         def keep(key: str, value: Any) -> None:
             found[key] = value
 
+        # Reading apart too: it is most of a scoring (LOG.md).
         contenders: dict[str, Callable[[], object]] = {
             "mmkit": lambda: keep("mmkit", score("vqav2", results, annotations, bootstrap=bootstrap, seed=seed)),
             "mmkit, reading alone": lambda: (read_vqa(annotations), read_results(results, key="question_id", text="answer")),
@@ -98,8 +99,10 @@ def make_files(folder: Path, questions: int, seed: int) -> tuple[Path, Path]:
         kind = _KINDS[int(rng.choice(3, p=(0.376, 0.130, 0.494)))]
         common = _answer(rng, kind, words)
         # In three of ten questions all people agree; elsewhere each has an answer of his own now and then.
+        # Both branches of the rule have work by that.
         doubt = 0.0 if rng.random() < 0.3 else rng.uniform(0, 0.7)
         said = [_answer(rng, kind, words) if rng.random() < doubt else common for _ in range(10)]
+        # With a number for each: to the official code two people of equal answer, confidence and number are one.
         entries = [{"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(said, start=1)]
         start = _STARTS[int(rng.integers(len(_STARTS)))]
         row = {"question_type": start, "multiple_choice_answer": common, "answers": entries, "image_id": int(n / PER_PICTURE)}
@@ -119,6 +122,7 @@ def _answer(rng: np.random.Generator, kind: str, words: list[str]) -> str:
     if kind == "yes/no":
         return ("yes", "no")[int(rng.integers(2))]
     if kind == "number":
+        # Zipf's tail has no end, numbers in answers do.
         return str(min(int(rng.zipf(1.6)), 10_000))
     picked = [words[min(int(rng.zipf(1.3)), len(words)) - 1] for _ in range(1 + int(rng.integers(3)) // 2)]
     text = " ".join(picked)
@@ -148,6 +152,7 @@ def plain_evaluation(annotations: Path, results: Path) -> dict[int, float]:
         entries = row["answers"]
         for entry in entries:
             entry["answer"] = _plain_clean(entry["answer"])
+        # Where all people agree the official code compares the texts as they are.
         if len({entry["answer"] for entry in entries}) > 1:
             for entry in entries:
                 entry["answer"] = _plain_words(_plain_marks(entry["answer"]))
@@ -171,10 +176,12 @@ def _plain_marks(text: str) -> str:
     """Step 2: punctuation, mark by mark."""
     result = text
     for mark in PUNCTUATION:
+        # Asked of the text as it came, and not of what the marks before have made of it.
         if mark + " " in text or " " + mark in text or re.search("[0-9],[0-9]", text):
             result = result.replace(mark, "")
         else:
             result = result.replace(mark, " ")
+    # 32 at most: the official code gives re.UNICODE (32) in the place of the count.
     return re.sub(r"\.(?![0-9])", "", result, count=32)
 
 

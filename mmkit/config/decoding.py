@@ -20,12 +20,14 @@ class DecodingConfig(Section):
     )
     # Greedy, as in LLaVA's evaluation.
     num_beams: int = Field(1, ge=1, description="search: 1 is greedy; paper: 5 if not given")
+    # None instead of the numbers below, so that a key given for another way can be told and refused.
     length_penalty: float | None = Field(None, description="beams: exponent of the length that divides a score; null: 1")
     temperature: float | None = Field(None, gt=0, description="sample; null: 1")
     top_p: float | None = Field(None, gt=0, le=1, description="sample: the likeliest tokens of this mass; null: all")
     top_k: int | None = Field(None, ge=1, description="sample: the likeliest tokens of this number; null: all")
     seed: int | None = Field(None, ge=0, description="sample: of the draws; null: 0")
 
+    # Before the checks: once num_beams has its default, nobody can tell that it was not given.
     @model_validator(mode="before")
     @classmethod
     def _papers_beams(cls, value: Any) -> Any:

@@ -22,6 +22,7 @@ class CaptionMonitorConfig(Section):
     """Captions of the validation pictures while a captioner trains, scored against their references."""
 
     every: int | None = Field(None, ge=1, description="steps; null: never")
+    # Two: of one picture CIDEr is always 0, for every n-gram is in every document.
     pictures: int | None = Field(None, ge=2, description="the first N of data.val; null: all. CIDEr depends on the set")
     batch_size: int = Field(64, ge=1, description="pictures of a batch on each process")
     samples: int = Field(8, ge=0, description="captions that are kept with their references, in samples.jsonl")

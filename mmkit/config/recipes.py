@@ -55,6 +55,7 @@ class PretrainRecipe(RunRecipe):
 
     @model_validator(mode="after")
     def _validates(self) -> PretrainRecipe:
+        # Either alone has no effect.
         if (self.data.val is None) != (self.train.val_every is None):
             raise ValueError("data.val (what to validate on) and train.val_every (how often) go together")
         return self
@@ -117,6 +118,7 @@ class ClipcapRecipe(RunRecipe):
     tune_llm: bool = False
     # ClipCap's longest caption in generation (rmokady/CLIP_prefix_caption, entry_length).
     max_length: int = Field(67, ge=2, description="caption tokens kept")
+    # ClipCap learns no end at all, and stops at the first full stop (clipcap.md 2, 5).
     caption_end: Literal["eos", "period", "none"] = Field(
         "eos",
         description="eos: captions end with the end token; period: with a full stop, as Conceptual Captions; none: as they are",
@@ -139,6 +141,7 @@ class ClipcapRecipe(RunRecipe):
 
     @model_validator(mode="after")
     def _looks_fit(self) -> ClipcapRecipe:
+        # Number -> how often it is looked at; None: never.
         looks = {"val_loss": self.train.val_every, **dict.fromkeys(CAPTION_NUMBERS, self.monitor.every)}
         if (self.data.val is None) != (self.train.val_every is None and self.monitor.every is None):
             raise ValueError("data.val (what to look at) and train.val_every or monitor.every (how often) go together")
@@ -170,6 +173,7 @@ class LlavaRecipe(RunRecipe):
     feature_layer: int = -2
     image_size: int | None = Field(None, ge=8, description="null: the encoder's; another one interpolates its positions")
     projector: Literal["mlp2x_gelu", "linear", "pixel_shuffle"] = "mlp2x_gelu"
+    # None instead of 2, so that a number given for another projector can be told and refused.
     pixel_shuffle: int | None = Field(
         None, ge=2, description="projector pixel_shuffle: r x r patches become one image token; null: 2"
     )
@@ -248,12 +252,15 @@ class ProbeRecipe(RunRecipe):
     probes: tuple[Literal["linear", "kshot", "knn", "zeroshot", "tags"], ...] = Field(("linear", "knn"), min_length=1)
     # MAE's linear probe takes 90 epochs; k and temperature below are DINO's, ten shots in three draws the paper's.
     epochs: int = Field(90, ge=1)
+    # Two at least: the linear probe normalises by the statistics of a batch.
     batch_size: int = Field(256, ge=2)
+    # Side by side in one pass; a held-out tenth of the training pictures chooses.
     lrs: tuple[float, ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0), min_length=1)
     shots: int = Field(10, ge=1, description="kshot: training pictures of each class")
     draws: int = Field(3, ge=1, description="kshot: independent draws of them")
     k: int = Field(20, ge=1)
     temperature: float = Field(0.07, gt=0)
+    # The reference's zero-shot evaluation has the 80 of OpenAI as well (superclass.md 3).
     templates: str = Field("openai", description="zero-shot prompts: openai (80), plain, or a file with one {} template a line")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of feature extraction")
 
@@ -277,6 +284,7 @@ class FinetuneRecipe(RunRecipe):
     crop_scale: tuple[float, float] = (0.08, 1.0)
     decoder: Literal["fast", "exact"] = Field("fast", description="of training crops; exact: Pillow's pixels")
     flip: bool = True
+    # Off unless a recipe says so, as all of these but smoothing, whose 0.1 is MAE's (arXiv 2111.06377, table 9).
     rand_augment: str | None = Field(None, description="timm's name, such as rand-m9-mstd0.5-inc1")
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
@@ -309,6 +317,7 @@ class EvalRecipe(RunRecipe):
 
 # What the training loop takes; a probe and an evaluation train nothing that is kept.
 TrainRecipe = Union[SuperclassRecipe, ClipRecipe, LitRecipe, FinetuneRecipe, ClipcapRecipe, LlavaRecipe]
+# `stage` tells them apart, so that a fault is one of one schema and not of all eight (load.py).
 Recipe = Union[SuperclassRecipe, ClipRecipe, LitRecipe, FinetuneRecipe, ClipcapRecipe, LlavaRecipe, ProbeRecipe, EvalRecipe]
 # By name, for messages and hints that come before pydantic has chosen a class.
 STAGES: dict[str, type[RunRecipe]] = {

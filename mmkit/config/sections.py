@@ -78,11 +78,14 @@ class DataConfig(Section):
     image: str = Field("image", description="key or column of the picture, in rows and tables")
     caption: str = Field("caption", description="key or column of the caption, in rows and tables")
     streaming: bool = Field(False, description="read the files behind hf:NAME as they are needed, instead of loading all of it")
+    # In samples and not in shards: ten shards of 10,000 mix as well as a thousand of 100 (LOG.md).
     shuffle_window: int = Field(100_000, ge=1, description="samples within which shards are shuffled, rounded up to whole shards")
     cache: str | None = Field(None, description="folder for fetched shards and indexes; null: $MMKIT_CACHE or ~/.cache/mmkit")
     cache_gib: float = Field(50.0, gt=0, description="fetched shards kept at one time; hold at least a window of them")
     workers: int = Field(4, ge=0)
+    # torch's own default.
     prefetch: int = Field(2, ge=1, description="batches that each worker makes ahead")
+    # For a batch and not for a picture: what is left out must not depend on how busy the machine is (LOG.md).
     timeout: float = Field(1800, ge=0, description="seconds to wait for a batch of the workers before the run ends; 0: for ever")
     limit: int | None = Field(None, ge=1, description="use the first N samples only (of each source)")
     max_skipped: float = Field(0.01, ge=0, le=1, description="share of samples that may be unreadable before the run stops")
@@ -162,6 +165,7 @@ class TrainConfig(Section):
 
     batch_size: int = Field(ge=1)
     micro_batch_size: int | None = Field(None, ge=1, description="per process and forward pass; null: batch_size / world size")
+    # 0 gives the initial weights as a product: the demo's random encoder.
     steps: int | None = Field(None, ge=0)
     epochs: float | None = Field(None, gt=0)
     samples: int | None = Field(None, ge=1)
@@ -169,10 +173,12 @@ class TrainConfig(Section):
     # torch's defaults; recipes state the published ones (SuperClass: 0.98 or 0.95, eps 1e-6).
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    # Neither LLaVA nor ClipCap decays (llava.md 1.2, clipcap.md 4); SuperClass's recipes state 0.2.
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.0, ge=0, description="steps when >= 1, a share of all steps when < 1")
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    # Off, as in the published runs of all references (superclass.md 2, llava.md 1.2, clipcap.md 4).
     clip_grad_norm: float | None = Field(None, gt=0)
     # No fp16: it needs loss scaling, which the loop does not have.
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -182,6 +188,7 @@ class TrainConfig(Section):
     val_every: int | None = Field(None, ge=1)
     val_batches: int = Field(20, ge=1)
     checkpoint_every: int | None = Field(None, ge=1)
+    # Two: where the newest turns out damaged, a run goes on from the one before.
     keep_checkpoints: int = Field(2, ge=1)
 
     early_stopping: StoppingConfig | None = Field(None, description="the product is that of the best step, not of the last")
@@ -273,6 +280,7 @@ class TextConfig(Section):
     width: int | None = Field(None, ge=1)
     heads: int | None = Field(None, ge=1)
     layers: int | None = Field(None, ge=1)
+    # CLIP's. What does not fit is cut, where SuperClass has no limit.
     context_length: int = Field(77, ge=3)
 
 
@@ -285,6 +293,7 @@ class MonitorConfig(Section):
     label: str = "label"
     image_root: str | None = None
     limit: int | None = Field(5000, ge=1, description="labelled pictures of each set, drawn once; null: all")
+    # DINO's, as in a probe.
     k: int = Field(20, ge=1)
     images: tuple[str, ...] = Field((), description="pictures whose top tags are drawn in the tracker")
     tags: int = Field(5, ge=1)
@@ -304,6 +313,7 @@ class MonitorConfig(Section):
 class TrackConfig(Section):
     """Where curves and pictures go besides metrics.jsonl."""
 
+    # The one that is always installed; the others are an extra.
     kind: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     project: str = "mmkit"
     name: str | None = Field(None, description="of the run in the tracker; null: the last two parts of the run directory")
@@ -312,6 +322,7 @@ class TrackConfig(Section):
 class MapperConfig(Section):
     """ClipCap's mapper from image features to a prefix of LLM embeddings."""
 
+    # ClipCap's: the mlp mapper, a prefix of 10, 8 layers of 8 heads, features as they are (clipcap.md 1, 4).
     kind: Literal["mlp", "transformer"] = "mlp"
     prefix_length: int = Field(10, ge=1)
     clip_length: int = Field(10, ge=1)

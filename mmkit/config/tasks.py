@@ -73,6 +73,7 @@ def _whole(entry: Any, path: Path, seen: list[Path]) -> Any:
     if not isinstance(below, DictConfig) or "stage" in below:
         raise InputError("not a task: a task is a mapping with `task` and without `stage`", where=file, mend="name a task")
     base = _whole(below, file, [*seen, file.resolve()])
+    # By nodes here too.
     own = OmegaConf.create({key: entry._get_node(key) for key in entry if key != "from"})
     # Sections are merged key by key; a list replaces the one below it.
     return OmegaConf.merge(base, own)

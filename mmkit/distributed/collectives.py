@@ -15,6 +15,7 @@ class AllGather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         """float[B, E] on each of W processes to float[W * B, E] on all."""
         gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        # torch's own gives tensors without a graph, hence this function. Collectives want dense memory.
         torch.distributed.all_gather(gathered, rows.contiguous())
         return torch.cat(gathered)
 
@@ -22,12 +23,14 @@ class AllGather(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """float[W * B, E] to float[B, E]."""
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        # It may come as an expanded view, as that of a plain sum does.
         gradient = gradient.contiguous()
         if torch.distributed.get_backend() == "nccl":
             own = gradient.new_empty((len(gradient) // world, *gradient.shape[1:]))
             torch.distributed.reduce_scatter_tensor(own, gradient)
             return own
         # gloo has no reduce-scatter of one tensor: the same sum with more traffic.
+        # The sum is made in place, and autograd may still need what it handed over.
         gradient = gradient.clone()
         torch.distributed.all_reduce(gradient)
         return gradient.chunk(world)[rank].contiguous()

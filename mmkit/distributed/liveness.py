@@ -21,6 +21,7 @@ from mmkit.errors import LostError
 
 logger = logging.getLogger(__name__)
 _KEY = "mmkit/liveness"
+# What a process says first: the token of the run and its rank.
 _HELLO = struct.Struct("!16sI")
 _GOODBYE = b"x"
 # A machine that vanishes without a word: 15 s of silence, then four questions 5 s apart.
@@ -91,6 +92,7 @@ class Liveness:
         six = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if six else socket.AF_INET
         with socket.create_server(("", 0), family=family, dualstack_ipv6=six, backlog=self._world_size) as server:
+            # Only now that it listens: whoever reads the port calls at once.
             store.set(_KEY, f"{server.getsockname()[1]} {token.hex()}")
             server.settimeout(_CONNECT_SECONDS)
             while len(self._peers) < self._world_size - 1:
@@ -144,6 +146,7 @@ class Liveness:
         """Give the main thread time to end by itself; it may hang in a collective for ever."""
         if not self._closing.wait(GRACE_SECONDS):
             logger.error("%s", self.describe())
+            # The whole process: sys.exit would end this thread alone. With 1: at 75 a scheduler would start it again for ever.
             self._leave(1)
 
     def describe(self) -> str:
@@ -176,6 +179,7 @@ class Liveness:
         elif not self.lost.is_set():
             self._await_goodbyes(patience)
         self._closing.set()
+        # The thread's end of the pair becomes readable by that.
         self._wake_write.close()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
@@ -192,6 +196,7 @@ class Liveness:
 
 def _kept_alive(peer: socket.socket) -> socket.socket:
     """Have the system ask now and then whether the other end is still there."""
+    # Silence is the rule here and no fault.
     peer.settimeout(None)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():

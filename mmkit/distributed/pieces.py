@@ -64,6 +64,7 @@ def pack(shares: list[Share], optimizer: torch.optim.Optimizer, buffers: Mapping
         assert share.owner in optimizer.state, f"the optimizer has no state of {share.name}"
         for kind, state in optimizer.state[share.owner].items():
             if kind == STEP:
+                # Without a name: all parameters have made the same number of updates.
                 found[f"{STEP}|0|"] = torch.as_tensor(state)
             else:
                 found[f"{kind}|{share.start}|{share.name}"] = share.of(state).reshape(-1)
@@ -79,6 +80,7 @@ def unpack(saved: Saved, shares: list[Share], optimizer: torch.optim.Optimizer) 
         optimizer: Its states are made where there are none yet.
     """
     for share in shares:
+        # Exactly its own numbers, wherever the cuts of those who wrote them lie.
         size = share.weight.numel()
         with torch.no_grad():
             share.weight.copy_(saved.read(WEIGHT, share.name, share.start, size).view(share.weight.shape))
@@ -96,6 +98,7 @@ def unpack(saved: Saved, shares: list[Share], optimizer: torch.optim.Optimizer) 
 
 def changing_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Persistent buffers, which training may change."""
+    # Those that are not persistent are in no state dict; they are made with the module.
     kept = module.state_dict().keys()
     return {name: buffer for name, buffer in module.named_buffers() if name in kept}
 
@@ -126,6 +129,7 @@ class Saved:
             raise InputError(what, where=folder, mend="finish the run with the mmkit that wrote it, or --restart")
         files = sorted(folder.glob("pieces-*.safetensors"))
         for key, source in _sources_in_pieces(files) if files else _sources_in_plain(folder):
+            # The name comes last, so nothing in it can be taken for a separator.
             kind, start, name = key.split("|", 2)
             if kind == STEP:
                 self.step = source.all()
@@ -133,6 +137,7 @@ class Saved:
                 self.buffers[name] = source.all()
             else:
                 self._pieces.setdefault((kind, name), []).append((int(start), source))
+        # Whatever states there are: which ones an optimizer keeps is its own matter.
         self.kinds = {kind for kind, _ in self._pieces}
         self.names = {name for _, name in self._pieces}
 
@@ -146,6 +151,7 @@ class Saved:
         missing = size
         for first, source in self._pieces.get((kind, name), []):
             begin, end = max(start, first), min(start + size, first + source.size)
+            # No two pieces overlap, since each number is one process's; so counting tells what is missing.
             if begin < end:
                 found[begin - start : end - start] = source.part(begin - first, end - first)
                 missing -= end - begin
@@ -191,6 +197,7 @@ class _Source:
 
     def part(self, begin: int, end: int) -> Tensor:
         """Numbers ``begin`` to ``end``."""
+        # Only these bytes are read from the disk: a process needs a part of each file.
         part: Tensor = self._opened.get_slice(self._key)[begin:end]
         return part
 
@@ -223,6 +230,7 @@ def _sources_in_pieces(files: list[Path]) -> Iterator[tuple[str, _Source]]:
     for file in files:
         opened = safe_open(file, framework="pt")
         for key in opened.keys():  # noqa: SIM118 - it is no dictionary
+            # Shapes are in the file's header: nothing is read yet.
             yield key, _Source(_size(opened.get_slice(key).get_shape()), opened, key)
 
 

@@ -52,6 +52,7 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         self._depth += 1
+        # The caller holds on to it while it saves the product, the loop within enters it again: one set of handlers for both.
         if self._depth > 1:
             return self
         for number in SIGNALS:

@@ -33,6 +33,7 @@ def deepspeed_settings(
     ours = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
+        # 0 is DeepSpeed's word for none.
         "gradient_clipping": clip or 0.0,
         "bf16": {"enabled": precision == "bf16"},
     }

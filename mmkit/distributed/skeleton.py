@@ -27,6 +27,7 @@ def partition(module: nn.Module, settings: dict[str, Any], *, dtype: torch.dtype
     import deepspeed
 
     with torch.no_grad():
+        # Buffers by hand: DeepSpeed hands out parameters alone.
         for owner in module.modules():
             for name, buffer in owner._buffers.items():
                 if buffer is not None:
@@ -59,6 +60,7 @@ def collect(parameters: list[nn.Parameter], *, keep: bool) -> list[tuple[nn.Para
     found = []
     for parameter in parameters:
         with deepspeed.zero.GatheredParameters([parameter]):
+            # copy: on a CPU `to` would give DeepSpeed's own memory, which is freed at the end of the block.
             whole = parameter.detach().to("cpu", copy=True) if keep else None
         if whole is not None:
             found.append((parameter, parameter.data, whole))
@@ -78,7 +80,9 @@ def _make_real(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device
     """Give a parameter memory on the device; the object stays, since the optimizer holds it."""
     kind = _computing(parameter, dtype)
     if parameter.is_meta:
+        # Without values: rank 0's come with the broadcast by which DeepSpeed cuts a parameter up (Init._zero_init_param).
         real = nn.Parameter(torch.empty(parameter.shape, dtype=kind, device=device), requires_grad=parameter.requires_grad)
+        # A meta tensor takes no data of another device, so the two change places instead.
         torch.utils.swap_tensors(parameter, real)
     else:
         parameter.data = parameter.data.to(device=device, dtype=kind)

@@ -124,6 +124,7 @@ def room_for(size: int) -> bool:
     except OSError:
         # No such file outside Linux; the copy is then tried.
         return True
+    # What the file calls kB are KiB.
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     free = min([free, *_spare_of_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
     # All processes of the machine copy at the same time; half, because data loaders grow too.

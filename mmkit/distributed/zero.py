@@ -20,6 +20,7 @@ def prepare_environment() -> None:
     """What DeepSpeed needs to start: a rendezvous where no launcher made one, and no compiler on CPUs."""
     if "LOCAL_RANK" not in os.environ:
         with socket.socket() as free:
+            # A port that the system picks: with a fixed one two runs on a machine would meet.
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -79,10 +80,12 @@ def undo_first_step(engine: Any) -> None:
     It decays the fp32 weights once at the full learning rate, and AdamW's bias correction would count one update too many:
     the first real one would be about half as long.
     """
+    # Stage 0 in bf16 alone has these.
     if hasattr(engine.optimizer, "fp32_groups"):
         for pair in _groups(engine.optimizer):
             for parameter, copy in zip(*pair, strict=True):
                 copy.data.copy_(parameter.data)
+        # AdamW makes its state anew when it is first asked to update, with no update behind it.
         engine.basic_optimizer.state.clear()
 
 
@@ -117,6 +120,7 @@ def shares(engine: Any) -> list[Share]:
     optimizer = engine.optimizer
     trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        # ZeRO-3 cuts up every parameter by itself, and each process has one partition of it.
         found = (_partitioned(optimizer, name, p) for name, p in trained)
         return [share for share in found if share is not None]
     if hasattr(optimizer, "update_lp_params"):
@@ -149,6 +153,7 @@ def whole_shares(trained: list[tuple[str, torch.nn.Parameter]]) -> list[Share]:
 
 def _stretch(name: str, mapping: Any, flats: list[Tensor]) -> Share:
     """A parameter's stretch in this process's part of a flat group."""
+    # hp is the flat fp32 group, lp the parameter that computes (deepspeed/utils/tensor_fragment.py).
     inside = mapping.hp_fragment_address
     owner = flats[mapping.param_group_index]
     weight = owner.detach().narrow(0, inside.start, inside.numel)
@@ -157,6 +162,7 @@ def _stretch(name: str, mapping: Any, flats: list[Tensor]) -> Share:
 
 def _partitioned(optimizer: Any, name: str, parameter: Any) -> Share | None:
     """A ZeRO-3 parameter's partition here; None where it is all padding."""
+    # Flat group, place in it, length of the partition; gradients lie there as the fp32 weights do (stage3.py).
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = parameter.ds_zero_partition_rank * parameter.partition_numel()
     # The last process's partition may reach beyond the parameter.

@@ -65,6 +65,7 @@ class Memory:
     @property
     def step(self) -> int:
         """Most that a step takes beyond the states."""
+        # Never both: the update comes when backward has freed the activations.
         return max(sum(self.activations.values()) + self.working, self.update)
 
     @property
@@ -122,6 +123,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the recipe's own micro-batch fits and divides."""
+        # A plan for another micro-batch than the recipe's says nothing of the recipe itself.
         largest = self.largest_micro_batch_size
         return largest is not None and self.memory.micro_batch_size == self.asked_micro_batch_size and self._room
 
@@ -132,5 +134,6 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Plain values, bytes in bytes, with the sums that the table shows."""
         found = dataclasses.asdict(self)
+        # asdict knows fields only, and a reader of the JSON should not have to add up.
         found["memory"] |= {"total": self.memory.total, "step": self.memory.step}
         return {**found, "fits": self.fits}

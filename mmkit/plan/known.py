@@ -65,6 +65,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "qwen/qwen2.5-32b": (5120, 27648, 64, 40, 8, 152064),
             "qwen/qwen2.5-72b": (8192, 29568, 80, 64, 8, 152064),
         },
+        # From 7B on the head has a weight of its own.
         tie_word_embeddings=False,
     ),
     **_family(
@@ -75,6 +76,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "qwen/qwen3-4b": (2560, 9728, 36, 32, 8, 151936),
         },
         tie_word_embeddings=True,
+        # Not width / heads, as elsewhere: 1024 / 16 would be 64.
         head_dim=128,
     ),
     **_family(
@@ -90,6 +92,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     **_gpt2({"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}),
     **_gpt2({"distilgpt2": (768, 6, 12)}),
 }
+# On the hub GPT-2's models have these owners; the names without one still work there.
 _OWNERS = ("openai-community/", "distilbert/")
 _TUNED = ("-instruct", "-chat", "-base")
 
@@ -114,7 +117,9 @@ def shape_of(llm: LlmConfig) -> PreTrainedConfig:
     if llm.config is not None:
         return llm_config(llm.config)
     assert llm.name is not None  # the recipe's schema sees to it
+    # A folder says its own shape, whatever it is called.
     if not Path(llm.name).is_dir():
+        # The table before the cache of the hub: no file is touched, and a plan is the same on every machine.
         fields = find(llm.name)
         if fields is not None:
             return llm_config(fields)

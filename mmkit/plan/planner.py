@@ -59,6 +59,7 @@ class Planner:
         """
         self.recipe, self.name, self.machine, self.encoder = recipe, name, machine, encoder
         config: TrainConfig = recipe.train
+        # Samples of a step on each GPU.
         self.share, rest = divmod(config.batch_size, machine.gpus)
         if rest or not self.share:
             raise InputError(
@@ -81,6 +82,7 @@ class Planner:
                 where="--longest",
                 mend="give the length with image tokens",
             )
+        # After the cast: bytes are those of the dtype that computes.
         sizes = Sizes.of(self.subject.objective, persistent=self.sharding.persistent)
         self.sizes = sizes.with_quantised(self.subject.quantised)
         self._key = f"{_shape_keys(recipe)} {cast} {self.autocast} {encoder}"
@@ -94,9 +96,11 @@ class Planner:
 
     def memory(self, micro: int) -> Memory:
         """What a micro-batch takes."""
+        # One micro-batch of the longest is enough to run out of memory.
         found = self.trace(micro, self.lengths.longest)
         reserve = RESERVE_BYTES + round(RESERVE_SHARE * self.machine.memory_gib * GIB)
         working = found.peak - found.held
+        # With several micro-batches DeepSpeed is told to add up gradients in fp32 (`deepspeed_settings`).
         held = states(self.sizes, self.sharding, self.machine.gpus, adds_up=micro < self.share)
         return Memory(micro, held.gpu, found.saved, working, held.update, reserve, held.host)
 
@@ -109,6 +113,7 @@ class Planner:
         # The whole share first: it is one trace instead of several, and with many GPUs it fits.
         if self.fits(self.share):
             return self.share
+        # By halving, since memory grows with the micro-batch: each trial is a trace of seconds.
         return largest_true([m for m in range(1, self.share) if self.share % m == 0], self.fits)
 
     def plan(self, samples: int | None = None) -> Plan:
@@ -143,6 +148,7 @@ class Planner:
             work=self.work(micro, samples),
             advice=[],
         )
+        # Last, since advice looks at the finished plan.
         return dataclasses.replace(plan, advice=self._advice(plan))
 
     def work(self, micro: int, samples: int | None) -> Work:
@@ -151,14 +157,17 @@ class Planner:
         if config.epochs is not None and samples is None:
             samples = count(self.recipe)
         steps = total_steps(config, samples or 0)
+        # The mean, because over a run lengths add up; attention, whose work grows with the square, is a small part.
         found = self.trace(micro, self.lengths.mean)
         model = (sum(found.forward.values()) + found.backward) // micro
         executed = found.executed // micro
         if isinstance(self.recipe, ContrastiveRecipe) and self.share > micro:
             # Embeddings of all micro-batches come first (ContrastiveObjective.prepare); a locked tower's features are kept.
             frozen = self.recipe.stage == "lit"
+            # "tower" is the vision tower; the other is "text tower".
             again = {k: v for k, v in found.forward.items() if not (frozen and k.startswith("tower"))}
             executed += sum(again.values()) // micro
+        # Whole batches, as in training: the last goes on into the next epoch.
         seen = steps * config.batch_size
         seconds = seen * executed / (self.machine.gpus * self.machine.tflops * 1e12 * self.machine.mfu)
         return Work(
@@ -180,6 +189,7 @@ class Planner:
         if micro != asked:
             return [f"micro-batch {asked} does not divide a GPU's share of {self.share}: train.micro_batch_size={micro}"]
         if asked > largest:
+            # First, because the update stays the same.
             smaller = f"train.micro_batch_size={largest} fits (accumulation {self.share // largest}, same batch)"
             return [smaller, *self._what_fits(asked)]
         return []
@@ -191,6 +201,7 @@ class Planner:
         for several in changes(self.recipe, self.sharding):
             for change in several:
                 changed = with_values(self.recipe, change)
+                # All of it anew: a change may cast the weights, cut them up, or keep other activations.
                 other = Planner(changed, self.name, self.machine, encoder=self.encoder, lengths=self.lengths)
                 words = " ".join(f"{key}={str(value).lower() if value is True else value}" for key, value in change.items())
                 if other.fits(micro):
@@ -211,6 +222,7 @@ def make_plan(
     gpu: str = "h100",
     gpu_memory: float | None = None,
     tflops: float | None = None,
+    # An assumption, and the only one in the hours; published trainings reach 0.1 to 0.6 (performance.md 1.3).
     mfu: float = 0.4,
     samples: int | None = None,
     tokens: int | None = None,
@@ -246,6 +258,7 @@ def make_plan(
 
 def _shape_keys(recipe: TrainRecipe) -> str:
     """What of a recipe decides the modules and the size of their tensors."""
+    # What decides neither a module nor a shape. `train` too, but for its batch below and the precision, which is in the key.
     aside = {"run", "system", "seed", "data", "track", "train", "monitor"}
     found = recipe.model_dump_json(exclude=aside)
     # The vocabulary of the label head, and the features that a contrastive loss compares.
@@ -297,6 +310,7 @@ def with_values(recipe: TrainRecipe, values: dict[str, Any]) -> TrainRecipe:
         for part in path:
             place = place[part]
         place[last] = value
+    # Through the schema: what is advised must be a recipe that runs.
     changed = check_recipe(tree, where="plan")
     assert not isinstance(changed, ProbeRecipe | EvalRecipe)  # the stage is still the same
     return changed
@@ -304,4 +318,5 @@ def with_values(recipe: TrainRecipe, values: dict[str, Any]) -> TrainRecipe:
 
 def _nearest_divisor(batch: int, gpus: int) -> int:
     """The number of GPUs nearest to the one asked for that divides a batch."""
+    # Of two that are as near the smaller.
     return min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: (abs(n - gpus), n))

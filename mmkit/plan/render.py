@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def memory_rows(memory: Memory) -> list[tuple[str, int]]:
     """Parts with their bytes, largest first within states and activations; the last row is the sum."""
     rows = sorted(memory.states.items(), key=lambda row: -row[1])
+    # Apart from the states: they depend on the micro-batch, the states do not.
     held = sorted(memory.activations.items(), key=lambda row: -row[1])
     rows += [(f"activations: {name}", size) for name, size in held]
     rows.append(("working memory of backward", memory.working))
@@ -47,12 +48,14 @@ def lines(plan: Plan) -> list[str]:
         f"parameters {plan.parameters:,}, of which {plan.trainable:,} train",
         f"batch {plan.batch_size}: micro-batch {memory.micro_batch_size}, accumulation {plan.accumulation}, {machine.gpus} GPUs",
     ]
+    # Stages of pictures alone have no lengths.
     if plan.lengths.longest:
         mean, longest = plan.lengths.mean, plan.lengths.longest
         found.append(f"tokens a sequence: {mean} for the work (--tokens), {longest} for the memory (--longest)")
     found.append(f"steps {work.steps:,}, samples {work.samples:,}" + (f", tokens {work.tokens:,}" if work.tokens else ""))
     found.append(
         f"work {work.model_flops / 1e9:,.1f} GFLOP a sample, {work.executed_flops / 1e9:,.1f} executed"
+        # Of the recipe's own operations: a third where all blocks are checkpointed.
         f" ({work.executed_flops / max(1, work.model_flops) - 1:.0%} computed twice)"
     )
     found.append(

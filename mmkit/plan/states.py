@@ -53,6 +53,7 @@ class Sharding:
             offload_optimizer=_offloads(zero, "offload_optimizer"),
             offload_param=_offloads(zero, "offload_param"),
             bucket=int(zero.get("reduce_bucket_size", cls.bucket)),
+            # DeepSpeed decides by the stage where the file does not (config.py, overlap_comm_valid).
             overlap=bool(zero.get("overlap_comm", stage == 3)),
             prefetch=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch)),
             live=int(zero.get("stage3_max_live_parameters", cls.live)),
@@ -105,6 +106,7 @@ class Sizes:
             trainable_bytes=sum(p.numel() * p.element_size() for p in trains),
             frozen_bytes=sum(p.numel() * p.element_size() for p in rests),
             buffer_bytes=sum(b.numel() * b.element_size() for b in module.buffers()),
+            # Frozen ones too: the threshold asks for the size alone.
             small=sum(p.numel() for p in module.parameters() if p.numel() < persistent),
         )
 
@@ -115,6 +117,7 @@ class Sizes:
         """
         if not elements:
             return self
+        # Frozen weights of one model have one dtype.
         width = self.frozen_bytes // self.frozen
         packed = -(-elements // 2) + -(-elements // 64) + 4 * -(-elements // (64 * 256))
         return dataclasses.replace(self, frozen_bytes=self.frozen_bytes - width * elements + packed)
@@ -164,10 +167,13 @@ def states(sizes: Sizes, sharding: Sharding, processes: int, *, adds_up: bool = 
 
 def _zero(sizes: Sizes, sharding: Sharding, n: int, stage: int, moments: int, adds_up: bool) -> States:
     """The bytes of ZeRO stages 0 to 3."""
+    # bf16 weights, which DeepSpeed updates through an fp32 copy.
     narrow = sizes.trainable_bytes < 4 * sizes.trainable
     # Stage 0 in fp32 hands the weights themselves to the optimizer; everything else updates fp32 copies.
     master = 4 * sizes.trainable if stage or narrow else 0
+    # Stage 0 shares nothing, 1 the optimizer and its fp32 weights, 2 the gradients too, 3 the weights as well.
     part = n if stage else 1
+    # As `deepspeed_settings` asks for it; stage 0 adds up in the weights' dtype.
     wide = bool(adds_up and stage)
     summed = 4 * sizes.trainable if wide else sizes.trainable_bytes
     gpu = {
@@ -179,9 +185,11 @@ def _zero(sizes: Sizes, sharding: Sharding, n: int, stage: int, moments: int, ad
     gpu = _with_rest(gpu, sizes, n if stage == 3 else 1)
     width = sizes.trainable_bytes // max(1, sizes.trainable)
     if stage:
+        # No bucket is larger than what there is to reduce.
         gpu["reduction buckets"] = width * min(sharding.bucket, sizes.trainable) * (2 if sharding.overlap else 1)
     if stage == 3:
         # The shares of the others, for as long as a layer and those that are used again soon need them.
+        # Those below the threshold stay gathered for good.
         gathered = min(sharding.live + sharding.prefetch, sizes.total) + min(sizes.small, sizes.total)
         gpu["gathered weights"] = width * min(gathered, sizes.total)
     # Gradients become fp32 beside the narrow ones, stage 3 in groups.
@@ -194,6 +202,7 @@ def _zero(sizes: Sizes, sharding: Sharding, n: int, stage: int, moments: int, ad
         host = {name: gpu.pop(name) for name in moved}
         # On the host gradients are fp32 from the start where the stage has no buffer of its own for them (stage_1_and_2.py).
         host["gradients"] = _share(4 * sizes.trainable, part)
+        # Made on the host.
         update = 0
     if sharding.offload_param and stage == 3:
         for name in ("trainable weights", "frozen weights"):

@@ -59,11 +59,13 @@ class Subject:
     supervised: int = 0
     given: int = 0
     quantised: int = 0
+    # One for each: tensors of two modes cannot meet.
     mode: FakeTensorMode = dataclasses.field(default_factory=FakeTensorMode)
 
     def place(self, dtype: torch.dtype | None) -> None:
         """Give the objective its tensors, in training mode; ``dtype`` as DeepSpeed casts it."""
         fake(self.objective, self.mode, dtype)
+        # transformers checkpoints in this mode alone.
         self.objective.train()
 
     def trace(self, rows: int, length: int, *, autocast: bool) -> Trace:
@@ -90,6 +92,7 @@ def make_subject(recipe: Recipe, *, encoder: str | None = None) -> Subject:
     Raises:
         InputError: No training recipe, or a part whose shape is not known here.
     """
+    # Nothing is allocated, whatever the size of the model.
     with torch.device("meta"):
         if isinstance(recipe, SuperclassRecipe):
             return _superclass(recipe)
@@ -168,6 +171,7 @@ def _contrastive(recipe: ContrastiveRecipe) -> Subject:
 
     def gather(features: Tensor) -> tuple[Tensor, int]:
         """The features of the whole step, of which the other processes' and micro-batches' hold nothing but room."""
+        # Of all processes and micro-batches: with accumulation the loss compares them too (ContrastiveObjective.prepare).
         others = recipe.train.batch_size - len(features)
         return torch.cat([features, features.new_zeros(max(0, others), features.shape[1])]), 0
 
@@ -214,7 +218,9 @@ def _clipcap(recipe: ClipcapRecipe, stand_in: str | None) -> Subject:
 
     def batch(rows: int, length: int) -> Batch:
         ids = torch.zeros(rows, length, dtype=torch.int64)
+        # A padded batch has one, and attention with a mask is another kernel than causal attention.
         mask = torch.ones_like(ids)
+        # Which labels are learnt is a matter of content: `supervised` says how many.
         return {"features": torch.zeros(rows, *feature), "input_ids": ids, "attention_mask": mask, "labels": ids}
 
     parts = {"model.mapper": "mapper", **_blocks(objective, "model.lm", "language model")}
@@ -234,6 +240,7 @@ def _llava(recipe: LlavaRecipe, stand_in: str | None) -> Subject:
             where="batching.kind",
             mend="plan with batching.kind=grouped batching.max_tokens=null and train.micro_batch_size=max_tokens / mean length",
         )
+    # What the model is made of is said where it was put together, what of it trains by this recipe.
     made = _assembled(recipe)
     assert made.encoder is not None and made.llm is not None  # the recipe's schema sees to it
     encoder = named_encoder(made.encoder, stand_in)
@@ -258,6 +265,7 @@ def _llava(recipe: LlavaRecipe, stand_in: str | None) -> Subject:
     objective = LlavaObjective(model, mean=encoder.mean, std=encoder.std)
 
     def batch(rows: int, length: int) -> Batch:
+        # With a picture in every row: those of text alone cost less.
         ids = torch.zeros(rows, length, dtype=torch.int64)
         return {
             "input_ids": ids,
@@ -275,6 +283,7 @@ def _llava(recipe: LlavaRecipe, stand_in: str | None) -> Subject:
     quantised = 0
     if recipe.lora.quantization is not None:
         linear = (p.numel() for name, p in model.model.language_model.named_parameters() if name.endswith("base_layer.weight"))
+        # What LoRA wraps is what is quantised, and nothing else (adapters.py).
         quantised = sum(linear)
     return Subject(
         objective,
@@ -322,11 +331,14 @@ def named_encoder(name: str, stand_in: str | None = None) -> VisionEncoder:
         InputError: Its shape is not known here.
     """
     name = stand_in or name
+    # A run has its product inside.
     folder = next((p for p in (Path(name) / "model", Path(name)) if (p / "config.json").is_file()), None)
     if folder is not None:
         config = read_json(folder / "config.json")
         cfg = config.get("pretrained_cfg", {})
+        # timm's default where the folder does not say.
         size = int(cfg.get("input_size", [3, 224, 224])[-1])
+        # Without timm's classifier, which no stage asks.
         args = {"num_classes": 0, **config.get("model_args", {})}
         return VisionEncoder(
             create_backbone(config["architecture"], args), architecture=config["architecture"], model_args=args, image_size=size
@@ -336,6 +348,7 @@ def named_encoder(name: str, stand_in: str | None = None) -> VisionEncoder:
     shipped = list_recipes()
     maker = load_recipe(shipped[name]) if name in shipped else maker_of(name)
     if isinstance(maker, PretrainRecipe):
+        # Its own training's choice; here the tower is a part of another.
         return bare_encoder(maker.encoder.model_copy(update={"grad_checkpointing": False}))
     raise InputError(
         "this encoder is not here, and no shipped recipe makes it",

@@ -25,7 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+# Their result is as long as a mask has true places: content, which fake tensors lack (DynamicOutputShapeException).
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
+# Autocast makes them of fp32 weights, once a pass, and backward needs them again.
 COPIES = "bf16 copies of weights"
 OTHER = "loss, masks and inputs"
 
@@ -76,6 +78,7 @@ def fake(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = No
         kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
         # By identity, so that a tied weight stays one weight.
         if id(old) not in made:
+            # On the "CPU": its fused attention is an operator of known size, and no GPU need be there.
             new = torch.empty(old.shape, dtype=kind, device="cpu")
             made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         return made[id(old)]
@@ -122,10 +125,12 @@ def trace(
                 stack.callback(handle.remove)
         stack.enter_context(mode)
         stack.enter_context(_NoDropout())
+        # Last, so that it sees every operator before the fake mode carries it out.
         stack.enter_context(counter)
         # CPU autocast: its rules for products, norms and losses are CUDA's for all that these models do.
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             found = loss()
+        # Between the passes: what is alive now is what backward needs.
         counter.turn()
         found.backward()
     return Trace(
@@ -144,6 +149,7 @@ def _watch(module: nn.Module, parts: Mapping[str, str], counter: _Counter) -> It
         # A part that the model has not (Identity in place of a norm, say) simply never runs.
         if name in named:
             yield named[name].register_forward_pre_hook(lambda *_, part=part: counter.enter(part))
+            # always_call: checkpointing ends a recomputation by an exception as soon as it has what backward asks for.
             yield named[name].register_forward_hook(lambda *_: counter.leave(), always_call=True)
 
 
@@ -210,6 +216,7 @@ class _Counter(TorchDispatchMode):
             size, part = self._made[number]
             if number not in self._gradients:
                 found[part] += size if event >= 0 else -size
+        # Without the parts of which nothing is left.
         return +found
 
     def peak(self) -> int:
@@ -264,6 +271,7 @@ class _Counter(TorchDispatchMode):
         number = self._alive[key] = len(self._made)
         self._made.append((storage.nbytes(), part))
         self._events.append(number)
+        # Of the storage and not of the tensor: views share one, and it goes with the last of them.
         weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
@@ -274,12 +282,15 @@ class _Counter(TorchDispatchMode):
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Operations of an operator; 0 for all but products and attention, as ``torch.utils.flop_counter`` counts."""
     packet = func._overloadpacket
+    # torch's registry lacks the CPU's fused attention (2.14). Its arguments: query, key, value, dropout_p, is_causal.
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         query, key, value = (t.shape for t in args[:3])
         causal = args[4] if len(args) > 4 else kwargs.get("is_causal", False)
         # Kernels leave out the half above the diagonal where the mask is no tensor.
         return int(sdpa_flop_count(query, key, value)) // (2 if causal else 1)
+    # Five products to the four of plain attention: fused kernels compute the scores again.
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        # Behind these come output, logsumexp, dropout_p, is_causal.
         gradient, query, key, value = (t.shape for t in args[:4])
         causal = args[7] if len(args) > 7 else kwargs.get("is_causal", False)
         return int(sdpa_backward_flop_count(gradient, query, key, value)) // (2 if causal else 1)

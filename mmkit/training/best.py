@@ -43,6 +43,7 @@ class Best:
         self.seen: list[Seen] = []
         if config is None:
             return
+        # Told before the first step: nothing would ever end the run early, or say which step was the best.
         if not every:
             what = f"nothing gives {config.metric}: the run has neither validation nor a monitor"
             raise InputError(what, where="train.early_stopping", mend="give data.val and train.val_every, or a monitor")
@@ -92,6 +93,7 @@ class Best:
 
     def at(self, step: int | None = None) -> Seen | None:
         """The best as it stood after ``step`` updates; None: now."""
+        # From all looks each time and not from a running best: `protected` asks for the best as of older steps.
         best: Seen | None = None
         for seen in self.seen:
             if (step is None or seen.step <= step) and (best is None or self._better(seen.value, best.value)):
@@ -132,8 +134,10 @@ class Best:
             return
         # The main process's view, as ever: all have to load, or none.
         done = self.engine.gather([newest_step(self.run.checkpoints)] if self.engine.is_main else [])[0]
+        # Otherwise the weights in memory are the best: every way to here saves the last step, or has loaded it.
         if best.step != done:
             folder = checkpoint_at(self.run.checkpoints, best.step)
+            # At a start only the newest is read (put_aside_unsound), so this one may have been damaged unseen.
             found = self.engine.gather(faults(folder, share=slice(self.engine.rank, None, self.engine.world_size)))
             if found:
                 raise InputError(f"the best checkpoint is damaged ({found[0]})", where=folder, mend="put a good copy there")
@@ -147,4 +151,5 @@ class Best:
 
 def _as_written(value: Any) -> float:
     """A number with the digits that metrics.jsonl keeps."""
+    # The format of Run.log.
     return float(f"{float(value):.9g}")

@@ -27,6 +27,7 @@ from mmkit.files import disk_trouble, hash_file, hash_text, read_json, sync, wri
 logger = logging.getLogger(__name__)
 # Eight digits, so that names sort as steps do; x-cls/superclass picks an older file because step_ sorts behind epoch_.
 _NAME = re.compile(r"step-(\d{8})")
+# Behind the name, so that _NAME matches it no more.
 _ASIDE = ".bad"
 # How long a process that ends by an error waits for the others' pieces of a checkpoint that is being written.
 _PATIENCE = 10.0
@@ -105,6 +106,7 @@ class Saver:
     @property
     def failed(self) -> bool:
         """Whether this process knows of a failure; never waits."""
+        # Asked in every step: the answer travels in the step's one sum, so that all processes stop at the same step.
         parts = [self._job.written, self._job.completed] if self._job is not None else []
         return any(part is not None and part.done() and part.exception() is not None for part in parts)
 
@@ -189,6 +191,7 @@ class Saver:
         """In the background: this process's files, then the list of them with their checksums. Returns the seconds it took."""
         began = time.monotonic()
         temporary = self._temporary(step)
+        # All processes write into one folder; whichever is first makes it.
         temporary.mkdir(parents=True, exist_ok=True)
         hashes = {}
         for file in files:
@@ -322,6 +325,7 @@ def put_aside_unsound(engine: Engine, folder: Path) -> list[str]:
     """
     aside: list[str] = []
     # Taken before anything is renamed, so that all processes go through the same list.
+    # By name alone: a folder that has lost its state.json must be set aside as well.
     for checkpoint in reversed(engine.gather([_named(folder)] if engine.is_main else [])[0]):
         found = faults(checkpoint, share=slice(engine.rank, None, engine.world_size))
         # Reading all of a checkpoint may take longer than a collective waits.
@@ -343,6 +347,7 @@ def _clean(folder: Path) -> None:
     if not folder.is_dir():
         return
     # Before any process writes: a stale list of files would pass for one of the next save.
+    # Also those that a kill left while they were being deleted (`_remove`).
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
     damaged = sorted(p.name for p in folder.glob(f"step-*{_ASIDE}*"))

@@ -46,6 +46,7 @@ def export_checkpoint(run: str | Path, out: Path, *, checkpoint: str = "newest")
     recipe = load_recipe(run / "recipe.yaml")
     if isinstance(recipe, ProbeRecipe | EvalRecipe):
         raise InputError(f"a run of stage {recipe.stage} has no checkpoints", where=run, mend="give a training run")
+    # The stage builders want one. No step is made with it, so its precision and batch have no effect.
     engine = Engine(precision="fp32", deepspeed=None, batch_size=1, micro_batch_size=None, clip=None)
     try:
         stage = build_stage(recipe, engine)

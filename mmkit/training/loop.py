@@ -88,6 +88,7 @@ def train(
     )
     batches = _loader(stage, engine, settings, plan, start, total)
     best = Best(config.early_stopping, engine, run, every=_look_every(stage, config))
+    # `best.protected` is asked anew at each save: which step is the best changes while the run lasts.
     saver = Saver(engine, run.checkpoints, keep=config.keep_checkpoints, protected=best.protected)
     opened = tracker(start) if tracker is not None else None
     log = StepLog(stage, engine, run, config, settings, opened, saver=saver, start=start, total=total)
@@ -122,6 +123,7 @@ def train(
                 objective.absorb(engine.sum_later(statistics))
             with engine.autocast():
                 objective.prepare(micro)
+            # Summed on the device: a Python number would have to wait for each micro-batch.
             loss_sum = torch.zeros((), device=engine.device)
             for i, batch in enumerate(micro):
                 loss_sum += engine.forward_backward(batch, count=facts[0], last=i == len(micro) - 1)
@@ -139,7 +141,9 @@ def train(
             ends = done == total or done % checkpoint_every == 0
             looks = done == total or any(done % every == 0 for every in _look_every(stage, config))
             # One step stays in flight on a GPU; before the weights are saved or looked at, all must be known to be sound.
+            # A list, and sum instead of any: any of a generator would end at the first signal and leave later steps unlogged.
             stopping = bool(sum([log.step(*read) for read in readback.ready(everything=ends or looks)]))
+            # The step still in flight too: the checkpoint holds it, so no later start would log it.
             if stopping and done < total:
                 stopping = any([stopping, *(log.step(*read) for read in readback.ready(everything=True))])
             # The best so far may become the product; from the last step a run goes on that is killed while it saves that.
@@ -147,6 +151,7 @@ def train(
             if stopping or ends or keeps or best.over:
                 saver.save(done)
             if stopping and done < total:
+                # Complete before the exit code promises that the same command goes on.
                 saver.wait()
                 raise StoppedError(f"stopped by a signal after step {done} of {total}; run the same command to go on")
         saver.wait()
@@ -207,6 +212,7 @@ def _loader(
         layout=stage.layout,
         prefetch=settings.prefetch,
         timeout=settings.timeout,
+        # Packed micro-batches alone are filled up to a bound on tokens, which a replacement must not exceed.
         tokens=stage.lengths.tokens if stage.lengths is not None and stage.batching.kind == "packed" else None,
     )
 

@@ -19,6 +19,7 @@ from mmkit.data.loader import SampleSet
 from mmkit.data.skipped import LeftOut, count_samples
 from mmkit.run import Parent
 
+# For a name in `Monitor.look`: what is trained knows nothing of processes.
 if TYPE_CHECKING:
     from mmkit.distributed.engine import Engine
 
@@ -72,6 +73,7 @@ class Objective(nn.Module, ABC):
 
     def compile_parts(self) -> None:
         """Compile what is worth it (``train.compile``); the whole forward pass unless a stage knows better."""
+        # In place: optimizer, engine and product writer go on holding the same object.
         self.compile()
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
@@ -150,10 +152,12 @@ class Stage:
     @property
     def counted_from(self) -> int:
         """Samples that the share of left-out ones is taken from."""
+        # Rows that the index left out never became samples.
         return (len(self.samples) if self.available is None else self.available) + count_samples(self.left_out)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Tensors of a batch on the device, the rest untouched."""
     # Keys and the like stay on the host: they are for messages.
+    # non_blocking takes effect from pinned memory alone, which the training loader gives on a GPU.
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

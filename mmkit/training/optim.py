@@ -41,6 +41,7 @@ def parameter_groups(
         rate = next((v for prefix, v in (lr_of or {}).items() if name.startswith(prefix)), lr)
         decay = weight_decay if parameter.ndim >= 2 and not name.endswith(undecayed) else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
+    # Twice: `lr` is overwritten before every update (Engine.update), `base_lr` stays what the schedule is a factor of.
     return [{"params": p, "lr": rate, "base_lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
 
@@ -48,6 +49,7 @@ def make_optimizer(
     groups: list[dict[str, object]], *, betas: tuple[float, float], eps: float, device: torch.device
 ) -> torch.optim.Optimizer:
     """AdamW, fused where the device has it (one kernel instead of one a tensor; on the CPU too)."""
+    # Also because the fused one alone takes `found_inf`, by which Engine.update leaves out a broken step without asking the host.
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=device.type in ("cuda", "cpu"))
 
 

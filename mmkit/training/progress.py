@@ -24,6 +24,7 @@ class ProgressLine:
         # Redrawn in place, a bar would fill a log file with control characters.
         if show and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
+            # On standard error, where the log goes: what a command prints on standard output is for other programs.
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task(title, total=total, completed=start, info="")
             self._bar.start()
@@ -37,6 +38,7 @@ class ProgressLine:
             self._bar.update(self._task, completed=step, info=info)
             return
         now = time.monotonic()
+        # The last step in any case, or a log would end before the run does.
         if now - self._last >= self._every or step == self.total:
             self._last = now
             # By the steps of this process: those before an interruption took none of its time.

@@ -43,15 +43,19 @@ def check_space(module: nn.Module, config: TrainConfig, folder: Path, *, start: 
     # An estimate, a little low: settings and names are not in it, and they are small.
     each = checkpoint_size(module)
     every = config.checkpoint_every or max(1, total)
+    # Rounded up: the last step is saved too, whether it is a multiple or not.
     planned = math.ceil(total / every) - start // every
     if config.early_stopping is not None:
         # Every look may find a better step, which is saved.
         planned = total - start
     # One more than are kept: the oldest goes after the newest is complete. Those that are there have their space already.
+    # Early stopping takes one place more and not one for each: a best step is a checkpoint itself, so only the best as of the
+    # oldest kept one can be older than all of them.
     kept = config.keep_checkpoints + (config.early_stopping is not None)
     checkpoints = max(0, min(kept + 1 - len(list_checkpoints(folder)), planned))
     need = checkpoints * each + product_size(module)
     # What this user may take, not what the superuser could.
+    # The folder itself is made with its first checkpoint.
     free = shutil.disk_usage(folder.parent).free
     if free < need:
         what = f"{checkpoints} checkpoints of {_readable(each)} and the product"

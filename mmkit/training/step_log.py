@@ -155,6 +155,7 @@ class StepLog:
             "step": launched.done,
             "samples": launched.done * self.config.batch_size,
             "loss": loss,
+            # Of the groups without a rate of their own (`Stage.lr_of`); the others have the same factor.
             "lr": self.config.lr * launched.lr_scale,
             "grad_norm": norm,
             "counted": self._counted / steps,
@@ -180,6 +181,7 @@ class StepLog:
         if not positions:
             return {}
         return {
+            # True tokens: with padding among them a badly packed run would look fast.
             "tokens_per_second": tokens / seconds,
             "supervised_per_sample": self._counted / samples,
             "padding": 1 - tokens / positions,
@@ -238,6 +240,7 @@ def sum_sizes(sizes: Iterable[Sizes | None]) -> Sizes:
 def batch_digest(keys: list[str]) -> int:
     """Sum of the CRC-32 of the keys of a batch: the same in any order, and summed over ranks that of the global batch."""
     # Below 2**53 for two million samples, so float64 carries it exactly through the sum over ranks.
+    # A checksum and not `hash`, which Python salts anew in every process; a key from a file name need not be valid UTF-8.
     return sum(zlib.crc32(key.encode(errors="backslashreplace")) for key in keys)
 
 

@@ -79,7 +79,9 @@ class OnlineTracker:
     def __init__(self, kind: str, folder: Path, config: TrackConfig, settings: dict[str, Any]) -> None:
         """Start or, for a run that goes on, resume."""
         self._module = importlib.import_module(kind)
+        # Two parts: of runs/demo/superclass/encoder and runs/demo/random/encoder the last one says nothing.
         name = config.name or "/".join(folder.absolute().parts[-2:])
+        # allow: goes on with a run that is known there, and begins one where none is.
         options: dict[str, Any] = {"project": config.project, "name": name, "config": settings, "resume": "allow"}
         if kind == "wandb":
             # Kept in the run directory: a run that goes on finds its curves again; --restart empties it and begins new ones.

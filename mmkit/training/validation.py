@@ -38,6 +38,7 @@ def validate(
     # fewer groups sees a picture again, which does not count.
     passes = math.ceil(len(groups) / engine.world_size)
     mine = groups[engine.rank :: engine.world_size]
+    # Epoch 0 at every look: what a sample draws, and what replaces one that cannot be read, depend on (seed, epoch, index).
     shares = [[Position(0, i) for i in mine[n]] if n < len(mine) else [] for n in range(passes)]
     batches = make_loader(
         stage.validation,
@@ -56,12 +57,15 @@ def validate(
         left_out += unusable
         count += stage.objective.count(batch) if share else 0
         batch = to_device(batch, engine.device)
+        # The objective and not the engine's wrapper: no gradient is exchanged, and ZeRO-3's hooks sit on the modules inside.
         with engine.autocast():
             found = {"loss": float(stage.objective(batch)), **stage.objective.evaluate(batch)}
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + (value if share else 0.0)
     names = sorted(sums)
     # One collective for all names, which are sorted so that every rank sends the same thing in each place.
+    # float64: from 2**24 on float32 cannot count single tokens.
     totals = engine.sum(torch.tensor([*(sums[n] for n in names), count], dtype=torch.float64, device=engine.device))
+    # A set in which nothing is supervised gives 0 and no NaN, as a step of training does.
     numbers = {f"val_{n}": float(totals[i] / totals[-1].clamp(min=1)) for i, n in enumerate(names)}
     return numbers, left_out

@@ -128,6 +128,7 @@ def _assemble(recipe: LlavaRecipe, dtype: torch.dtype | None, empty: bool) -> Op
 def _llm_fingerprint(config: LlmConfig, parents: list[Parent], seed: int) -> str:
     """What tells two language models apart: weights and tokenizer; of random weights, what they are drawn from."""
     if config.name is not None:
+        # The last so far: the origin of the projector is appended after this.
         own = parents[-1].fingerprint
     else:
         own = hash_text(json.dumps(config.config, sort_keys=True), str(seed))

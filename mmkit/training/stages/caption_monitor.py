@@ -64,6 +64,7 @@ class CaptionMonitor:
         texts = self._write(engine)
         hypotheses = ptb.TOKENIZERS["python"](texts)
         pairs = list(zip(hypotheses, self.references, strict=True))
+        # i64[1, 10]: BLEU comes from sums over the set, CIDEr-D and ROUGE-L are means over pictures, as in pycocoevalcap.
         counters = np.stack([bleu.bleu_statistics(h, r) for h, r in pairs]).sum(axis=0, keepdims=True)
         numbers = {
             "val_CIDEr": float(np.mean(cider_d(hypotheses, self.references))),
@@ -75,6 +76,7 @@ class CaptionMonitor:
     def _examples(self, texts: list[str]) -> list[dict[str, Any]]:
         """The first few captions beside their references."""
         count = self.config.samples
+        # Not strict: only the first `count` texts are shown.
         named = zip(self.rows[:count], texts, self.captions, strict=False)
         return [
             {"key": self._pair(row).name, "image": self._pair(row).image.path, "prediction": text, "references": captions}

@@ -74,6 +74,7 @@ def collate_captions(samples: list[CaptionedFeatures]) -> Batch:
     """``features`` ``[B, ...]`` and the captions as of `pad_sequences`; all of a caption is learnt."""
     ids = [s.ids for s in samples]
     features = torch.stack([s.features for s in samples])
+    # 0 fills up and is an id like any other: masks come from lengths. The reference ignores id 0, which is GPT-2's "!".
     return {"features": features, **pad_sequences(ids, ids, 0), "keys": [s.key for s in samples]}
 
 
@@ -140,6 +141,7 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         kept = [pair for pair, sound in zip(pairs, good, strict=True) if sound]
         # All captions are kept as ids, which are few beside the features.
         ids = caption_ids(tokenizer, [p.caption for p in kept], end=recipe.caption_end, max_length=recipe.max_length)
+        # bool[source], over the rows that could not be read too, as the layout counts them.
         readable[readable] = good
         return FeatureSamples(kept, ids, features, work.rows[good]), unreadable + left_out, source.layout.keep(readable)
 
@@ -192,7 +194,9 @@ def build_clipcap(recipe: ClipcapRecipe, engine: Engine) -> Stage:
         available=source.unlimited - len(left_out),
         layout=layout,
         batching=recipe.batching,
+        # Of captions alone: the prefix adds the same to each, so it changes no grouping.
         lengths=Lengths.of([len(each) for each in samples.ids]),
+        # The monitor alone may have asked for the set.
         validation=validation if recipe.train.val_every is not None else None,
         monitors=monitors,
     )
@@ -247,6 +251,7 @@ class FeatureWork:
         @torch.inference_mode()
         def compute(pixels: Tensor) -> Tensor:
             pixels = pixels.to(device, non_blocking=True)
+            # Moved on first use: a run that finds its features kept does not need the encoder there.
             return encoder.to(device).tokens(pixels) if self.kind == "tokens" else encoder.to(device)(pixels)
 
         # The other ranks wait, then read the file, instead of each running the encoder over everything.
@@ -261,6 +266,7 @@ class FeatureWork:
                 size=encoder.image_size,
                 # The view that prediction uses too.
                 fit="squash",
+                # Of no effect: what is squashed has no border.
                 fill=(0, 0, 0),
                 max_pixels=self.max_pixels,
                 max_bytes=self.max_bytes,

@@ -140,7 +140,7 @@ class ContrastiveObjective(Objective):
         """Loss of each local row f[B], among the rows of all processes in training."""
         image, text, scale, bias = found
         # Side by side, so that both travel in one collective.
-        joined = torch.cat([image, text], dim=1)
+        joined = torch.cat([image, text], dim=1)  # f[B, 2E]
         # In eval mode no gather: a validation group is on one process as a whole, whatever their number.
         everyone, offset = self.gather(joined) if self.training else (joined, 0)
         all_image, all_text = everyone.split(image.shape[1], dim=1)
@@ -157,10 +157,12 @@ class ContrastiveObjective(Objective):
             return
         random, found = self._collect(batches)
         sizes = [len(b["text"]) for b in batches]
+        # f[B, E] of all micro-batches of this process, one after the other.
         image, text = (torch.cat([getattr(e, side) for _, e in found]) for side in ("image", "text"))
         # Scale and bias are the same in every micro-batch, so the first one's stand for all.
         leaves = Embeddings(image, text, *found[0][1][2:])
         with torch.enable_grad():
+            # Leaves of a graph of their own: it ends at the embeddings, and no tower is held by it.
             wanted = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
             losses = self._losses(leaves)
             # Across processes too: the gather's backward adds what the others' losses say about these embeddings.
@@ -215,7 +217,7 @@ def _retrieval(found: Embeddings) -> dict[str, Tensor]:
     """Rows whose nearest neighbour on the other side is their own, as scalars."""
     with torch.autocast(found.image.device.type, enabled=False):
         # In bf16 cosines near 1 have steps of 0.004, and neighbours would tie.
-        cosines = found.image @ found.text.T
+        cosines = found.image @ found.text.T  # [B, B]
     own = torch.arange(len(cosines), device=cosines.device)
     to_text, to_image = cosines.argmax(dim=1), cosines.argmax(dim=0)
     return {"image_to_text@1": (to_text == own).sum(), "text_to_image@1": (to_image == own).sum()}
@@ -258,6 +260,7 @@ def _build(recipe: ClipRecipe | LitRecipe, engine: Engine, *, frozen_encoder: bo
     """Towers from the recipe, data, and the writer of the product."""
     encoder, parents = make_encoder(recipe.encoder, seed=recipe.seed)
     kind = recipe.loss.kind or "infonce"
+    # By the width of the vision tower: null keys take what open_clip pairs with it.
     settings = text_settings(encoder.width, **recipe.text.model_dump())
     # A generator of its own: the text tower starts from the same weights whatever the vision tower drew before.
     with torch.random.fork_rng(devices=[]):

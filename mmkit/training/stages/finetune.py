@@ -69,6 +69,7 @@ class FinetuneObjective(Objective):
         # Under autocast logits are bf16, too coarse for a log-sum-exp.
         logits = self.classifier(self.encoder(mixed.pixels)).float()
         # Twice the cross entropy of hard targets is that of mixed ones, and no [B, C] target is needed.
+        # One pass with the targets of the batch and one with those of its reverse, as `mix` joined the pictures.
         own, other = self._entropy(logits, targets), self._entropy(logits, targets.flip(0))
         return mixed.share * own + (1 - mixed.share) * other
 
@@ -100,6 +101,7 @@ def build_finetune(recipe: FinetuneRecipe, engine: Engine) -> Stage:
     parent = resolve_parent("encoder", recipe.encoder)
     train, test, classes = _open_sets(recipe)
     encoder = _make_encoder(recipe, str(parent.folder or recipe.encoder))
+    # Its weights depend on the seed alone. They are made on the CPU, so no generator of a GPU need be touched.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         objective = FinetuneObjective(
@@ -124,6 +126,7 @@ def build_finetune(recipe: FinetuneRecipe, engine: Engine) -> Stage:
         parents=[parent],
         data_fingerprint=train.fingerprint,
         validation=FinetuneSamples(test, test.targets(classes), size=size, max_pixels=max_pixels),
+        # At 1 layers are not asked for: not every model says what they are.
         lr_of=decayed_rates(encoder, recipe.train.lr, recipe.layer_decay) if recipe.layer_decay < 1 else {},
         # As MAE's fine-tuning (util/lr_decay.py); pretraining decays the position table, as x-cls/superclass does.
         undecayed=("cls_token", "reg_token", "pos_embed"),
@@ -156,6 +159,7 @@ def _make_encoder(recipe: FinetuneRecipe, source: str) -> VisionEncoder:
         args["img_size"] = size
     # Nothing to rebuild: the loaded tower itself is used, no weight is touched.
     if args == known.model_args and size == known.image_size:
+        # Many published towers are stored in halves, in which small updates would be rounded away.
         return known.float()
     encoder = VisionEncoder(
         create_backbone(known.architecture, args),
@@ -261,6 +265,7 @@ def score_finetuned(run: Run, recipe: FinetuneRecipe) -> dict[str, Any]:
         "precision": recipe.train.precision,
         "limit": recipe.data.limit,
     }
+    # Among fewer than five classes there is no top-5.
     values = {"accuracy": result.correct} if result.top5 is None else {"accuracy": result.correct, "top5": result.top5}
     scores = {"tasks": {"finetune": score_layout("finetune", values, test, settings, seed=recipe.seed)}}
     write_json(run.path / "scores.json", scores)

@@ -47,6 +47,7 @@ def keep_features(
     """
     size = meta["image_size"]
     kept = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    # A skeleton's tower has shapes and no weights; it only reads what the main process has kept.
     extract = None if engine.skeleton else _Extract(model, meta, engine)
     told = []
     pictures: Sequence[Picture] = ()
@@ -59,6 +60,7 @@ def keep_features(
         # The model's own layer and not the recipe's, which says nothing of a model that is gone on from.
         facts += [model.config.vision_feature_layer, model.config.vision_feature_select_strategy, kept]
         facts += [data_fingerprint, recipe.data.limit, recipe.data.max_pixels, recipe.data.max_bytes]
+        # Asked of the model: how many tokens there are, and how wide, depends on the tower's class and on what of it is selected.
         shape = tuple(extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
         told = [(hash_text(*map(str, facts), *map(picture_state, pictures)), shape, len(pictures))]
     # First without a timeout: looking at half a million files may take minutes on a network disk.
@@ -66,6 +68,7 @@ def keep_features(
     key, shape, count = engine.gather(told)[0]
     if not engine.is_main:
         pictures = _Pictures(samples, count)
+    # Beside the runs and not inside: the second stage of LLaVA finds there what the first has kept.
     folder = Path(recipe.run).parent / ".features"
 
     def use() -> None:

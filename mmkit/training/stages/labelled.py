@@ -61,6 +61,7 @@ def _cut_range(size: int, share: float) -> slice:
     """One side of CutMix's box: sqrt(1 - share) of the picture's, around a random centre, clipped."""
     length = int(size * (1 - share) ** 0.5)
     centre = int(torch.randint(size, ()))
+    # An odd pixel goes to the far side, as in timm's rand_bbox.
     return slice(max(0, centre - length // 2), min(size, centre + (length + 1) // 2))
 
 
@@ -103,7 +104,9 @@ class FinetuneSamples:
         key, target = self.source.keys[index], self.targets[index]
         how = self.augment
         if how is None:
+            # The view of the score at the end (`pixel_batches`).
             return FinetuneSample(fit_square(decode_image(data, max_pixels=self.max_pixels), self.size, fit="crop"), target, key)
+        # Crop, flip, RandAugment: timm's order (transforms_factory.py).
         pixels = training_crop(data, self.size, rng, scale=how.crop_scale, decoder=how.decoder, max_pixels=self.max_pixels)
         if how.flip and rng.random() < 0.5:
             # A view with negative stride cannot become a tensor.
@@ -140,6 +143,7 @@ def _global_numbers(rng: np.random.Generator) -> Iterator[None]:
     # Put back afterwards, so that nothing else in the process changes with the augmentation.
     before, before_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(int(rng.integers(1 << 62)))
+    # numpy's old generator takes seeds below 2**32 only.
     np.random.seed(int(rng.integers(1 << 32)))  # noqa: NPY002
     try:
         yield

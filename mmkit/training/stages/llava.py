@@ -104,6 +104,7 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     Raises:
         InputError: As the parts raise it, or too many conversations are unusable.
     """
+    # Asked before the model is read.
     if engine.cuts_up and recipe.lora.quantization is not None:
         raise InputError(
             "4-bit weights cannot be cut up by ZeRO-3", where="lora.quantization", mend="use train.deepspeed=zero2, or DDP"
@@ -133,13 +134,16 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
 
     def samples_of(sources: Sequence[SourceConfig], limit: int | None) -> _Read:
         read = [_read_items(source, recipe.data, engine) for source in sources]
+        # Before the limit, to which what is left out belongs too (Stage.available).
         available = sum(len(found) for found, *_ in read)
         parts = [(found.piece(0, limit or len(found)), source.path) for source, (found, *_) in zip(sources, read, strict=True)]
         fit, size = meta["image_fit"], meta["image_size"]
         bounds = {"max_pixels": recipe.data.max_pixels, "max_bytes": recipe.data.max_bytes}
+        # Padding in the encoder's mean colour becomes 0, but for rounding, when pixels are normalised.
         samples = ConversationSamples(parts, encode=encode, size=size, fit=fit, fill=mean_colour(meta["mean"]), **bounds)
         layout = join([Layout.flat(len(found)) for found, _ in parts], [source.weight for source in sources])
         hashes = [fingerprint for *_, fingerprint in read]
+        # A list of one is the same data as its path alone.
         fingerprint = hashes[0] if len(hashes) == 1 else hash_text(*hashes)
         if recipe.cache_features:
             keep_features(samples, model, meta, recipe, engine, fingerprint)
@@ -203,6 +207,7 @@ def _use(measured: Measured, samples: ConversationSamples, layout: Layout, left_
     """
     for number, reason in measured.unusable:
         left_out.append(LeftOut(*samples.items.describe(number), reason))
+    # No tokens stand for what cannot be encoded (`Measured`).
     kept = measured.lengths.tokens > 0
     if not kept.any():
         source, key = samples.items.describe(0)
@@ -252,12 +257,14 @@ def _unquantized(model: Any, recipe: LlavaRecipe) -> Any:
     """
     if recipe.tune != "lora" or recipe.lora.quantization is None:
         return model
+    # Read again now and not kept beside: room for whole weights is what 4 bits were to save.
     whole, *_ = open_model(recipe)
     lora = recipe.lora.model_dump() | {"quantization": None}
     freeze_for(whole, "lora", lora=lora, train_encoder=recipe.train_encoder, seed=recipe.seed)
     trained = {name: p.detach().to("cpu") for name, p in model.named_parameters() if p.requires_grad}
     missing = {name for name, p in whole.named_parameters() if p.requires_grad} ^ trained.keys()
     assert not missing, f"the quantised model trained other parameters: {sorted(missing)[:3]}"
+    # Not strict: `trained` has what training changed; all else is as it was read.
     whole.load_state_dict(trained, strict=False)
     return whole
 

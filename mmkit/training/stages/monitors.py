@@ -26,6 +26,7 @@ from mmkit.errors import InputError
 from mmkit.training.objective import Finding, Monitor
 
 _SIDE = 224  # of a picture on a sheet, in pixels
+# Room for a line of the 14-point font below.
 _LINE = 18
 
 
@@ -52,6 +53,7 @@ class KnnMonitor:
 
     def look(self, engine: Engine) -> Finding:
         """``knn_accuracy`` of the weights as they are."""
+        # Features f[N, D] and f[M, D], classes i64[N] and i64[M].
         (train_x, test_x), (train_y, test_y) = ([self._features(part, engine) for part in self.sets], self.targets)
         # Under the loop's autocast the cosines would be bf16, whose steps near 1 are as large as the differences that count.
         with torch.autocast(train_x.device.type, enabled=False):

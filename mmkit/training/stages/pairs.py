@@ -94,6 +94,7 @@ class PairSamples:
         # Validation sees every picture whole and always the same.
         if how is None:
             image = decode_image(data, max_pixels=self.max_pixels)
+            # Squashed, as prediction shows pictures: a crop could cut off what the caption speaks of.
             return PairSample(fit_square(image, self.size, fit="squash"), pair.caption, pair.name, None)
         # The crop draws first: a recipe without jitter cuts the same crops as one with it.
         pixels = training_crop(data, self.size, rng, scale=how.crop_scale, decoder=how.decoder, max_pixels=self.max_pixels)

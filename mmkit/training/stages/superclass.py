@@ -65,6 +65,7 @@ class SuperclassObjective(Objective):
     def forward(self, batch: Batch) -> Tensor:
         """Loss sum of ``pixels`` uint8 ``[B, 3, S, S]`` with labels ``ids`` ``[L]``, ``offsets`` ``[B + 1]``; fp32 scalar."""
         # keep is in training batches of recipes with patch_drop; validation sees all patches.
+        # f[B, D], normed by the head but without its product: logits of the whole batch never exist.
         features = self.head(self.encoder(batch["pixels"], keep=batch.get("keep")))
         weights = self._label_weights(batch)
         # Here and not in `evaluate`: ZeRO-3 holds the head's weights whole only inside this call, and the encoder runs once.
@@ -95,6 +96,7 @@ class SuperclassObjective(Objective):
 
     def count(self, batch: Batch) -> int:
         """Rows with labels."""
+        # A caption without a label (empty, or stop words alone) leaves the mean; the reference counts it.
         return int((batch["offsets"].diff() > 0).sum())
 
     def statistics(self, batches: list[Batch]) -> Tensor | None:
@@ -119,14 +121,16 @@ class SuperclassObjective(Objective):
 
     def _recall_sums(self, features: Tensor, batch: Batch) -> Tensor:
         """Recall at each of `RECALL_AT` summed over rows, from the head's features ``[B, D]``: float[3]."""
+        # A vocabulary may have fewer labels than ten.
         k = min(max(RECALL_AT), self.head.vocab_size)
         # As in the loss never all logits at once; and in fp32, for a quarter of the rows have ties at place 10 in bf16.
         with torch.autocast(autocast_device(features), enabled=False):
             head = (self.head.weight.float(), self.head.bias.float())
             parts = [F.linear(part.float(), *head).topk(k, dim=1).indices for part in features.split(self.chunk_rows)]
-        top = torch.cat(parts)
+        top = torch.cat(parts)  # i64[B, k], likeliest first
         rows = row_of_label(batch["offsets"], batch["ids"].numel())
-        hit = top[rows] == batch["ids"][:, None]
+        hit = top[rows] == batch["ids"][:, None]  # bool[L, k]: label l is its row's j-th guess
+        # Whether a label is among the first 1, 5, 10 guesses of its row, f[L, 3].
         within = torch.stack([hit[:, :k].any(1).float() for k in RECALL_AT], dim=1)
         per_row = torch.zeros(len(top), len(RECALL_AT), device=top.device).index_add_(0, rows, within)
         return (per_row / batch["offsets"].diff().clamp(min=1)[:, None]).sum(0)

@@ -45,6 +45,7 @@ class ConversationSamples:
         self.encode = encode
         self.items = JoinedConversations(parts)
         self.size, self.fit, self.fill, self.max_pixels, self.max_bytes = size, fit, fill, max_pixels, max_bytes
+        # An array: loader processes share its pages, where a list's numbers would be copied as Python counts their uses.
         self._kept = np.arange(len(self.items))
         # Features of each picture and the rows they lie in, where they were extracted beforehand.
         self._features: Tensor | None = None
