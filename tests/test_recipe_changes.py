@@ -28,6 +28,10 @@ CLIP: dict[str, Any] = {
     "data": {"train": "pairs.jsonl"},
     "train": {"batch_size": 8, "steps": 4, "lr": 0.001},
 }
+SUPERCLASS = CLIP | {"stage": "superclass"}
+FINETUNE = LLAVA | {"stage": "finetune", "encoder": "runs/a", "data": {"train": "train", "test": "test"}}
+for key in ("model", "template", "tune"):
+    del FINETUNE[key]
 EVAL: dict[str, Any] = {
     "stage": "eval",
     "run": "runs/e",
@@ -62,6 +66,8 @@ def test_equal_recipes_have_no_changes():
     [
         (LLAVA, {"train__deepspeed": "zero3"}),
         (LLAVA, {"train__micro_batch_size": 2}),
+        (SUPERCLASS, {"train__micro_batch_size": 2}),
+        (FINETUNE, {"train__micro_batch_size": 2}),
         (LLAVA, {"train__keep_checkpoints": 7}),
         (LLAVA, {"data__workers": 0}),
         (LLAVA, {"data__prefetch": 5}),
@@ -99,6 +105,9 @@ def test_scoring_of_an_evaluation_may_change(new):
         # Its label is in the manifests of what was made from it.
         (LLAVA, {"system": "ours"}),
         (LLAVA, {"data__limit": 5}),
+        (SUPERCLASS | {"loss": {"kind": "two_way"}}, {"train__micro_batch_size": 2}),
+        (FINETUNE | {"mixup": 0.8}, {"train__micro_batch_size": 2}),
+        (FINETUNE | {"cutmix": 1.0}, {"train__micro_batch_size": 2}),
         (EVAL, {"tasks__0__prompt": "{question}"}),
         (EVAL, {"tasks__0__generation__max_new_tokens": 3}),
         (EVAL, {"tasks__0__limit": 3}),

@@ -59,10 +59,13 @@ def changes(before: str, after: str) -> list[Change]:
         after: The same.
     """
     old, new = dict(_leaves(yaml.safe_load(before))), dict(_leaves(yaml.safe_load(after)))
+    # Where samples of one forward pass are compared or mixed with each other, their number is part of the experiment.
+    tied = new.get("loss.kind") == "two_way" or any(new.get(key) for key in ("mixup", "cutmix"))
+    how = tuple(key for key in _HOW if key != "train.micro_batch_size") if tied else _HOW
     # An evaluation's label is all that it has of its own; a training run's stands in the manifests of others.
     scoring = _SCORING if new.get("stage") == old.get("stage") == "eval" else ()
     return [
-        Change(key, _show(old, key), _show(new, key), _kind(key, scoring))
+        Change(key, _show(old, key), _show(new, key), _kind(key, how, scoring))
         for key in {**new, **old}
         # Not by ==: 1, 1.0 and true are equal to Python, and none of them to a reader of recipes.
         if _show(old, key) != _show(new, key)
@@ -86,8 +89,8 @@ def _show(values: dict[str, Any], key: str) -> str:
     return repr(values[key]) if key in values else "absent"
 
 
-def _kind(key: str, scoring: tuple[str, ...]) -> Kind:
+def _kind(key: str, how: tuple[str, ...], scoring: tuple[str, ...]) -> Kind:
     """What a change of a key asks for."""
-    if any(fnmatch.fnmatchcase(key, pattern) for pattern in _HOW):
+    if any(fnmatch.fnmatchcase(key, pattern) for pattern in how):
         return "how"
     return "scoring" if any(fnmatch.fnmatchcase(key, pattern) for pattern in scoring) else "experiment"

@@ -22,15 +22,9 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """float[W * B, E] to float[B, E]."""
-        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        world = torch.distributed.get_world_size()
         # It may come as an expanded view, as that of a plain sum does.
         gradient = gradient.contiguous()
-        if torch.distributed.get_backend() == "nccl":
-            own = gradient.new_empty((len(gradient) // world, *gradient.shape[1:]))
-            torch.distributed.reduce_scatter_tensor(own, gradient)
-            return own
-        # gloo has no reduce-scatter of one tensor: the same sum with more traffic.
-        # The sum is made in place, and autograd may still need what it handed over.
-        gradient = gradient.clone()
-        torch.distributed.all_reduce(gradient)
-        return gradient.chunk(world)[rank].contiguous()
+        own = gradient.new_empty((len(gradient) // world, *gradient.shape[1:]))
+        torch.distributed.reduce_scatter_tensor(own, gradient)
+        return own

@@ -196,6 +196,7 @@ class StepLog:
         """
         objective, config, last = self.stage.objective, self.config, done == self._total
         seen: dict[str, float] = {}
+        began = time.monotonic()
         if self.stage.validation is not None and config.val_every and (done % config.val_every == 0 or last):
             how = self.settings
             numbers, left_out = validate(
@@ -218,6 +219,8 @@ class StepLog:
                 for name, picture in found.pictures.items():
                     self.tracker.picture(done, name, picture)
         objective.train()
+        # Speed is that of training: whatever row comes next, it does not hold the time of looking.
+        self._window += time.monotonic() - began
         return seen
 
     def _write(self, done: int, row: dict[str, float]) -> None:

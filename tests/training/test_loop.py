@@ -282,3 +282,22 @@ def test_monitors_look_in_eval_mode_and_the_tracker_shows_it(tmp_path):
     assert [r["step"] for r in pipeline.rows(run.path / "metrics.jsonl") if "watched" in r] == [2, 4, 5]
     assert note.shown == [(step, "w", (2, 3, 3)) for step in (2, 4, 5)] and note.closed
     assert [step for step, names in note.rows if "loss" in names] == [5] and made.objective.training
+
+
+def test_the_speed_of_training_has_no_looking_in_it(tmp_path, monkeypatch):
+    # A clock on which nothing takes time but looking.
+    clock = [0.0]
+    monkeypatch.setattr(step_log.time, "monotonic", lambda: clock[0])
+    made = stage(VALUES)
+    watch = Watch(made.objective)
+    look = watch.look
+
+    def slow(engine):
+        clock[0] += 100.0
+        return look(engine)
+
+    watch.look = slow
+    made.monitors.append(watch)
+    run = run_loop(made, tmp_path / "run", steps=6, log_every=3)
+    logged = [row for row in pipeline.rows(run.path / "metrics.jsonl") if "loss" in row]
+    assert len(watch.modes) == 3 and [row["seconds"] for row in logged] == [0.0, 0.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,7 +173,8 @@ def build_llava_stage(recipe: LlavaRecipe, engine: Engine) -> Stage:
     return Stage(
         objective=LlavaObjective(model, mean=meta["mean"], std=meta["std"], kept=samples.kept_shape),
         samples=samples,
-        collate=lambda batch: collate_conversations(batch, pad=tokenizer.pad_token_id, packed=recipe.batching.kind == "packed"),
+        # No lambda: it has to pickle where loader processes are spawned.
+        collate=functools.partial(collate_conversations, pad=tokenizer.pad_token_id, packed=recipe.batching.kind == "packed"),
         save_product=save_product,
         parents=parents,
         data_fingerprint=data_fingerprint,
