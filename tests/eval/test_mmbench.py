@@ -127,6 +127,7 @@ def test_a_table_without_rotations(tmp_path: Path) -> None:
     table = write(tmp_path / "t.tsv", rows()[:2])
     found = score("mmbench", answers(_2="A")[:2], table)
     assert found["metrics"] == {"accuracy": 0.5, "accuracy_vanilla": 0.5} and found["settings"]["rotations"] == 0
+    assert any(note.startswith("the table has no rotations: its accuracy is vanilla") for note in found["settings"]["notes"])
 
 
 def test_forms_of_answers_and_tables_agree(tmp_path: Path) -> None:

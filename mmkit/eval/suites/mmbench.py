@@ -152,6 +152,10 @@ def score_mmbench(task: str, predictions: Source, annotations: Source, questions
     counts, notes = count_answers(
         [texts[i] for i in ids], unparsed=letters.count(None), means="count as wrong (the server would ask a language model)"
     )
+    if all(row.index == row.base for row in table):
+        notes.append(
+            "the table has no rotations: its accuracy is vanilla, which is higher than the circular one that papers report"
+        )
     short = _incomplete(table, rows)
     if short:
         notes.append(f"{short} of {len(hits)} questions lack an answer to some rotations, which makes circular accuracy too high")
