@@ -55,11 +55,17 @@ def test_a_prompt_without_its_question():
         ("bootstrap=many", "bootstrap is a whole number from 0, not 'many'"),
         ("allow_missing=true", "settings.allow_missing: an evaluation answers all its questions; leave it out"),
         ("all_questions=q.json", "all_questions is for the server's file of a test set"),
+        ("rule=lmsm", "rule: unknown rule 'lmsm'; known: official, 2017, always"),
     ],
 )
 def test_a_scorers_setting_is_refused_before_anything_is_asked(setting, told):
     with pytest.raises(InputError, match=re.escape(told)):
         check("vqav2-val", "model=m", f"tasks.0.settings.{setting}")
+
+
+def test_the_ocr_setting_is_the_tasks_own():
+    with pytest.raises(InputError, match="ocr in settings does not change the prompts; give ocr as a key of the task"):
+        check("textvqa-val", "model=m", "tasks.0.settings.ocr=reference")
 
 
 def test_settings_of_a_submission_go_with_a_test_set():

@@ -74,6 +74,9 @@ def check_task_settings(config: TaskConfig, where: str = "") -> None:
             raise InputError(what, where=f"settings.{key}", mend="leave it out, or use annotations=null")
     for key in given:
         _check_setting(config.task, key)
+    if config.task == "textvqa" and "ocr" in given:
+        # The score would say what the prompts do not show.
+        raise InputError("ocr in settings does not change the prompts", where="ocr", mend="give ocr as a key of the task")
     _check_common(**{key: value for key, value in given.items() if key in COMMON})
     # Of a test set too, where they have no effect: a value that does not exist is a slip wherever it stands.
     _check_values(config.task, given)
@@ -139,7 +142,7 @@ def score(
 
     Args:
         task: One of `mmkit.eval.suites.suite_names`.
-        predictions: Result file in the official format, or its loaded list.
+        predictions: Result file in the official format (as JSON lines, too) or in that of LLaVA's programs, or its loaded data.
         annotations: Annotation file in the official format, or its loaded dictionary.
         questions: Question file, where the task has one apart (VQAv2), to be checked against the annotations.
         allow_missing: Score the ids that have a result when some have none; the settings then say how many.

@@ -7,7 +7,7 @@ Everything is a function of sums over samples, so one resample is one weighted s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,28 @@ class PairedDifference(NamedTuple):
     n: int
 
 
+class Figures(NamedTuple):
+    """Figures of a whole set that no sums over its samples give, such as average precision, as a function of weights.
+
+    Attributes:
+        names: M names.
+        of: f64[N], how often each sample counts -> f64[M]; NaN where a figure is not defined. Ones give the figures themselves.
+        centred: Those of the names whose draws are moved so that their mean is the figure: a sum of squares adds the noise of
+            the sample once, and every resample adds it once more, so that the draws lie beside the figure and not around it.
+    """
+
+    names: tuple[str, ...]
+    of: Callable[[Floats], Floats]
+    centred: tuple[str, ...] = ()
+
+
+def cluster_numbers(clusters: Sequence[Hashable]) -> NDArray[np.int64]:
+    """i64[N]: the labels as numbers from 0, in order of first appearance."""
+    # Not sorted: labels may be numbers and texts, which do not compare.
+    index: dict[Hashable, int] = {}
+    return np.array([index.setdefault(label, len(index)) for label in clusters], dtype=np.int64)
+
+
 def cluster_sums(values: ArrayLike, clusters: Sequence[Hashable] | None) -> Floats:
     """Sum the rows of each cluster.
 
@@ -42,13 +64,28 @@ def cluster_sums(values: ArrayLike, clusters: Sequence[Hashable] | None) -> Floa
         return rows
     if len(clusters) != len(rows):
         raise ValueError(f"{len(clusters)} cluster labels for {len(rows)} rows")
-    # Numbered as they appear, not sorted: labels may be numbers and texts, which do not compare.
-    index: dict[Hashable, int] = {}
-    labels = np.array([index.setdefault(label, len(index)) for label in clusters], dtype=np.int64)
-    sums = np.zeros((len(index), rows.shape[1]))
+    labels = cluster_numbers(clusters)
+    sums = np.zeros((int(labels.max(initial=-1)) + 1, rows.shape[1]))
     # add.at, since plain indexing would count a repeated label once.
     np.add.at(sums, labels, rows)
     return sums
+
+
+def drawn_weights(count: int, *, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Draw clusters with replacement, many times.
+
+    Args:
+        count: Number of clusters C.
+        resamples: Number of draws.
+        seed: Seed of the draws; the same seed and C give the same draws.
+
+    Yields:
+        i64[C]: how often each cluster was drawn.
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        # One draw at a time: a [B, C] matrix would take gigabytes on the VQAv2 images.
+        yield np.bincount(rng.integers(0, count, count), minlength=count)
 
 
 def resampled_sums(sums: Floats, *, resamples: int, seed: int) -> Floats:
@@ -62,13 +99,9 @@ def resampled_sums(sums: Floats, *, resamples: int, seed: int) -> Floats:
     Returns:
         f64[B, K].
     """
-    rng = np.random.default_rng(seed)
-    count = len(sums)
     out = np.empty((resamples, sums.shape[1]))
-    for draw in range(resamples):
-        # Weights of one draw at a time: a [B, C] matrix would take gigabytes on the VQAv2 images.
-        weights = np.bincount(rng.integers(0, count, count), minlength=count)
-        out[draw] = weights @ sums
+    for row, weights in zip(out, drawn_weights(len(sums), resamples=resamples, seed=seed), strict=True):
+        row[:] = weights @ sums
     return out
 
 
@@ -108,7 +141,35 @@ def bootstrap_ci(
         f64[M, 2]: low and high; NaN where no draw gave a value.
     """
     # The statistic is applied to sums, not averaged over samples: corpus BLEU is no mean of sentence scores.
-    drawn = statistic(resampled_sums(cluster_sums(values, clusters), resamples=resamples, seed=seed))
+    return _percentiles(statistic(resampled_sums(cluster_sums(values, clusters), resamples=resamples, seed=seed)))
+
+
+def figures_ci(figures: Figures, clusters: Sequence[Hashable], *, resamples: int = 1000, seed: int = 0) -> Floats:
+    """95 % interval of figures of weighted samples, from the draws that `bootstrap_ci` makes of the same clusters.
+
+    Args:
+        figures: What to compute of each draw.
+        clusters: N labels; the samples of one label are drawn together.
+        resamples: Number of draws.
+        seed: Seed of the draws.
+
+    Returns:
+        f64[M, 2]: low and high; NaN where no draw gave a value. Of centred figures never below 0.
+    """
+    labels = cluster_numbers(clusters)
+    count = int(labels.max(initial=-1)) + 1
+    draws = drawn_weights(count, resamples=resamples, seed=seed)
+    drawn = np.stack([figures.of(weights[labels].astype(np.float64)) for weights in draws])
+    interval, value = _percentiles(drawn), figures.of(np.ones(len(labels)))
+    for n, name in enumerate(figures.names):
+        present = drawn[~np.isnan(drawn[:, n]), n]
+        if name in figures.centred and len(present):
+            interval[n] = np.maximum(0.0, interval[n] + value[n] - present.mean())
+    return interval
+
+
+def _percentiles(drawn: Floats) -> Floats:
+    """f64[B, M] -> f64[M, 2]: the middle 95 % of each column, NaN aside."""
     interval = np.full((drawn.shape[1], 2), np.nan)
     for row, column in zip(interval, drawn.T, strict=True):
         # A rare answer type may be absent from some draws, and from all of them when there are few.

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from mmkit.config import TaskConfig
 from mmkit.errors import InputError
 from mmkit.eval.score import score
-from mmkit.eval.scorers.gqa import distribution, read_gqa
+from mmkit.eval.scorers.gqa import Distribution, distribution, read_gqa
 from mmkit.eval.suites import find_suite
 from mmkit.eval.tasks import load_task
 
@@ -56,7 +57,7 @@ def test_only_balanced_questions_are_scored() -> None:
     assert found["breakdown"]["semantic"] == {"attr": {"accuracy": 0.5, "n": 2}, "rel": {"accuracy": 1.0, "n": 1}}
     assert set(found["breakdown"]["detailed"]) == {"categoryAttr", "twoCommon"}
     assert found["settings"]["images"] == 2
-    assert set(found["ci95"]) == {"accuracy", "accuracy_binary", "accuracy_open"}
+    assert set(found["ci95"]) == {"accuracy", "accuracy_binary", "accuracy_open", "distribution"}
     assert found["settings"]["consistency"] == "not scored: 2 entailed questions are not in the file or have no answer"
     assert found["settings"]["validity"].startswith("not scored: no choices file")
     assert "consistency" not in found["metrics"] and "validity" not in found["metrics"]
@@ -138,6 +139,39 @@ def test_distribution_equals_the_loop(scored: list[tuple[str, str, str]]) -> Non
         total += chi * size
         weight += size
     assert distribution(scored) == pytest.approx(total / weight / 100)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b", None]), st.sampled_from("xyz"), st.sampled_from("xyzw"), st.integers(0, 3)),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_weights_are_repeats(rows_: list[tuple[str | None, str, str, int]]) -> None:
+    scored = [(group, answer, said) for group, answer, said, _ in rows_]
+    repeated = [row for row, (*_, times) in zip(scored, rows_, strict=True) for _ in range(times)]
+    value = Distribution(scored).of(np.array([times for *_, times in rows_], dtype=float))
+    expected = distribution(repeated)
+    assert np.isnan(value) if expected is None else value == pytest.approx(expected)
+
+
+def test_every_figure_has_an_interval_around_it(tmp_path: Path) -> None:
+    colours = ["red", "green", "blue", "grey"]
+    data = {
+        f"q{n}": question(colours[n % 3], imageId=f"n{n // 3}", group=f"g{n % 2}", entailed=[f"q{(n + 1) % 60}"])
+        for n in range(60)
+    }
+    said = rows(**{f"q{n}": colours[n % 3 if n % 5 else 3 - n % 4] for n in range(60)})
+    (tmp_path / "c.json").write_text(json.dumps({key: {"valid": ["red", "blue"], "plausible": ["red"]} for key in data}))
+    found = score("gqa", said, data, bootstrap=300, choices=str(tmp_path / "c.json"))
+    assert set(found["ci95"]) == set(found["metrics"]) >= {"distribution", "consistency", "validity", "plausibility"}
+    for name, (low, high) in found["ci95"].items():
+        assert low <= found["metrics"][name] <= high, name
+        # Pictures are drawn, and answers of some are worse.
+        assert low < high, name
+    assert score("gqa", said, data, bootstrap=300, choices=str(tmp_path / "c.json")) == found
 
 
 def test_tasks_rows_and_submission(tmp_path: Path) -> None:

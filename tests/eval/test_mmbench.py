@@ -127,6 +127,7 @@ def test_a_table_without_rotations(tmp_path: Path) -> None:
     table = write(tmp_path / "t.tsv", rows()[:2])
     found = score("mmbench", answers(_2="A")[:2], table)
     assert found["metrics"] == {"accuracy": 0.5, "accuracy_vanilla": 0.5} and found["settings"]["rotations"] == 0
+    assert any(note.startswith("the table has no rotations: its accuracy is vanilla") for note in found["settings"]["notes"])
 
 
 def test_forms_of_answers_and_tables_agree(tmp_path: Path) -> None:
@@ -275,3 +276,16 @@ def test_the_csv_limit_of_the_process_stays(tmp_path: Path) -> None:
     table[0]["comment"] = "x" * (before + 1)
     assert score("mmbench", answers(), write(tmp_path / "t.tsv", table), bootstrap=0)["metrics"]["accuracy"] == 1
     assert csv.field_size_limit() == before
+
+
+def test_questions_about_one_picture_are_drawn_together() -> None:
+    one, two = (base64.b64encode(picture(colour)).decode() for colour in ("red", "blue"))
+    # Question 2 shows the picture of question 1 again, question 3 names the row that has it, question 4 has its own.
+    table = [row(n, "red green", "A", image) for n, image in enumerate((one, one, "1", two), start=1)]
+    said = [{"question_id": n, "answer": "A" if n < 4 else "B"} for n in range(1, 5)]
+    found = score("mmbench", said, table, bootstrap=200)
+    assert found["settings"]["images"] == 2 and found["settings"]["questions"] == 4
+    # Drawn one by one the questions would never give 0 to 1: either picture may fill a draw.
+    assert found["ci95"]["accuracy"] == [0, 1]
+    bare = [{key: value for key, value in line.items() if key != "image"} for line in table]
+    assert score("mmbench", said, bare, bootstrap=200)["settings"]["images"] == 4

@@ -247,3 +247,24 @@ def test_examples_ask_as_llava_does(tmp_path: Path) -> None:
     # Pictures may lie elsewhere in the same layout.
     other = benchmark(tmp_path / "other")
     assert Path(load(root, image_root=str(other))[0].images[0].name) == other / "existence/0000.jpg"
+
+
+def test_subtasks_on_one_coco_picture_are_drawn_together(tmp_path: Path) -> None:
+    asked = ((f"Is it?{END}", "Yes"), (f"Is it not?{END}", "No"))
+
+    def rows(names: list[str]) -> list[dict[str, Any]]:
+        """Right in existence on the first picture and in count on the second, always yes on the others."""
+        for subtask in ("existence", "count"):
+            lines = [f"{name}\t{text}\t{truth}" for name in names for text, truth in asked]
+            (tmp_path / f"{subtask}.txt").write_text("\n".join(lines) + "\n")
+        right = (f"existence/{names[0]}/2", f"count/{names[1]}/2")
+        keys = [f"{subtask}/{name}/{n}" for subtask in ("existence", "count") for name in names for n in (1, 2)]
+        return [{"question_id": key, "answer": "no" if key in right else "yes"} for key in keys]
+
+    found = score("mme", rows(["000000000001.jpg", "000000000002.jpg"]), tmp_path, bootstrap=100)
+    assert found["metrics"]["perception"] == 250 and found["settings"]["images"] == 2
+    # Whichever of the two is drawn, what one subtask gains the other loses.
+    assert found["ci95"]["perception"] == [250, 250]
+    # Names that every subtask counts from 1 mean other pictures in each.
+    found = score("mme", rows(["0001.jpg", "0002.jpg"]), tmp_path, bootstrap=100)
+    assert found["settings"]["images"] == 4 and found["ci95"]["perception"][0] < 250 < found["ci95"]["perception"][1]

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from mmkit.errors import InputError
 from mmkit.eval.scorers.bleu import bleu_from_statistics
 from mmkit.eval.statistics import (
+    Figures,
     bootstrap_ci,
     cluster_sums,
+    figures_ci,
     holm,
     mean_ci,
     paired_bootstrap,
@@ -213,3 +215,27 @@ def test_holm_lies_between_p_and_bonferroni_and_keeps_the_order(p_values: list[f
         assert p <= q <= min(1.0, len(p_values) * p) + 1e-12
     for (p, q), (r, s) in itertools.combinations(zip(p_values, adjusted, strict=True), 2):
         assert (q <= s) if p < r else (q >= s)
+
+
+def test_figures_of_weights_use_the_draws_of_the_means() -> None:
+    values = np.random.default_rng(1).random(50)
+    clusters = [n // 3 for n in range(50)]
+    mean = Figures(("mean", "none"), lambda weights: np.array([weights @ values / weights.sum(), math.nan]))
+    found = figures_ci(mean, clusters, resamples=200, seed=4)
+    assert found[0] == pytest.approx(mean_ci(values.tolist(), clusters=clusters, resamples=200, seed=4))
+    assert np.isnan(found[1]).all()
+
+
+def test_draws_of_a_sum_of_squares_are_centred() -> None:
+    # Chi-square of a fair coin: 200 throws against their expectation, plain resamples add the noise once more.
+    coin = np.random.default_rng(5).integers(0, 2, 200)
+
+    def chi(weights: np.ndarray) -> np.ndarray:
+        heads = weights @ coin
+        return np.array([(heads - 100.0) ** 2 / 50, (heads - 100.0) ** 2 / 50])
+
+    plain, centred = figures_ci(Figures(("plain", "centred"), chi, ("centred",)), list(range(200)), resamples=2000)
+    value = chi(np.ones(200))[0]
+    assert centred[0] <= value <= centred[1] and centred[0] >= 0
+    # One more degree of freedom's worth of noise: the mean of the draws lies about 1 above the figure.
+    assert plain[1] - centred[1] == pytest.approx(1, abs=0.2)

@@ -81,7 +81,10 @@ def test_confidences_are_scored_where_there_are_some() -> None:
     assert found["metrics"]["unanswerable_average_precision"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     # Below one half: 0, 2 and 3, of which two are right.
     assert found["metrics"]["unanswerable_f1"] == pytest.approx(2 * 2 / (3 + 2))
-    assert set(found["ci95"]) == {"accuracy", "accuracy_other"}
+    assert set(found["ci95"]) == set(found["metrics"]) and len(found["ci95"]) == 4
+    for name in ("unanswerable_average_precision", "unanswerable_f1"):
+        low, high = found["ci95"][name]
+        assert low < found["metrics"][name] < high
     without = score("vizwiz", rows(), truth(), bootstrap=0)
     assert set(without["metrics"]) == {"accuracy", "accuracy_other"}
     assert without["settings"]["unanswerability"].startswith("not scored: no row has")
@@ -118,6 +121,18 @@ def test_figures_equal_their_definitions(pairs: list[tuple[bool, float]]) -> Non
     precision, recall = (hits / max(n, 1) for n in (int(guesses.sum()), total))
     expected = 2 * precision * recall / (precision + recall) if hits else 0.0
     assert f1_score(labels, guesses) == pytest.approx(expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.25, 0.5, 0.75]), st.integers(0, 3)), min_size=1, max_size=12))
+def test_weights_are_repeats(rows_: list[tuple[bool, float, int]]) -> None:
+    labels, scores, times = (np.array(column) for column in zip(*rows_, strict=True))
+    if times.any():
+        again = labels.repeat(times), scores.repeat(times)
+        assert average_precision(labels, scores, times) == pytest.approx(average_precision(*again))
+        assert f1_score(labels, scores > 0.5, times) == pytest.approx(f1_score(again[0], again[1] > 0.5))
+    else:
+        assert average_precision(labels, scores, times) == f1_score(labels, scores > 0.5, times) == 0
 
 
 def test_tasks_and_submission(tmp_path: Path) -> None:

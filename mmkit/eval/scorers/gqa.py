@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import string
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mmkit.errors import InputError
 from mmkit.eval.scorers.formats import check_rows
 from mmkit.eval.scorers.json_files import Source, listed, load_json
+from mmkit.eval.statistics import Floats
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Groups of answers that count as valid and plausible wherever two things are compared ("What do they have in common?").
@@ -111,52 +114,77 @@ def _question(row: Mapping[str, Any], answers: bool) -> GqaQuestion:
     return GqaQuestion(*text, row["answer"], *types, row["groups"].get("global"), tuple(row.get("entailed", ())))
 
 
+class Distribution:
+    """How far the predicted answers' frequencies are from the true ones, of any weighting of the questions."""
+
+    def __init__(self, scored: Sequence[tuple[str | None, str, str]]) -> None:
+        """Number the groups and their true answers.
+
+        Args:
+            scored: Global group, true answer and predicted answer of each of N questions; those without a group count nothing.
+        """
+        # Answers that are never true in their group count only by what is missing elsewhere, as upstream.
+        places: dict[tuple[str, str], int] = {}
+        groups: dict[str, int] = {}
+        for group, answer, _ in scored:
+            if group is not None:
+                places.setdefault((group, answer), len(places))
+                groups.setdefault(group, len(groups))
+        self.group_of_place = np.array([groups[group] for group, _ in places], dtype=np.int64)
+        # One more place for what does not count.
+        other = len(places)
+        gold = [other if group is None else places[group, answer] for group, answer, _ in scored]
+        said = [other if group is None else places.get((group, text), other) for group, _, text in scored]
+        self.gold, self.said = np.array(gold, dtype=np.int64), np.array(said, dtype=np.int64)
+        self.known = bool(places)
+
+    def of(self, weights: Floats) -> float:
+        """Chi-square of each group, weighted by its size, / 100.
+
+        Args:
+            weights: f64[N], how often each question counts.
+
+        Returns:
+            Lower is better; NaN where no question that counts has a group.
+        """
+        places = len(self.group_of_place)
+        expected = np.bincount(self.gold, weights, places + 1)[:places]
+        found = np.bincount(self.said, weights, places + 1)[:places]
+        chi = np.divide((found - expected) ** 2, expected, out=np.zeros(places), where=expected > 0)
+        # Weighted by questions, so that a group of three does not count like one of a thousand.
+        sizes = np.bincount(self.group_of_place, expected)
+        total = sizes.sum()
+        return float(np.bincount(self.group_of_place, chi) @ sizes / total / 100) if total > 0 else math.nan
+
+
 def distribution(scored: Iterable[tuple[str | None, str, str]]) -> float | None:
-    """How far the predicted answers' frequencies are from the true ones: chi-square of each group, weighted by size, / 100.
-
-    Args:
-        scored: Global group, true answer and predicted answer of each question; those without a group are left out.
-
-    Returns:
-        Lower is better; None where no question has a group. Answers that are never true in their group count only by what is
-        missing elsewhere, as upstream.
-    """
-    gold: dict[str, Counter[str]] = {}
-    said: dict[str, Counter[str]] = {}
-    for group, answer, prediction in scored:
-        if group is not None:
-            gold.setdefault(group, Counter())[answer] += 1
-            said.setdefault(group, Counter())[prediction] += 1
-    # Weighted by questions, so that a group of three does not count like one of a thousand.
-    sizes = {group: counts.total() for group, counts in gold.items()}
-    if not sizes:
-        return None
-    # Over true answers only: one that is never true has no expected number to divide by.
-    chi = {group: sum((said[group][a] - n) ** 2 / n for a, n in counts.items()) for group, counts in gold.items()}
-    return sum(chi[group] * size for group, size in sizes.items()) / sum(sizes.values()) / 100
+    """`Distribution` of every question once; None where no question has a group."""
+    rows = list(scored)
+    value = Distribution(rows).of(np.ones(len(rows)))
+    return None if math.isnan(value) else value
 
 
-def consistency(asked: Mapping[str, GqaQuestion], scored: Sequence[str], right: Mapping[str, bool]) -> float | None:
-    """Accuracy on the questions that a rightly answered one entails, averaged over the rightly answered ones.
+def consistency(asked: Mapping[str, GqaQuestion], scored: Sequence[str], right: Mapping[str, bool]) -> Floats:
+    """Share of the questions entailed by each rightly answered one that are answered rightly, too; the metric is their mean.
 
     Args:
         asked: All questions, balanced or not.
-        scored: Ids of the balanced ones.
+        scored: Ids of the N balanced ones.
         right: Whether each answered question, balanced or not, was answered rightly.
 
     Returns:
-        A fraction; None where no right answer entails another question.
+        f64[N], fractions; NaN for wrong answers and where nothing is entailed.
 
     Raises:
         KeyError: An entailed question has no answer (see `unanswered`).
     """
-    shares = []
-    for key in scored:
+    shares = np.full(len(scored), math.nan)
+    for place, key in enumerate(scored):
         # Upstream's lists name the question itself, too.
         others = [other for other in asked[key].entailed if other != key]
         if right[key] and others:
-            shares.append(sum(right[other] for other in others) / len(others))
-    return sum(shares) / len(shares) if shares else None
+            shares[place] = sum(right[other] for other in others) / len(others)
+    return shares
 
 
 def unanswered(asked: Mapping[str, GqaQuestion], scored: Sequence[str], answered: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import contextlib
 import csv
+import hashlib
 import string
 import sys
 import zipfile
@@ -35,12 +36,14 @@ class TableRow:
         index: The id.
         cells: Column -> text, without the picture.
         image: The picture in base64, or the index of the row that has it; empty where the table has no such column.
+        picture: Digest of that cell, or the index in it: rows of one picture have the same. Kept where the picture is not.
     """
 
     where: str
     index: int
     cells: Mapping[str, str]
     image: str
+    picture: str = ""
 
     def cell(self, name: str) -> str:
         """A cell; empty where the table has no such column or pandas wrote its "nan" for nothing."""
@@ -145,10 +148,27 @@ def _row(where: str, record: Mapping[str, str], images: bool) -> TableRow:
     if not (text.isascii() and text.isdigit()):
         raise InputError(f"index {text!r:.30} is no whole number", where=where, mend="fetch the table again")
     cells = {name: value for name, value in record.items() if name != "image"}
-    row = TableRow(where, int(text), cells, record.get("image", "") if images else "")
+    image = record.get("image", "").strip()
+    picture = image if _names_a_row(image) else hashlib.blake2b(image.encode(), digest_size=16).hexdigest()
+    row = TableRow(where, int(text), cells, image if images else "", picture if image else "")
     if not row.options:
         raise InputError(f"question {row.index} has no options", where=where, mend="fetch the table again")
     return row
+
+
+def _names_a_row(image: str) -> bool:
+    """Whether a cell names the row that has the picture: a base64 text is never a short number."""
+    return image.isascii() and image.isdigit() and len(image) < 12
+
+
+def shared_pictures(rows: Sequence[TableRow]) -> dict[int, str]:
+    """Index of each row -> a name of its picture, the same for all rows that show it; without a picture, its question's."""
+    by_index = {row.index: row for row in rows}
+    found = {}
+    for row in rows:
+        holder = by_index.get(int(row.picture), row) if _names_a_row(row.picture) else row
+        found[row.index] = holder.picture or f"question {row.base}"
+    return found
 
 
 def _check(rows: Sequence[TableRow]) -> None:
@@ -193,8 +213,7 @@ def pictures(rows: Sequence[TableRow]) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     for row in rows:
         holder = row
-        # A base64 text of a picture is never a short number.
-        if row.image.isdigit() and len(row.image) < 12:
+        if _names_a_row(row.image):
             holder = by_index.get(int(row.image), row)
         if holder.index not in found:
             found[holder.index] = _decode(holder, row)

@@ -125,30 +125,32 @@ def confidences(rows: Sequence[Any], name: str) -> dict[str, float]:
     return {key: float(value) for key, value in found.items()}
 
 
-def average_precision(positive: ArrayLike, scores: ArrayLike) -> float:
+def average_precision(positive: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Area under the precision-recall steps, as scikit-learn's average_precision_score: sum of (R_n - R_n-1) P_n.
 
     Args:
         positive: bool[N].
         scores: f64[N]; equal ones are one step.
+        weights: f64[N], how often each counts; once by default.
 
     Returns:
         In [0, 1]; 0 where nothing is positive.
     """
     labels, values = np.asarray(positive, dtype=bool), np.asarray(scores, dtype=np.float64)
+    times = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
     order = np.argsort(-values, kind="stable")
     # The last place of each run of equal scores: a threshold cannot part them.
     ends = np.append(np.flatnonzero(np.diff(values[order])), len(values) - 1)
-    hits = np.cumsum(labels[order])[ends]
-    if not labels.any():
+    hits, said = np.cumsum((labels * times)[order])[ends], np.cumsum(times[order])[ends]
+    if hits[-1] == 0:
         return 0.0
-    recall = hits / labels.sum()
-    return float(np.sum(np.diff(recall, prepend=0.0) * hits / (ends + 1)))
+    # maximum: before the first that counts nothing is said, and nothing hit.
+    return float(np.sum(np.diff(hits / hits[-1], prepend=0.0) * hits / np.maximum(said, 1)))
 
 
-def f1_score(positive: ArrayLike, predicted: ArrayLike) -> float:
+def f1_score(positive: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Harmonic mean of precision and recall of the positive class, 2 TP / (2 TP + FP + FN); 0 where nothing is either."""
     truth, said = np.asarray(positive, dtype=bool), np.asarray(predicted, dtype=bool)
-    both = int((truth & said).sum())
-    total = int(truth.sum() + said.sum())
-    return 2 * both / total if total else 0.0
+    times = np.ones(len(truth)) if weights is None else np.asarray(weights, dtype=np.float64)
+    total = float(times @ truth + times @ said)
+    return 2 * float(times @ (truth & said)) / total if total else 0.0

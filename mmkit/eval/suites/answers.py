@@ -10,7 +10,7 @@ import numpy as np
 from mmkit.eval.result import LONG_ANSWER_WORDS, Score, Settings, answer_shapes, coverage, make_score, masked_means
 from mmkit.eval.scorers import formats
 from mmkit.eval.scorers.formats import VqaQuestion
-from mmkit.eval.statistics import Floats
+from mmkit.eval.statistics import Figures, Floats, figures_ci
 from mmkit.eval.suites.parsed import breakdown
 
 # Part of the questions -> the label of a question in it; a question without a label ("") is in none.
@@ -30,7 +30,7 @@ def score_answers(
     parts: Labels = ANSWER_TYPE,
     breakdowns: Labels | None = None,
     beside: Mapping[str, Callable[[str, VqaQuestion], float]] | None = None,
-    extra: Callable[[Sequence[Any]], Mapping[str, float]] | None = None,
+    extra: Callable[[Sequence[Any]], Figures] | None = None,
     long_words: int | None = LONG_ANSWER_WORDS,
     unparsed: Callable[[str], bool] | None = None,
 ) -> Score:
@@ -47,7 +47,7 @@ def score_answers(
         parts: Metric -> label of a question; each label that occurs gives a metric ``accuracy_LABEL`` with its interval.
         breakdowns: Name -> label of a question; for tables of many rows, without intervals.
         beside: Further metrics of single answers.
-        extra: Figures of the whole set, from the ids that are scored; they have no interval.
+        extra: Figures of the whole set, from the ids that are scored.
         long_words: See `answer_shapes`.
         unparsed: Whether the rule cannot read an answer.
 
@@ -65,6 +65,12 @@ def score_answers(
     # Questions on one picture are answered well or badly together, so pictures are what is drawn.
     clusters: list[Hashable] = [q.image_id for q in questions]
     metrics, intervals = _means(columns, parts, questions, clusters, s)
+    if extra is not None:
+        figures = extra(ids)
+        metrics |= dict(zip(figures.names, figures.of(np.ones(len(ids))).tolist(), strict=True))
+        if intervals is not None:
+            more_intervals = figures_ci(figures, clusters, resamples=s.bootstrap, seed=s.seed)
+            intervals = np.concatenate([intervals, more_intervals])
     counts, notes = answer_shapes(
         answers,
         long_words=long_words,
@@ -86,7 +92,6 @@ def score_answers(
     }
     rows = zip(ids, *(values.tolist() for values in columns.values()), strict=True)
     per_sample = [{"id": key, **dict(zip(columns, row, strict=True))} for key, *row in rows]
-    metrics |= extra(ids) if extra is not None else {}
     return make_score(task, metrics, intervals, settings=all_settings, per_sample=per_sample, notes=notes, **more)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mmkit.config import TaskConfig
 from mmkit.errors import InputError
@@ -13,6 +16,7 @@ from mmkit.eval.result import Score, Settings, refuse_questions
 from mmkit.eval.scorers import gqa
 from mmkit.eval.scorers.formats import VqaQuestion, match_results, read_results
 from mmkit.eval.scorers.json_files import Source
+from mmkit.eval.statistics import Figures, Floats
 from mmkit.eval.suites.answers import score_answers
 from mmkit.eval.suites.suite import Predictions, Suite
 from mmkit.files import write_json
@@ -97,8 +101,9 @@ def score_gqa(task: str, predictions: Source, annotations: Source, questions: So
         s: Settings; ``rule`` is a key of `mmkit.eval.scorers.gqa.RULES`, ``choices`` the path of a choices file.
 
     Returns:
-        The design's score object. ``distribution`` (lower is better), ``consistency``, ``validity`` and ``plausibility`` have no
-        intervals; where the files do not have what one needs the settings say so, and it is left out.
+        The design's score object. ``distribution`` (lower is better), ``consistency``, ``validity`` and ``plausibility`` are
+        left out where the files do not have what one needs, and the settings say so. The draws behind the interval of
+        ``distribution`` are centred on the figure (`mmkit.eval.statistics.Figures`).
 
     Raises:
         InputError: See `mmkit.eval.scorers.gqa`.
@@ -115,7 +120,7 @@ def score_gqa(task: str, predictions: Source, annotations: Source, questions: So
     # Unknown ids are still among the results, and are refused here.
     ids = match_results(results, balanced, kind="question", name=name, allow_missing=s.allow_missing)
     processed = {key: rule(text, asked[key].answer) for key, text in given.items()}
-    extra, how = _figures(asked, ids, processed, s.options.get("choices"))
+    figures, how = _figures(asked, ids, processed, s.options.get("choices"))
     known = {key: _as_vqa(key, asked[key]) for key in balanced}
     return score_answers(
         task,
@@ -132,7 +137,7 @@ def score_gqa(task: str, predictions: Source, annotations: Source, questions: So
             "semantic": lambda q: asked[str(q.question_id)].semantic,
             "detailed": lambda q: asked[str(q.question_id)].detailed,
         },
-        extra=lambda _: extra,
+        extra=lambda _: figures,
     )
 
 
@@ -143,12 +148,12 @@ def _as_vqa(key: str, question: gqa.GqaQuestion) -> VqaQuestion:
 
 def _figures(
     asked: Mapping[str, gqa.GqaQuestion], ids: Sequence[str], processed: Mapping[str, tuple[str, str]], choices: str | None
-) -> tuple[dict[str, float], dict[str, str]]:
+) -> tuple[Figures, dict[str, str]]:
     """Figures of the whole set, and what the settings say about each: how it was made, or why it is not there."""
-    figures: dict[str, float | None] = {
-        "distribution": gqa.distribution((asked[key].group, processed[key][1], processed[key][0]) for key in ids)
-    }
-    how = {"distribution": "weighted chi-square / 100, lower is better" if figures["distribution"] is not None else "no groups"}
+    spread = gqa.Distribution([(asked[key].group, processed[key][1], processed[key][0]) for key in ids])
+    how = {"distribution": "weighted chi-square / 100, lower is better" if spread.known else "no groups"}
+    # The other figures are means over the questions that have a value.
+    means: dict[str, Floats] = {}
     lacking = gqa.unanswered(asked, ids, processed)
     if lacking:
         # testdev_balanced entails questions of testdev_all, which LLaVA does not ask either.
@@ -156,18 +161,33 @@ def _figures(
     else:
         # By the processed answers, balanced or not, so that all figures follow one rule.
         right = {key: prediction == answer for key, (prediction, answer) in processed.items()}
-        figures["consistency"] = gqa.consistency(asked, ids, right)
-        how["consistency"] = (
-            "entailed questions of right answers" if figures["consistency"] is not None else "nothing is entailed"
-        )
+        shares = gqa.consistency(asked, ids, right)
+        entails = not np.isnan(shares).all()
+        how["consistency"] = "entailed questions of right answers" if entails else "nothing is entailed"
+        means |= {"consistency": shares} if entails else {}
     if choices is None:
         how["validity"] = how["plausibility"] = "not scored: no choices file (choices=PATH; none is released for testdev)"
     else:
         lists = gqa.read_choices(choices, ids)
         for place, metric in enumerate(("validity", "plausibility")):
             hits = [gqa.belongs(processed[key][0], lists[key][place], asked[key]) for key in ids]
-            figures[metric], how[metric] = sum(hits) / len(hits), "by the choices file"
-    return {key: value for key, value in figures.items() if value is not None}, how
+            means[metric], how[metric] = np.array(hits, dtype=np.float64), "by the choices file"
+
+    def of(weights: Floats) -> Floats:
+        """The figures where each question counts so often."""
+        first = [spread.of(weights)] if spread.known else []
+        return np.array([*first, *(_mean(values, weights) for values in means.values())])
+
+    names = ("distribution", *means) if spread.known else tuple(means)
+    # Squares of differences: see `Figures`.
+    return Figures(names, of, centred=("distribution",)), how
+
+
+def _mean(values: Floats, weights: Floats) -> float:
+    """Weighted mean of the values there are; NaN where none counts."""
+    there = ~np.isnan(values)
+    total = float(weights[there].sum())
+    return float(weights[there] @ values[there]) / total if total else math.nan
 
 
 SUITE = Suite("gqa", examples, score_gqa, rows, options=("rule", "choices"), submit=submit)

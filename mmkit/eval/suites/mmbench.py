@@ -22,7 +22,7 @@ from mmkit.eval.result import Score, Settings, coverage, make_score, refuse_ques
 from mmkit.eval.scorers.answer_files import match_answers
 from mmkit.eval.scorers.choice import infer_option
 from mmkit.eval.scorers.json_files import Source
-from mmkit.eval.scorers.mmbench_table import TableRow, answer_of, pictures, read_mmbench_answers, read_table
+from mmkit.eval.scorers.mmbench_table import TableRow, answer_of, pictures, read_mmbench_answers, read_table, shared_pictures
 from mmkit.eval.statistics import Floats
 from mmkit.eval.suites.parsed import breakdown, count_answers, part_means, sample_rows
 from mmkit.eval.suites.suite import Predictions, Suite, question_rows
@@ -122,7 +122,7 @@ def score_mmbench(task: str, predictions: Source, annotations: Source, questions
 
     Returns:
         The design's score object: ``accuracy`` is circular, ``accuracy_vanilla`` that of the unrotated rows. The bootstrap draws
-        questions with all their rotations.
+        pictures with all their questions and rotations.
 
     Raises:
         InputError: See the readers; a row without an answer; or answers and rows that do not match.
@@ -136,7 +136,7 @@ def score_mmbench(task: str, predictions: Source, annotations: Source, questions
     rows = [row for row in table if row.index in texts]
     letters = [infer_option(texts[row.index], row.options) for row in rows]
     right = [float(truths[row.index] == letter) for row, letter in zip(rows, letters, strict=True)]
-    # A question, not a row, is what circular accuracy counts and the bootstrap draws.
+    # A question, not a row, is what circular accuracy counts.
     hits = _circular(rows, right)
     bases = {row.index: row for row in table if row.index == row.base}
     vanilla = {row.index: value for row, value in zip(rows, right, strict=True) if row.index == row.base}
@@ -145,10 +145,17 @@ def score_mmbench(task: str, predictions: Source, annotations: Source, questions
         "accuracy": np.array(list(hits.values())),
         "accuracy_vanilla": np.array([vanilla.get(base, np.nan) for base in hits]),
     }
-    metrics, intervals = part_means(parts, list(hits), s)
+    # Questions about one picture are answered well or badly together.
+    shown = shared_pictures(table)
+    clusters = [shown[base] for base in hits]
+    metrics, intervals = part_means(parts, clusters, s)
     counts, notes = count_answers(
         [texts[i] for i in ids], unparsed=letters.count(None), means="count as wrong (the server would ask a language model)"
     )
+    if all(row.index == row.base for row in table):
+        notes.append(
+            "the table has no rotations: its accuracy is vanilla, which is higher than the circular one that papers report"
+        )
     short = _incomplete(table, rows)
     if short:
         notes.append(f"{short} of {len(hits)} questions lack an answer to some rotations, which makes circular accuracy too high")
@@ -157,6 +164,7 @@ def score_mmbench(task: str, predictions: Source, annotations: Source, questions
         "evaluator": "VLMEvalKit can_infer without a language model, circular",
         "questions": len(hits),
         "rotations": len(rows) - len(vanilla),
+        "images": len(set(clusters)),
         "bootstrap": s.bootstrap,
         "seed": s.seed,
         **coverage(len(ids), len(table), s),

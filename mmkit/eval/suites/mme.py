@@ -35,6 +35,7 @@ from mmkit.eval.suites.suite import Predictions, Suite, question_rows
 from mmkit.files import new_folder
 
 EVALUATORS = {"official": "MME eval_tool calculation.py", "lmms": "lmms-eval mme, 0.7"}
+_COCO_DIGITS = 12
 GROUPS = {"perception": PERCEPTION, "cognition": COGNITION}
 
 
@@ -107,7 +108,7 @@ def score_mme(task: str, predictions: Source, annotations: Source, questions: So
         s: Settings; ``rule`` (official, lmms).
 
     Returns:
-        The design's score object; metrics are points. Pictures are what the bootstrap draws, with both their questions.
+        The design's score object; metrics are points. Pictures are what the bootstrap draws, with all their questions.
 
     Raises:
         InputError: See the readers; or answers and questions that do not match.
@@ -134,8 +135,8 @@ def score_mme(task: str, predictions: Source, annotations: Source, questions: So
         return np.stack([part[:, -1] for part in parts], axis=1)
 
     metrics = dict(zip(groups, statistic(counters.sum(axis=0, keepdims=True))[0].tolist(), strict=True))
-    # A row a picture, so that its two questions are drawn together.
-    intervals = bootstrap_ci(counters, statistic, resamples=s.bootstrap, seed=s.seed) if s.bootstrap else None
+    clusters = [_picture(pair) for pair in pairs]
+    intervals = bootstrap_ci(counters, statistic, clusters=clusters, resamples=s.bootstrap, seed=s.seed) if s.bootstrap else None
     counts, notes = count_answers([texts[key] for key in ids], unparsed=parsed.count(None))
     return make_score(
         task,
@@ -145,7 +146,7 @@ def score_mme(task: str, predictions: Source, annotations: Source, questions: So
             "rule": rule,
             "evaluator": EVALUATORS[rule],
             "unit": "points",
-            "images": len(counters),
+            "images": len(set(clusters)),
             "bootstrap": s.bootstrap,
             "seed": s.seed,
             **coverage(len(ids), len(known), s),
@@ -163,6 +164,16 @@ def _whole_pairs(ids: Sequence[str], known: Mapping[str, Question], right: Seque
     for key, value in zip(ids, right, strict=True):
         pairs.setdefault(known[key].pair, []).append(value)
     return {pair: values for pair, values in pairs.items() if len(values) == 2}
+
+
+def _picture(pair: str) -> str:
+    """What the bootstrap draws: a picture with the questions of every subtask that shows it.
+
+    Existence, count, position and color take theirs from COCO under COCO's own names; other subtasks number theirs from 1, and
+    equal names mean nothing there.
+    """
+    stem = Path(pair.partition("/")[2]).stem
+    return stem if len(stem) == _COCO_DIGITS and stem.isdigit() else pair
 
 
 def _counters(pairs: Mapping[str, Sequence[float]], subtasks: Sequence[str]) -> Floats:

@@ -16,6 +16,7 @@ from mmkit.eval.scorers.formats import check_results, load_rows
 from mmkit.eval.scorers.json_files import Source
 from mmkit.eval.scorers.normalise import normalise_m4c
 from mmkit.eval.scorers.vqa import RULE_SOURCES, Rule, leave_one_out, rule_m4c
+from mmkit.eval.statistics import Figures, Floats
 from mmkit.eval.suites.answers import score_answers
 from mmkit.eval.suites.suite import Predictions, Suite
 from mmkit.files import write_json
@@ -85,7 +86,7 @@ def score_vizwiz(task: str, predictions: Source, annotations: Source, questions:
 
     Returns:
         The design's score object. With confidences it has ``unanswerable_average_precision`` and ``unanswerable_f1`` (from a
-        confidence below one half), as the official evaluator computes them, without intervals.
+        confidence below one half), as the official evaluator computes them.
 
     Raises:
         InputError: See `mmkit.eval.scorers.vizwiz`.
@@ -116,15 +117,17 @@ def score_vizwiz(task: str, predictions: Source, annotations: Source, questions:
     )
 
 
-def _unanswerability(ids: Sequence[str], flags: Mapping[str, int], sure: Mapping[str, float]) -> dict[str, float]:
+def _unanswerability(ids: Sequence[str], flags: Mapping[str, int], sure: Mapping[str, float]) -> Figures:
     """How well the confidences tell what cannot be answered; the positive class is "unanswerable"."""
     positive = np.array([flags[key] == 0 for key in ids])
     # Turned round as upstream does: at exactly one half a question counts as answerable.
     scores = np.array([1.0 - sure[key] for key in ids])
-    return {
-        "unanswerable_average_precision": vizwiz.average_precision(positive, scores),
-        "unanswerable_f1": vizwiz.f1_score(positive, scores > 0.5),
-    }
+
+    def of(weights: Floats) -> Floats:
+        area = vizwiz.average_precision(positive, scores, weights)
+        return np.array([area, vizwiz.f1_score(positive, scores > 0.5, weights)])
+
+    return Figures(("unanswerable_average_precision", "unanswerable_f1"), of)
 
 
 SUITE = Suite("vizwiz", examples, score_vizwiz, rows, options=("rule",), submit=submit)
