@@ -200,11 +200,11 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     submission = _write_submission(task, texts, run)
     found = _unscored(config, texts, submission) if config.annotations is None else _scored(config, results, config.annotations)
     found["settings"] |= _settings(task, recipe, parent, kind, answers)
-    if answers.lost:
-        note = f"{len(answers.lost)} of {len(texts)} answers are empty since a picture could not be used (skipped.jsonl)"
+    notes = _doubts(answers, len(texts), config.generation.max_new_tokens)
+    for note in notes:
         logger.warning("%s: %s", task.name, note)
-        # First: by some rules an empty answer counts as a wrong one, by others as the default.
-        found["settings"]["notes"] = [note, *found["settings"].get("notes", [])]
+    if notes:
+        found["settings"]["notes"] = [*found["settings"].get("notes", []), *notes]
     if submission is not None:
         # Below the run directory, which may move.
         found["submission"] = submission
@@ -214,6 +214,17 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items()) or "no score"
     logger.info("%s: %s (n %d): %s", "/".join(run.path.parts[-2:]), task.name, found["n"], metrics)
     return prediction_rows(task.name, task.examples, task.shown, texts, found["per_sample"], PictureFiles(run.path))
+
+
+def _doubts(answers: Answers, total: int, max_new_tokens: int) -> list[str]:
+    """What a reader should know of how the answers came about."""
+    notes = []
+    if answers.lost:
+        # By some rules an empty answer is wrong, by others it counts as the default.
+        notes.append(f"{len(answers.lost)} of {total} answers are empty since a picture could not be used (skipped.jsonl)")
+    if answers.cut:
+        notes.append(f"{len(answers.cut)} of {total} answers were cut at max_new_tokens={max_new_tokens}, before their end")
+    return notes
 
 
 def _scored(config: TaskConfig, results: Path, annotations: str) -> Score:
@@ -265,6 +276,7 @@ def _settings(task: Asked, recipe: EvalRecipe, parent: Parent, kind: str, answer
         "model": recipe.model,
         "model_fingerprint": parent.fingerprint,
         "left_out": len(answers.lost),
+        "cut": len(answers.cut),
         "answers_from_cache": len(answers.from_cache),
         "speed": answers.speed(),
         **({"ocr": config.ocr} if config.task == "textvqa" else {}),

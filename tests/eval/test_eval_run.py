@@ -125,6 +125,18 @@ def test_limit_and_reference_ocr(tmp_path):
     assert all("\nReference OCR token: " in r["prompt"] for r in rows)
 
 
+def test_answers_that_were_cut_are_counted(tmp_path):
+    """Of a chain of thought without its end a rule reads what it finds; a score should say that there were some."""
+    one = ["tasks.0.limit=12", "tasks.1.limit=2", "tasks.0.generation.max_new_tokens=1"]
+    assert evaluate("mllm", tmp_path / "run", *one) == 0
+    settings = scores(tmp_path / "run")["vqav2"]["settings"]
+    assert settings["cut"] == 12 and "12 of 12 answers were cut at max_new_tokens=1, before their end" in settings["notes"]
+    # From the cache as from the model.
+    assert evaluate("mllm", tmp_path / "again", *one) == 0
+    again = scores(tmp_path / "again")["vqav2"]["settings"]
+    assert (again["answers_from_cache"], again["cut"], again["notes"]) == (12, 12, settings["notes"])
+
+
 def test_beams_are_named(tmp_path):
     assert evaluate("captioner", tmp_path / "run", "tasks.0.limit=2", "tasks.0.generation.num_beams=3") == 0
     assert scores(tmp_path / "run")["coco-caption"]["settings"]["decoding"] == "beam 3"
@@ -182,7 +194,7 @@ def test_unreadable_pictures_score_as_wrong_and_are_listed(tmp_path, broken_pict
     bad = sorted(p.stem for p in pipeline.pictures())[:2]
     assert listed == {str(int(stem)) for stem in bad} and pipeline.manifest(run)["skipped"] == 2
     assert found["settings"]["left_out"] == 2
-    assert found["settings"]["notes"][0] == "2 of 8 answers are empty since a picture could not be used (skipped.jsonl)"
+    assert "2 of 8 answers are empty since a picture could not be used (skipped.jsonl)" in found["settings"]["notes"]
     empty = [r for r in pipeline.rows(run / "predictions.jsonl") if str(r["id"]) in listed]
     assert [r["prediction"] for r in empty] == ["", ""] and all(r["score"]["CIDEr"] == 0 for r in empty)
     capsys.readouterr()

@@ -7,7 +7,7 @@ from mmkit.eval.parts import Part, Speed, part_files, read_parts, remove_parts
 def test_what_several_processes_and_starts_wrote(tmp_path):
     first, second = Part(tmp_path, 0), Part(tmp_path, 1)
     first.add("vqa", {1: "a", "x": "b\nc"})
-    second.add("vqa", {2: "ü"}, from_cache=True)
+    second.add("vqa", {2: "ü"}, cut={2}, from_cache=True)
     second.add("other", {1: "elsewhere"})
     second.leave_out("vqa", {3: LeftOut("p.jpg", "3", "is no picture")})
     first.took("vqa", Speed(10, 2.0, 3, 32))
@@ -15,7 +15,9 @@ def test_what_several_processes_and_starts_wrote(tmp_path):
     Part(tmp_path, 0).took("vqa", Speed(10, 2.0, 1, 8))
     found = read_parts(tmp_path)
     assert found["vqa"].texts == {1: "a", "x": "b\nc", 2: "ü", 3: ""} and found["other"].texts == {1: "elsewhere"}
-    assert found["vqa"].from_cache == {2} and found["vqa"].left_out == [LeftOut("p.jpg", "3", "is no picture")]
+    assert found["vqa"].from_cache == found["vqa"].cut == {2} and found["vqa"].left_out == [
+        LeftOut("p.jpg", "3", "is no picture")
+    ]
     # Starts of one process follow each other, processes work at the same time.
     assert found["vqa"].speed() == {
         "answers_per_second": 20 / 4 + 20 / 5,
