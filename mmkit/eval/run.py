@@ -10,7 +10,8 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from mmkit.run import Parent, Run, State, hardware, resolve_parent
 logger = logging.getLogger(__name__)
 # Folder of what servers and official tools take, in the run directory.
 SUBMISSIONS = "submission"
+# Seconds after which a network disk has shown a new file everywhere; NFS keeps what it knows of a folder for up to 60.
+_LATE = 90.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,7 @@ def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, resta
     state = run.state(recipe, [parent], restart=restart)
     ranks.meet()
     ranks.on_main(lambda: _start(run, recipe, parent, state))
+    _await_shared(run, (run.path / "manifest.json").is_file)
     # All of them before anyone adds to it: what is left is shared out by what everybody knows.
     known = read_parts(run.path)
     ranks.meet()
@@ -139,6 +143,20 @@ def _start(run: Run, recipe: EvalRecipe, parent: Parent, state: State) -> None:
         # Made again from the parts: what was lost before is tried again.
         (run.path / "skipped.jsonl").unlink(missing_ok=True)
     run.start(recipe, [parent], state=state, data_fingerprint=data, kind="eval")
+
+
+def _await_shared(run: Run, there: Callable[[], bool]) -> None:
+    """Wait for what a process of another machine wrote: a network disk may show it late, a disk of that machine's own never.
+
+    Raises:
+        InputError: It does not come.
+    """
+    until = time.monotonic() + _LATE
+    while not there():
+        if time.monotonic() > until:
+            what = "what another process of this evaluation has written here cannot be seen"
+            raise InputError(what, where=run.path, mend="choose a run=DIR on a disk that all machines share")
+        time.sleep(0.5)
 
 
 def _ask(task: TaskConfig, recipe: EvalRecipe, kind: str) -> Asked:
@@ -190,6 +208,9 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     config = task.config
     # Of all processes and starts.
     answers = read_parts(run.path)[task.name]
+    if any(e.id not in answers.texts for e in task.examples):
+        _await_shared(run, lambda: all(e.id in read_parts(run.path)[task.name].texts for e in task.examples))
+        answers = read_parts(run.path)[task.name]
     run.skip(answers.left_out)
     check_lost(len(answers.left_out), len(task.examples), recipe.max_skipped, run)
     # Back from the order of length to that of the data set, in which the result file is written.

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 import mmkit
+from mmkit.eval import parts
 from mmkit.eval.batches import Batches
 from mmkit.eval.examples import Picture
 from mmkit.eval.report import build_report
@@ -214,6 +215,29 @@ def test_a_run_that_ended_over_its_pictures_goes_on_when_they_are_there(tmp_path
     texts = [[row["prediction"] for row in pipeline.rows(r / "predictions.jsonl")] for r in (run, captioner_run)]
     assert texts[0] == texts[1] and all(texts[0])
     assert not pipeline.rows(run / "skipped.jsonl") and pipeline.manifest(run)["skipped"] == 0
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_answers_of_another_machine_may_come_late_but_have_to_come(tmp_path, monkeypatch, capsys, captioner_run, late):
+    """Of a run directory on each machine's own disk the main process sees its own part alone."""
+    run, read = tmp_path / "run", parts.read_parts
+    seen: list[int] = []
+
+    def read_late(path):
+        found = read(path)
+        if found["coco-caption"].texts:
+            seen.append(1)
+            if not late or len(seen) < 3:
+                found["coco-caption"].texts.popitem()
+        return found
+
+    monkeypatch.setattr("mmkit.eval.run.read_parts", read_late)
+    monkeypatch.setattr("mmkit.eval.run._LATE", 5.0 if late else 0.2)
+    assert evaluate("captioner", run) == (0 if late else 2)
+    if late:
+        assert product(run) == product(captioner_run) and len(seen) >= 3
+    else:
+        assert "has written here cannot be seen; choose a run=DIR on a disk that all machines share" in capsys.readouterr().err
 
 
 def test_long_pictures_are_not_read(tmp_path):
