@@ -84,6 +84,9 @@ def run_eval(recipe: EvalRecipe, *, restart: bool = False) -> Run:
             raise
         except InputError as error:
             ranks.refuse(error)
+            # It may name skipped.jsonl, and be about pictures that another process has met.
+            if run.manifest:
+                run.skip([left for answers in read_parts(run.path).values() for left in answers.left_out])
             ranks.close()
             raise
         except LostError:
