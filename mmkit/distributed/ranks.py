@@ -117,7 +117,10 @@ class Ranks:
         """Where this process computes: a GPU of its own where there is one."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        # Compiled kernels and pinned memory go by the current one, which is the first for all processes unless told.
+        torch.cuda.set_device(device)
+        return device
 
     def look(self) -> None:
         """End this process if it has to end; between two pieces of work.

@@ -29,6 +29,7 @@ class Batches:
         size: Questions of a batch, from now on.
         reader: Gives the pictures.
         content: Hash of the bytes of each picture that was read.
+        cut: Ids of answers of an MLLM that end by their length and not by an end token.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Batches:
         size: int,
     ) -> None:
         """Take what a task is answered with; ``size`` questions at a time."""
-        self.size, self.reader, self.content = size, reader, dict[str, str]()
+        self.size, self.reader, self.content, self.cut = size, reader, dict[str, str](), set[Id]()
         self._model, self._features, self._how, self._cache = model, features, how, cache
         # Key -> picture's name and what is wrong with it.
         self._unusable: dict[str, tuple[str, str]] = {}
@@ -123,7 +124,9 @@ class Batches:
         for row, pictures in zip(rows, shown, strict=True):
             draw = model.draw(how, row.example.prompt, [square.pixels for _, square in pictures])
             asked.append(model.ask(row.prompt, [features for features, _ in pictures], key=row.key, draw=draw))
-        return model.texts(model.writer.write(asked, how, cache=self._cache, keep=keep))
+        written = model.writer.write(asked, how, cache=self._cache, keep=keep)
+        self.cut |= {row.example.id for row, ids in zip(rows, written, strict=True) if ids[-1] not in model.writer.stop}
+        return model.texts(written)
 
     def left_out(self, row: Planned) -> LeftOut | None:
         """Why a question gets no answer; None: it gets one."""

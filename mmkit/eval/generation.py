@@ -149,7 +149,8 @@ class Generator:
         tally: _Tally,
     ) -> None:
         """Put a batch on disk and into the cache; end the run where too much is lost."""
-        self._part.add(name, texts)
+        cut = batches.cut & texts.keys()
+        self._part.add(name, texts, cut=cut)
         lost = {row.example.id: left for row in batch if (left := batches.left_out(row)) is not None}
         if lost:
             self._part.leave_out(name, lost)
@@ -157,8 +158,8 @@ class Generator:
         if task.generation.reuse and texts:
             found = [row for row in batch if row.example.id in texts]
             contents = [[batches.content[key] for key in row.pictures] for row in found]
-            keys = [AnswerCache.key(how, row.example.prompt, c) for row, c in zip(found, contents, strict=True)]
-            self._cache().add({key: texts[row.example.id] for key, row in zip(keys, found, strict=True)})
+            keys = {row.example.id: AnswerCache.key(how, row.example.prompt, c) for row, c in zip(found, contents, strict=True)}
+            self._cache().add({key: texts[i] for i, key in keys.items()}, cut={keys[i] for i in cut})
         tally.count(len(texts), len(lost), self._run)
 
     def _take_known(self, name: str, task: TaskConfig, examples: list[Example], how: DecodingConfig) -> list[Example]:
@@ -171,15 +172,18 @@ class Generator:
         limits = {"max_bytes": self._recipe.max_bytes, "max_pixels": self._recipe.max_pixels}
         contents = dict(zip(pictures, _hash_all(list(pictures.values()), **limits, between=self._ranks.look), strict=True))
         found: dict[Id, str] = {}
+        cut: set[Id] = set()
         for example in examples:
             hashes = [contents[picture_key(p)] for p in example.images]
             # None: a picture that cannot be read is no known one.
             whole = [h for h in hashes if h is not None]
-            text = self._cache().get(AnswerCache.key(how, example.prompt, whole)) if len(whole) == len(hashes) else None
+            key = AnswerCache.key(how, example.prompt, whole)
+            text = self._cache().get(key) if len(whole) == len(hashes) else None
             if text is not None:
                 found[example.id] = text
+                cut |= {example.id} if self._cache().cut(key) else set()
         if found:
-            self._part.add(name, found, from_cache=True)
+            self._part.add(name, found, cut=cut, from_cache=True)
             logger.info("%s: %d of %d answers taken from earlier runs (generation.reuse)", name, len(found), len(examples))
         return [e for e in examples if e.id not in found]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Answers:
     Attributes:
         texts: Answers by id; empty ones of pictures that cannot be used, too.
         from_cache: Ids of those that another run had written.
+        cut: Ids of those that reached the longest length before their end.
         lost: Questions whose picture could not be used when it was tried last.
         speeds: One for each process and start.
         settings: Of the score that a finished run had, as far as they tell how its answers were made.
@@ -57,6 +58,7 @@ class Answers:
 
     texts: dict[Id, str] = field(default_factory=dict)
     from_cache: set[Id] = field(default_factory=set)
+    cut: set[Id] = field(default_factory=set)
     lost: dict[Id, LeftOut] = field(default_factory=dict)
     speeds: dict[str, Speed] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -86,11 +88,22 @@ class Part:
     def __init__(self, run: Path, rank: int) -> None:
         self.path = run / _PATTERN.replace("*", f"{rank:05d}")
 
-    def add(self, task: str, texts: Mapping[Id, str], *, from_cache: bool = False) -> None:
-        """Append answers; on return they survive the end of the process."""
-        mark = {"from_cache": True} if from_cache else {}
+    def add(self, task: str, texts: Mapping[Id, str], *, cut: Collection[Id] = (), from_cache: bool = False) -> None:
+        """Append answers; on return they survive the end of the process.
+
+        Args:
+            task: Name of the task.
+            texts: Answers by id.
+            cut: Those that reached the longest length before their end.
+            from_cache: Whether another run had written them.
+        """
+        rows: list[dict[str, Any]] = [{"task": task, "id": i, "prediction": text} for i, text in texts.items()]
+        for row in rows:
+            # Only where it is so: most rows have neither.
+            row |= {"from_cache": True} if from_cache else {}
+            row |= {"cut": True} if row["id"] in cut else {}
         # append_jsonl repairs what a kill cut off, so the next row begins on a line of its own.
-        append_jsonl(self.path, [{"task": task, "id": i, "prediction": text, **mark} for i, text in texts.items()])
+        append_jsonl(self.path, rows)
 
     def leave_out(self, task: str, rows: Mapping[Id, LeftOut]) -> None:
         """Append questions that get an empty answer, since a picture of theirs cannot be used."""
@@ -132,6 +145,8 @@ def _take(answers: Answers, row: dict[str, Any], part: str) -> None:
     answers.lost.pop(row["id"], None)
     if row.get("from_cache"):
         answers.from_cache.add(row["id"])
+    if row.get("cut"):
+        answers.cut.add(row["id"])
 
 
 def restore_parts(run: Path, prompts: Mapping[str, Mapping[Id, str]]) -> None:
@@ -152,7 +167,7 @@ def restore_parts(run: Path, prompts: Mapping[str, Mapping[Id, str]]) -> None:
         rows, scores = read_jsonl(run / "predictions.jsonl"), read_json(run / "scores.json")["tasks"]
         lost = {row["key"] for row in read_jsonl(run / "skipped.jsonl")}
         kept: list[dict[str, Any]] = [
-            {key: row[key] for key in ("task", "id", "prediction")}
+            {key: row[key] for key in ("task", "id", "prediction", "cut") if key in row or key != "cut"}
             for row in rows
             if prompts.get(row["task"], {}).get(row["id"]) == row["prompt"] and (row["prediction"] or str(row["id"]) not in lost)
         ]

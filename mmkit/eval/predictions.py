@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ def prediction_rows(
     texts: Mapping[Id, str],
     per_sample: Iterable[Mapping[str, Any]],
     files: PictureFiles,
+    *,
+    cut: Collection[Id] = (),
 ) -> list[dict[str, Any]]:
     """Rows of one task.
 
@@ -93,6 +95,7 @@ def prediction_rows(
         texts: Answers by id.
         per_sample: Of the score; a sample may be missing, where the rule leaves it out.
         files: Gives the paths of the pictures.
+        cut: Ids of answers that reached the longest length before their end.
     """
     scored = {row["id"]: row for row in per_sample}
     rows = []
@@ -111,6 +114,7 @@ def prediction_rows(
                 "prompt": seen.prompt,
                 "question": truth.question,
                 "prediction": texts[truth.id],
+                **({"cut": True} if truth.id in cut else {}),
                 **({"parsed": score["parsed"]} if "parsed" in score else {}),
                 "type": truth.type,
                 "references": truth.references,

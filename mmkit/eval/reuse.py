@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mmkit.config import DecodingConfig
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 LIMIT = 1 << 30
 # What can change an answer besides the model and mmkit itself; Pillow decodes and resizes.
 _COMPUTES = ("torch", "transformers", "tokenizers", "timm", "pillow")
+# Stands in the line of an answer that ends by its length.
+_CUT = "cut"
 # A longer file of a model is told by its size and time: hashing weights would take longer than to open them.
 _WEIGHTS = 32 << 20
 
@@ -46,9 +48,12 @@ class AnswerCache:
         self._folder, self._limit = folder or default_cache() / "answers", limit
         self._path = self._folder / f"{name}.jsonl"
         self._known: dict[str, str] = {}
+        self._cut: set[str] = set()
         self._usable = True
         try:
-            self._known = dict(_read(self._path))
+            for key, answer, cut in _read(self._path):
+                self._known[key] = answer
+                (self._cut.add if cut else self._cut.discard)(key)
             # Its time of use.
             os.utime(self._path)
         except FileNotFoundError:
@@ -75,13 +80,24 @@ class AnswerCache:
         """The answer, if there is one."""
         return self._known.get(key)
 
-    def add(self, answers: Mapping[str, str]) -> None:
-        """Keep answers by key; where they cannot be written, the log says so once and the evaluation goes on."""
+    def cut(self, key: str) -> bool:
+        """Whether the answer reached the longest length before its end."""
+        return key in self._cut
+
+    def add(self, answers: Mapping[str, str], *, cut: Collection[str] = ()) -> None:
+        """Keep answers by key; where they cannot be written, the log says so once and the evaluation goes on.
+
+        Args:
+            answers: By key.
+            cut: Keys of those that reached the longest length before their end.
+        """
         new = {key: text for key, text in answers.items() if key not in self._known}
         self._known.update(new)
+        self._cut.update(key for key in new if key in cut)
         if not new or not self._usable:
             return
-        text = "".join(json.dumps([key, value, _check(key, value)]) + "\n" for key, value in new.items())
+        rows = [[key, value, *([_CUT] if key in cut else [])] for key, value in new.items()]
+        text = "".join(json.dumps([*row, _check(*row)]) + "\n" for row in rows)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:
@@ -111,23 +127,23 @@ class AnswerCache:
                 logger.info("answer cache: %s removed (%d MiB)", path.name, found.st_size >> 20)
 
 
-def _read(path: Path) -> list[tuple[str, str]]:
-    """Lines of a file; one that a kill cut off (and whatever was appended to it) is left out."""
+def _read(path: Path) -> list[tuple[str, str, bool]]:
+    """Key, answer and whether it was cut; a line that a kill cut off (and whatever was appended to it) is left out."""
     found = []
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
-            if isinstance(row, list) and len(row) == 3 and all(isinstance(part, str) for part in row):
-                key, text, check = row
+            if isinstance(row, list) and len(row) in (3, 4) and all(isinstance(part, str) for part in row):
+                *said, check = row
                 # A network disk can mix lines of two machines; half of one answer behind another's key would be believed.
-                if check == _check(key, text):
-                    found.append((key, text))
+                if check == _check(*said):
+                    found.append((said[0], said[1], said[2:] == [_CUT]))
     return found
 
 
-def _check(key: str, text: str) -> str:
+def _check(*parts: str) -> str:
     """What tells a line as it was written from any other."""
-    return hash_text(key, text)[:8]
+    return hash_text(*parts)[:8]
 
 
 def model_fingerprint(parent: Parent) -> str:

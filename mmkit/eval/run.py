@@ -10,7 +10,8 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from mmkit.run import Parent, Run, State, hardware, resolve_parent
 logger = logging.getLogger(__name__)
 # Folder of what servers and official tools take, in the run directory.
 SUBMISSIONS = "submission"
+# Seconds after which a network disk has shown a new file everywhere; NFS keeps what it knows of a folder for up to 60.
+_LATE = 90.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,9 @@ def run_eval(recipe: EvalRecipe, *, restart: bool = False) -> Run:
             raise
         except InputError as error:
             ranks.refuse(error)
+            # It may name skipped.jsonl, and be about pictures that another process has met.
+            if run.manifest:
+                run.skip([left for answers in read_parts(run.path).values() for left in answers.left_out])
             ranks.close()
             raise
         except LostError:
@@ -108,6 +114,7 @@ def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, resta
     state = run.state(recipe, [parent], restart=restart)
     ranks.meet()
     ranks.on_main(lambda: _start(run, recipe, parent, state, tasks))
+    _await_shared(run, (run.path / "manifest.json").is_file)
     # All of them before anyone adds to it: what is left is shared out by what everybody knows.
     known = read_parts(run.path)
     ranks.meet()
@@ -143,6 +150,20 @@ def _start(run: Run, recipe: EvalRecipe, parent: Parent, state: State, tasks: Se
         # Made again from the parts: what was lost before is tried again.
         (run.path / "skipped.jsonl").unlink(missing_ok=True)
     run.start(recipe, [parent], state=state, data_fingerprint=data, kind="eval")
+
+
+def _await_shared(run: Run, there: Callable[[], bool]) -> None:
+    """Wait for what a process of another machine wrote: a network disk may show it late, a disk of that machine's own never.
+
+    Raises:
+        InputError: It does not come.
+    """
+    until = time.monotonic() + _LATE
+    while not there():
+        if time.monotonic() > until:
+            what = "what another process of this evaluation has written here cannot be seen"
+            raise InputError(what, where=run.path, mend="choose a run=DIR on a disk that all machines share")
+        time.sleep(0.5)
 
 
 def _ask(task: TaskConfig, recipe: EvalRecipe, kind: str) -> Asked:
@@ -194,6 +215,9 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     config = task.config
     # Of all processes and starts.
     answers = read_parts(run.path)[task.name]
+    if any(e.id not in answers.texts for e in task.examples):
+        _await_shared(run, lambda: all(e.id in read_parts(run.path)[task.name].texts for e in task.examples))
+        answers = read_parts(run.path)[task.name]
     run.skip(answers.left_out)
     check_lost(len(answers.left_out), len(task.examples), recipe.max_skipped, run)
     # Back from the order of length to that of the data set, in which the result file is written.
@@ -204,11 +228,11 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     submission = _write_submission(task, texts, run)
     found = _unscored(config, texts, submission) if config.annotations is None else _scored(config, results, config.annotations)
     found["settings"] |= _settings(task, recipe, parent, kind, answers)
-    if answers.lost:
-        note = f"{len(answers.lost)} of {len(texts)} answers are empty since a picture could not be used (skipped.jsonl)"
+    notes = _doubts(answers, len(texts), config.generation.max_new_tokens)
+    for note in notes:
         logger.warning("%s: %s", task.name, note)
-        # First: by some rules an empty answer counts as a wrong one, by others as the default.
-        found["settings"]["notes"] = [note, *found["settings"].get("notes", [])]
+    if notes:
+        found["settings"]["notes"] = [*found["settings"].get("notes", []), *notes]
     if submission is not None:
         # Below the run directory, which may move.
         found["submission"] = submission
@@ -217,7 +241,19 @@ def _score(task: Asked, recipe: EvalRecipe, run: Run, parent: Parent, kind: str,
     scores[task.name] = found
     metrics = ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items()) or "no score"
     logger.info("%s: %s (n %d): %s", "/".join(run.path.parts[-2:]), task.name, found["n"], metrics)
-    return prediction_rows(task.name, task.examples, task.shown, texts, found["per_sample"], PictureFiles(run.path))
+    files = PictureFiles(run.path)
+    return prediction_rows(task.name, task.examples, task.shown, texts, found["per_sample"], files, cut=answers.cut)
+
+
+def _doubts(answers: Answers, total: int, max_new_tokens: int) -> list[str]:
+    """What a reader should know of how the answers came about."""
+    notes = []
+    if answers.lost:
+        # By some rules an empty answer is wrong, by others it counts as the default.
+        notes.append(f"{len(answers.lost)} of {total} answers are empty since a picture could not be used (skipped.jsonl)")
+    if answers.cut:
+        notes.append(f"{len(answers.cut)} of {total} answers were cut at max_new_tokens={max_new_tokens}, before their end")
+    return notes
 
 
 def _scored(config: TaskConfig, results: Path, annotations: str) -> Score:
@@ -269,6 +305,7 @@ def _settings(task: Asked, recipe: EvalRecipe, parent: Parent, kind: str, answer
         "model": recipe.model,
         "model_fingerprint": parent.fingerprint,
         "left_out": len(answers.lost),
+        "cut": len(answers.cut),
         "answers_from_cache": len(answers.from_cache),
         "speed": answers.speed(),
         **({"ocr": config.ocr} if config.task == "textvqa" else {}),

@@ -8,6 +8,7 @@ floating-point sums, whose order another batch may change: in fp32 the tokens ar
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Collection, Hashable, Iterable, Sequence
@@ -127,6 +128,19 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class _BeginningRead(Exception):
+    """The last keys and values of a beginning are there."""
+
+
+class _LastLayer(DynamicLayer):
+    """Ends a forward pass of which only keys and values are wanted: the rest of the last layer would be computed for nobody."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep f[B, heads, T, D]. Raises _BeginningRead, always."""
+        super().update(key_states, value_states)
+        raise _BeginningRead
+
+
 class AnswerWriter:
     """Writes the answers of one model."""
 
@@ -192,7 +206,9 @@ class AnswerWriter:
             return
         cache = DynamicCache(config=self._lm.config)
         embeds, mask = self._embedded([row.ids[: row.shared] for row in new.values()], [row.features for row in new.values()])
-        self._forward(embeds, mask, cache)
+        cache.layers[-1] = _LastLayer()
+        with contextlib.suppress(_BeginningRead):
+            self._forward(embeds, mask, cache)
         for place, (key, row) in enumerate(new.items()):
             layers = ((layer.keys[place], layer.values[place]) for layer in cache.layers)
             # Without the padding in front.

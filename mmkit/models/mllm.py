@@ -19,6 +19,7 @@ from mmkit.models.answering import AnswerWriter, Asked, Prompt
 from mmkit.models.decoding import bare_settings, choose_decoding, draw_seed
 from mmkit.models.generation import add_stop_tokens, settle_generation, stop_ids
 from mmkit.models.published import open_mllm
+from mmkit.models.towers import idle_blocks, passed_through
 
 # What a row of a question shows: a picture, several, or none.
 Shown = Union[Image.Image, Sequence[Image.Image], None]
@@ -38,6 +39,7 @@ class Mllm:
         self.device = device
         # The same object for equal beginnings.
         self._same = functools.lru_cache(maxsize=256)(_itself)
+        self._idle = idle_blocks(self.model.model.vision_tower, self.model.config.vision_feature_layer)
         self._mean = torch.tensor(self.meta["mean"], device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(self.meta["std"], device=device).view(1, 3, 1, 1)
         # The tokenizer's and the template's beside the model's own list: folders of older versions know only the first.
@@ -162,7 +164,8 @@ class Mllm:
     @torch.inference_mode()
     def features(self, squares: Sequence[Pixels]) -> list[Tensor]:
         """Squares through tower and projector: for each picture f[N, H], in the places of its tokens."""
-        found = self.model.get_image_features(self.values(squares), return_dict=True).pooler_output
+        with passed_through(self._idle):
+            found = self.model.get_image_features(self.values(squares), return_dict=True).pooler_output
         # Each on its own: a piece of the batch would keep all of it.
         return [part.clone() for part in found]
 

@@ -7,6 +7,8 @@ Face tower comes through timm and leaves in its own class, weight for weight.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +73,41 @@ def prefix_tokens(vision_config: Any) -> int:
     """Class tokens in front of the patches in the hidden states of a vision config."""
     # Of the towers that mmkit builds, SigLIP's layout and convolutional ones have none.
     return int("siglip" not in vision_config.model_type and vision_config.model_type != "timm_wrapper")
+
+
+def idle_blocks(tower: PreTrainedModel, feature_layer: int | list[int]) -> list[nn.Module]:
+    """The blocks behind the last hidden state that is used: one of 24 in LLaVA-1.5, whose features come from before the last.
+
+    Args:
+        tower: Of a LLaVA model.
+        feature_layer: ``vision_feature_layer`` of its config: places in the list of hidden states, the embeddings first.
+
+    Returns:
+        None of them where the tower keeps its blocks in another way than transformers' own (timm's wrapper).
+    """
+    count = getattr(tower.config, "num_hidden_layers", None)
+    stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if len(stacks) != 1:
+        return []
+    used = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    return list(stacks[0])[max(layer % (len(stacks[0]) + 1) for layer in used) :]
+
+
+@contextlib.contextmanager
+def passed_through(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let these blocks hand on what they are given. They stay in their places, since hidden states are counted by them."""
+
+    def hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    for block in blocks:
+        block.forward = hand_on
+    try:
+        yield
+    finally:
+        for block in blocks:
+            # The attribute of this object; its class still has its own.
+            del block.forward
 
 
 def _clip(encoder: VisionEncoder) -> CLIPVisionModel:

@@ -229,8 +229,10 @@ def test_one_process_needs_nobody(monkeypatch):
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
     ranks = Ranks(Preemption())
-    assert ranks.device == torch.device("cuda", 3)
+    assert ranks.device == torch.device("cuda", 3) and current[-1] == torch.device("cuda", 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ranks.device == torch.device("cpu")

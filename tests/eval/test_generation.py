@@ -107,6 +107,21 @@ def test_a_template_that_ends_with_the_picture(tmp_path):
     assert model("align").predict([pictures[0]] * 3, QUESTIONS[:3], max_new_tokens=6) == one_by_one[:1] * 3
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_an_answer_is_cut_where_it_has_no_end(tmp_path, monkeypatch, cache):
+    """A token that some answers contain is made their end; the others end by their length."""
+    mllm = model(MLLM)
+    whole = {}
+    for e in examples():
+        pictures = [Image.open(io.BytesIO(p.read())).convert("RGB") for p in e.images]
+        whole[e.id] = mllm._answers([pictures], [e.prompt], {"max_new_tokens": 6})[0]
+    end = whole[examples()[0].id][2]
+    monkeypatch.setattr(mllm.writer, "stop", [end])
+    found = answered(tmp_path / "run", task(batch_size=5, cache=cache))
+    assert found.cut == {i for i, ids in whole.items() if end not in ids}
+    assert 0 < len(found.cut) < len(examples())
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_every_order_gives_the_same_answers(tmp_path, seed):
     some = examples().copy()

@@ -12,7 +12,7 @@ from mmkit.run import append_jsonl
 def test_what_several_processes_and_starts_wrote(tmp_path):
     first, second = Part(tmp_path, 0), Part(tmp_path, 1)
     first.add("vqa", {1: "a", "x": "b\nc"})
-    second.add("vqa", {2: "ü"}, from_cache=True)
+    second.add("vqa", {2: "ü"}, cut={2}, from_cache=True)
     second.add("other", {1: "elsewhere"})
     second.leave_out("vqa", {3: LeftOut("p.jpg", "3", "is no picture")})
     first.took("vqa", Speed(10, 2.0, 3, 32))
@@ -20,7 +20,9 @@ def test_what_several_processes_and_starts_wrote(tmp_path):
     Part(tmp_path, 0).took("vqa", Speed(10, 2.0, 1, 8))
     found = read_parts(tmp_path)
     assert found["vqa"].texts == {1: "a", "x": "b\nc", 2: "ü", 3: ""} and found["other"].texts == {1: "elsewhere"}
-    assert found["vqa"].from_cache == {2} and found["vqa"].left_out == [LeftOut("p.jpg", "3", "is no picture")]
+    assert found["vqa"].from_cache == found["vqa"].cut == {2} and found["vqa"].left_out == [
+        LeftOut("p.jpg", "3", "is no picture")
+    ]
     # Starts of one process follow each other, processes work at the same time.
     assert found["vqa"].speed() == {
         "answers_per_second": 20 / 4 + 20 / 5,
@@ -59,6 +61,7 @@ def test_a_line_that_a_kill_cut_off_is_no_answer_and_is_repaired(tmp_path):
 
 def test_answers_of_a_finished_run_come_back_where_the_same_is_asked(tmp_path):
     rows = [{"task": "vqa", "id": i, "prompt": f"Is it {i}?", "prediction": f"{i}", "score": {}} for i in (1, 2, "2")]
+    rows[0]["cut"] = True
     append_jsonl(tmp_path / "predictions.jsonl", [*rows, {"task": "other", "id": 1, "prompt": "old", "prediction": "a"}])
     settings = {"batch_size": "auto", "cache": "dynamic", "answers_from_cache": 2, "speed": {"processes": 1}}
     score = {"settings": settings | {"rule": "official"}}
@@ -72,7 +75,8 @@ def test_answers_of_a_finished_run_come_back_where_the_same_is_asked(tmp_path):
         tmp_path, {"vqa": {1: "Is it 1?", "2": "Is it 2?"}, "other": {1: "new", 7: "more"}, "lost": {1: "?", 2: "?", 3: "?"}}
     )
     found = read_parts(tmp_path)
-    assert found["vqa"].texts == {1: "1", "2": "2"} and found["vqa"].settings == settings, "nothing of the rule"
+    assert found["vqa"].texts == {1: "1", "2": "2"} and found["vqa"].cut == {1}
+    assert found["vqa"].settings == settings, "nothing of the rule"
     assert found["lost"].texts == {2: "", 3: "c"}
     assert found["other"].texts == {} and found["other"].settings == {}, "what is still to be asked tells its own"
 

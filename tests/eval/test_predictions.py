@@ -25,7 +25,7 @@ def test_rows_say_what_was_asked_shown_answered_and_parsed(tmp_path):
     ]
     shown = [Example(1, (other,), "Q?", "Q?", ["yes"], "yes/no"), *truth[1:]]
     per_sample = [{"id": 1, "accuracy": 1.0, "parsed": "yes"}, {"id": "x", "accuracy": 0.0}]
-    rows = prediction_rows("t", truth, shown, {1: "Yes.", "x": "no", 3: ""}, per_sample, PictureFiles(tmp_path))
+    rows = prediction_rows("t", truth, shown, {1: "Yes.", "x": "no", 3: ""}, per_sample, PictureFiles(tmp_path), cut={"x"})
     assert rows[0] == {
         "task": "t",
         "id": 1,
@@ -40,6 +40,7 @@ def test_rows_say_what_was_asked_shown_answered_and_parsed(tmp_path):
         "score": {"accuracy": 1.0},
     }
     assert rows[1]["images"] == ["a.jpg", "b.jpg"] and "parsed" not in rows[1] and rows[1]["score"] == {"accuracy": 0.0}
+    assert [row.get("cut") for row in rows] == [None, True, None]
     # No picture, and left out by the rule.
     assert (rows[2]["image"], rows[2]["image_shown"], rows[2]["score"]) == ("", "", {}) and "images" not in rows[2]
     write_predictions(tmp_path / "predictions.jsonl", rows)

@@ -116,6 +116,13 @@ def test_a_cut_line_costs_its_own_answer_at_most(tmp_path):
     assert found.get("a") == "1" and found.get("d") == "4" and found.get("b") is None
 
 
+def test_whether_an_answer_was_cut_is_kept_with_it(tmp_path):
+    AnswerCache("m", "cpu", folder=tmp_path).add({"a": "no", "b": "because the"}, cut={"b"})
+    found = AnswerCache("m", "cpu", folder=tmp_path)
+    assert [found.get(key) for key in "ab"] == ["no", "because the"]
+    assert [found.cut(key) for key in "abc"] == [False, True, False]
+
+
 def test_two_processes_append_to_one_file(tmp_path):
     one, two = (AnswerCache("m", "cpu", folder=tmp_path) for _ in range(2))
     one.add({"a": "1"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -218,3 +219,18 @@ def test_what_one_process_finds_wrong_ends_both_with_its_reason(zygote: Zygote, 
     assert time.monotonic() - began < MINUTE / 2, "nobody waited for a goodbye that never came"
     codes = [zygote.wait(pid) for pid in zygote.start(words(run), log, processes=2)]
     assert codes == [0, 0] and product(run) == alone
+
+
+def test_pictures_that_another_process_cannot_use_are_listed(zygote: Zygote, tmp_path):
+    run, log, folder = tmp_path / "run", tmp_path / "log", tmp_path / "pictures"
+    shutil.copytree(pipeline.root() / "world" / "images" / "heldout", folder)
+    asked = json.loads((pipeline.root() / "world" / "vqa_heldout_questions.json").read_text())["questions"]
+    # Every second picture is the second process's.
+    broken = {path for path in folder.iterdir() if int(path.stem) in list(dict.fromkeys(q["image_id"] for q in asked))[1::2]}
+    for path in broken:
+        path.unlink()
+    pids = zygote.start(words(run, f"tasks.0.image_root={folder}"), log, processes=2)
+    assert [zygote.wait(pid) for pid in pids] == [2, 2], log.read_text()[-3000:]
+    assert log.read_text().count("pictures cannot be used, over the limit of 1.00%") == 1
+    listed = {Path(row["source"]) for row in pipeline.rows(run / "skipped.jsonl")}
+    assert listed and listed <= broken

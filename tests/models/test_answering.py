@@ -206,6 +206,24 @@ def test_an_interrupted_batch_leaves_nothing_behind(monkeypatch, error):
     assert mllm.writer.write(asked(pictures()[1]), how) == expected
 
 
+def test_a_beginning_ends_with_its_last_keys_and_values(monkeypatch):
+    """What the last layer makes of them, and the norm behind it, nobody reads."""
+    mllm, calls = opened("llama"), []
+    lm = mllm.model.model.language_model
+    handles = [
+        part.register_forward_hook(lambda module, args, out, n=name: calls.append(n))
+        for name, part in (("first", lm.layers[0].mlp), ("last", lm.layers[-1].mlp), ("norm", lm.norm))
+    ]
+    asked = [mllm.ask(mllm.prompt(q, 1), mllm.features([mllm.square(pictures()[0])]), key=(0,)) for q in QUESTIONS[:2]]
+    mllm.writer._read_beginnings(asked)
+    for handle in handles:
+        handle.remove()
+    assert calls == ["first"]
+    (beginning,) = mllm.writer._beginnings.values()
+    assert [keys.shape[1] for keys, _ in beginning] == [asked[0].shared] * len(lm.layers)
+    mllm.writer._beginnings = {}
+
+
 def test_sampling_differs_by_seed_and_not_by_batch():
     mllm = opened("llama")
     other = DecodingConfig(max_new_tokens=10, **{**SAMPLE, "seed": 4})

@@ -17,7 +17,7 @@ from mmkit.encoders import VisionEncoder, build_encoder, load_encoder
 from mmkit.encoders.vit import at_size
 from mmkit.errors import InputError
 from mmkit.models.timm_tower import check_wrapped
-from mmkit.models.towers import prefix_tokens, vision_tower
+from mmkit.models.towers import idle_blocks, passed_through, prefix_tokens, vision_tower
 
 NATIVE: dict[str, Any] = {"layout": "native"}
 # What a timm ViT can be, and the class of transformers that has its layout.
@@ -215,3 +215,33 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         at_size(encoder, 36)
     # A convolution takes any size, and has more tokens for it.
     assert at_size(build_encoder("resnet10t", image_size=64, seed=0), 96).num_tokens == 9
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 1, [-2, 1], -4])
+@pytest.mark.parametrize("name", ["superclass", "clip", "dinov2"])
+def test_blocks_behind_the_features_are_not_computed(name, layer):
+    settings, _ = LAYOUTS[name]
+    tower = vision_tower(tiny_encoder(**settings))
+    count = tower.config.num_hidden_layers
+    assert count == 3
+    used = [layer] if isinstance(layer, int) else layer
+    blocks = next(list(m) for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    ran: list[int] = []
+    for number, block in enumerate(blocks):
+        next(m for m in block.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *_, n=number: ran.append(n))
+    pixels = torch.randn(2, 3, tower.config.image_size, tower.config.image_size)
+    with torch.no_grad():
+        expected = tower(pixels, output_hidden_states=True).hidden_states
+        ran.clear()
+        with passed_through(idle_blocks(tower, layer)):
+            found = tower(pixels, output_hidden_states=True).hidden_states
+    assert all(torch.equal(found[n], expected[n]) for n in used) and len(found) == len(expected)
+    assert ran == list(range({-1: 3, -2: 2, 1: 1, -4: 0}.get(layer if isinstance(layer, int) else 0, 2)))
+    # As it was: whoever asks for other states gets them.
+    with torch.no_grad():
+        again = tower(pixels, output_hidden_states=True).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+def test_a_wrapped_tower_computes_all_of_itself():
+    assert idle_blocks(vision_tower(build_encoder("resnet10t", image_size=64, seed=0)), -1) == []
