@@ -20,7 +20,7 @@ from mmkit.eval.report import build_report
 
 # A page in Playwright's sense; its types are not there where Playwright is not installed.
 Open = Callable[..., Any]
-WIDTHS = (1280, 800, 360)
+WIDTHS = (1280, 800, 360, 320)
 
 
 @pytest.fixture
@@ -294,9 +294,11 @@ def wide(runs: Runs) -> Path:
     paths = []
     for i in range(7):
         name = f"SuperClass ViT-L/16 with a long name, number {i}"
-        tasks = {"coco-caption": [row(1, image, "x" * 200, ["y" * 200], metrics)]}
+        # Two of each, so that there are differences, with the longest of verdicts.
+        tasks = {"coco-caption": [row(k, image, "x" * 200, ["y" * 200], metrics) for k in range(2)]}
         tasks |= {
-            t: [row(1, image, "x" * 90, ["y"], {"accuracy": 1.0}, question="q" * 90)] for t in ("vqav2", "textvqa+ocr", "gqa")
+            t: [row(k, image, "x" * 90, ["y"], {"accuracy": 1.0}, question="q" * 90) for k in range(2)]
+            for t in ("vqav2", "textvqa+ocr", "gqa")
         }
         paths.append(runs.eval(f"run{i}", name, tasks, settings={"prompt": "p" * 300}))
     return build_report(paths, runs.root / "wide")
