@@ -21,7 +21,7 @@ KNOWN = {
 APART = ("OCR", "Rule")
 # Those that differ in one of these share it, and are marked: asked otherwise, the same system gives other figures.
 UNLIKE = ("Tokenizer", "Prompt", "Decoding")
-_QUOTED = 60  # letters of a prompt in a line
+_QUOTED, _BEFORE = 80, 30  # letters of a prompt in a line, and of those before the first difference
 FINGERPRINT_KEYS = ("fingerprint", "model_fingerprint", "model")
 
 
@@ -118,7 +118,7 @@ def _apart(one: str, two: str) -> tuple[str, str]:
     """Two long texts in quotes, each cut to where they begin to differ; line breaks as a sign, since they may be all of it."""
     shared = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
     # Some words in front tell where in the prompt it is.
-    start = 0 if shared < _QUOTED // 2 else max(one.find(" ", shared - _QUOTED // 2, shared) + 1, shared - _QUOTED // 2)
+    start = 0 if shared < _BEFORE else max(one.find(" ", shared - _BEFORE, shared) + 1, shared - _BEFORE)
     parts = [
         ("…" if start else "") + text[start : start + _QUOTED] + ("…" if text[start + _QUOTED :] else "") for text in (one, two)
     ]
