@@ -83,13 +83,22 @@ def departures(score: Score, usual: Score) -> list[str]:
         usual: The column's first score.
 
     Returns:
-        One line for each difference in `UNLIKE` or in the number of samples; none where the two compare.
+        One line for each difference in the data, in `UNLIKE` or in the number of samples; none where the two compare.
     """
-    lines = [f"{own}, the column's first has {other}" for own, other in unlike(score, usual)]
+    other = other_data(score, usual)
+    lines = [f"data {other[0]}, the column's first has {other[1]}"] if other else []
+    lines += [f"{own}, the column's first has {there}" for own, there in unlike(score, usual)]
     # A limit, and results with gaps, both show in the number of samples.
     if score.n != usual.n:
         lines.append(f"{score.n} samples, the column's first has {usual.n}")
     return lines
+
+
+def other_data(score: Score, other: Score) -> tuple[str, str] | None:
+    """Fingerprints of the data of two scores of one task, where they are known to be of other data; None where not."""
+    if score.data is None or other.data is None or score.data[1] != other.data[1] or score.data[0] == other.data[0]:
+        return None
+    return short(score.data[0]), short(other.data[0])
 
 
 def unlike(score: Score, other: Score) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
-from mmkit.eval.report.conditions import unlike, variant_of
+from mmkit.eval.report.conditions import other_data, unlike, variant_of
 from mmkit.eval.report.runs import Score
 from mmkit.eval.report.significance import LEVEL, holm, permutation_test, smallest_p
 from mmkit.eval.report.systems import Row
@@ -86,6 +86,9 @@ def differences(rows: Sequence[Row], *, seed: int) -> tuple[list[Difference], li
             # A difference between two rules, or with and without OCR, is none between two systems.
             if (why := _conditions_differ(row.scores[task], base)) is not None:
                 without.append(f"{row.label}, {task}: not compared with {rows[0].label}, {why}")
+            # The same ids may name other questions there.
+            elif (marks := other_data(row.scores[task], base)) is not None:
+                without.append(f"{row.label}, {task}: no paired test, its data {marks[0]} are not {rows[0].label}'s {marks[1]}")
             elif not per_sample(rows[0], column) or not per_sample(row, column):
                 without.append(f"{row.label}, {task}: no paired test, single samples are not in the scores")
             else:

@@ -136,6 +136,22 @@ def test_what_makes_scores_unlike(one: dict[str, str], other: dict[str, str], li
     assert departures(*made) == lines
 
 
+def test_other_data_are_not_compared(runs) -> None:
+    def run(name: str, mark: str, *tasks: str) -> Path:
+        rows = [row(i, Path(f"{i}.png"), "x", ["x"], {"accuracy": float(i < 5)}, question="q?") for i in range(9)]
+        return runs.eval(name, name, dict.fromkeys(tasks, rows), data={"fingerprint": mark * 32})
+
+    rows = rows_of([run("a", "a", "gqa"), run("b", "b", "gqa"), run("c", "a", "gqa"), run("d", "d", "gqa", "vqav2")])
+    (table,) = score_tables(rows)
+    cells = {label: line[0][1] for label, line in table.rows}
+    assert cells["b"].apart == ["data bbbbbbbbbbbb…, the column's first has aaaaaaaaaaaa…"] and not cells["b"].best
+    # Of other tasks the fingerprint is another in any case.
+    assert cells["c"].best and cells["c"].apart == cells["d"].apart == []
+    found, without = differences(rows, seed=0)
+    assert [d.system for d in found] == ["c", "d"]
+    assert without == ["b, gqa: no paired test, its data bbbbbbbbbbbb… are not a's aaaaaaaaaaaa…"]
+
+
 def test_one_reason_for_several_tasks_is_one_line(runs) -> None:
     def run(name: str, n: int) -> Path:
         return runs.run(name, "eval", scores={t: score(t, {"accuracy": 0.5}, n=n) for t in ("gqa", "mine", "vqav2")})
