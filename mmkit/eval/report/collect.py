@@ -171,7 +171,7 @@ def find_parent(named: object, child: Path) -> Path | None:
     given = Path(named)
     # A relative path was written from the launch directory, which is most often a folder above the runs.
     bases = [given] if given.is_absolute() else [given, *(folder / given for folder in (child, *child.parents))]
-    if given.is_absolute() and not given.exists() and (there := follow(named, move_of(child, _recipe(child)))) is not None:
+    if (there := follow(named, move_of(child, _recipe(child)))) is not None:
         bases.append(there)
     for base in bases:
         folder = base
