@@ -140,7 +140,7 @@ def read_run(path: Path, *, need_done: bool) -> Run:
         recipe=recipe,
         metrics=list(_rows(path / "metrics.jsonl", notes)) if kind == "train" else [],
         skipped=list(_rows(path / "skipped.jsonl", notes)),
-        scores=_scores(path / "scores.json") if scored else {},
+        scores=_scores(path / "scores.json", manifest.get("data")) if scored else {},
         predictions=_predictions(path / "predictions.jsonl") if scored and kind != "train" else [],
         # A parent from the hub or a plain folder is no run; the manifest shown in the lineage still names it.
         parents=[p for entry in manifest.get("parents") or [] if (p := find_parent(entry.get("path"), path))],
@@ -171,7 +171,7 @@ def find_parent(named: object, child: Path) -> Path | None:
     given = Path(named)
     # A relative path was written from the launch directory, which is most often a folder above the runs.
     bases = [given] if given.is_absolute() else [given, *(folder / given for folder in (child, *child.parents))]
-    if given.is_absolute() and not given.exists() and (there := follow(named, move_of(child, _recipe(child)))) is not None:
+    if (there := follow(named, move_of(child, _recipe(child)))) is not None:
         bases.append(there)
     for base in bases:
         folder = base
@@ -282,15 +282,18 @@ def _rows(file: Path, notes: list[str] | None = None) -> Iterator[dict[str, Any]
             yield row
 
 
-def _scores(file: Path) -> dict[str, Score]:
-    """The tasks of a ``scores.json``."""
+def _scores(file: Path, data: object) -> dict[str, Score]:
+    """The tasks of a ``scores.json``, of a run on `data` as its manifest has it."""
     if not file.is_file():
         raise InputError("the run has no scores.json", where=file.parent, mend="run it again with --restart")
     tasks = read_json(file, mend="run it again with --restart")
     tasks = tasks.get("tasks") if isinstance(tasks, dict) else None
     if not isinstance(tasks, dict):
         raise InputError('no "tasks" object in it', where=file, mend="run the evaluation again")
-    return {name: _score(name, entry, file) for name, entry in tasks.items()}
+    mark = data.get("fingerprint") if isinstance(data, dict) else None
+    # One fingerprint for the files of all tasks: it tells two runs apart only where their tasks are the same.
+    told = (str(mark), frozenset(tasks)) if mark else None
+    return {name: replace(_score(name, entry, file), data=told) for name, entry in tasks.items()}
 
 
 def _score(name: str, entry: dict[str, Any], file: Path) -> Score:

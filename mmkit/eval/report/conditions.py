@@ -21,7 +21,7 @@ KNOWN = {
 APART = ("OCR", "Rule")
 # Those that differ in one of these share it, and are marked: asked otherwise, the same system gives other figures.
 UNLIKE = ("Tokenizer", "Prompt", "Decoding")
-_QUOTED = 60  # letters of a prompt in a line
+_QUOTED, _BEFORE = 80, 30  # letters of a prompt in a line, and of those before the first difference
 FINGERPRINT_KEYS = ("fingerprint", "model_fingerprint", "model")
 
 
@@ -83,13 +83,22 @@ def departures(score: Score, usual: Score) -> list[str]:
         usual: The column's first score.
 
     Returns:
-        One line for each difference in `UNLIKE` or in the number of samples; none where the two compare.
+        One line for each difference in the data, in `UNLIKE` or in the number of samples; none where the two compare.
     """
-    lines = [f"{own}, the column's first has {other}" for own, other in unlike(score, usual)]
+    other = other_data(score, usual)
+    lines = [f"data {other[0]}, the column's first has {other[1]}"] if other else []
+    lines += [f"{own}, the column's first has {there}" for own, there in unlike(score, usual)]
     # A limit, and results with gaps, both show in the number of samples.
     if score.n != usual.n:
         lines.append(f"{score.n} samples, the column's first has {usual.n}")
     return lines
+
+
+def other_data(score: Score, other: Score) -> tuple[str, str] | None:
+    """Fingerprints of the data of two scores of one task, where they are known to be of other data; None where not."""
+    if score.data is None or other.data is None or score.data[1] != other.data[1] or score.data[0] == other.data[0]:
+        return None
+    return short(score.data[0]), short(other.data[0])
 
 
 def unlike(score: Score, other: Score) -> list[tuple[str, str]]:
@@ -118,7 +127,7 @@ def _apart(one: str, two: str) -> tuple[str, str]:
     """Two long texts in quotes, each cut to where they begin to differ; line breaks as a sign, since they may be all of it."""
     shared = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
     # Some words in front tell where in the prompt it is.
-    start = 0 if shared < _QUOTED // 2 else max(one.find(" ", shared - _QUOTED // 2, shared) + 1, shared - _QUOTED // 2)
+    start = 0 if shared < _BEFORE else max(one.find(" ", shared - _BEFORE, shared) + 1, shared - _BEFORE)
     parts = [
         ("…" if start else "") + text[start : start + _QUOTED] + ("…" if text[start + _QUOTED :] else "") for text in (one, two)
     ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
-from mmkit.eval.report.conditions import unlike, variant_of
+from mmkit.eval.report.conditions import other_data, unlike, variant_of
 from mmkit.eval.report.runs import Score
-from mmkit.eval.report.significance import LEVEL, holm, permutation_test, smallest_p
+from mmkit.eval.report.significance import LEVEL, PERMUTATIONS, holm, permutation_test, smallest_p
 from mmkit.eval.report.systems import Row
 from mmkit.eval.report.tables import Column, task_columns
 from mmkit.eval.statistics import paired_bootstrap
@@ -75,6 +76,7 @@ def differences(rows: Sequence[Row], *, seed: int) -> tuple[list[Difference], li
     """
     found: list[Difference] = []
     without: list[str] = []
+    patterns = sign_patterns(rows)
     # Tasks of the first system only: what it was not scored on cannot be compared with it.
     for task, columns in task_columns(rows[:1]):
         base = rows[0].scores[task]
@@ -86,14 +88,27 @@ def differences(rows: Sequence[Row], *, seed: int) -> tuple[list[Difference], li
             # A difference between two rules, or with and without OCR, is none between two systems.
             if (why := _conditions_differ(row.scores[task], base)) is not None:
                 without.append(f"{row.label}, {task}: not compared with {rows[0].label}, {why}")
+            # The same ids may name other questions there.
+            elif (marks := other_data(row.scores[task], base)) is not None:
+                without.append(f"{row.label}, {task}: no paired test, its data {marks[0]} are not {rows[0].label}'s {marks[1]}")
             elif not per_sample(rows[0], column) or not per_sample(row, column):
                 without.append(f"{row.label}, {task}: no paired test, single samples are not in the scores")
             else:
-                _compare(row, rows[0], column, found, without, seed=seed)
+                _compare(row, rows[0], column, found, without, seed=seed, patterns=patterns)
+    alone = [task for task in dict.fromkeys(t for row in rows[1:] for t in row.scores) if task not in rows[0].scores]
+    if alone:
+        without.append(f"{', '.join(alone)}: no differences, for {rows[0].label} was not scored on it")
     adjusted = holm({i: d.p for i, d in enumerate(found)})
     # Holm's method is monotone: where even the smallest p-values of all tests do not pass, no data could have passed.
     least = holm({i: smallest_p(d.pictures) for i, d in enumerate(found)})
     return [replace(d, p_holm=adjusted[i], least=least[i]) for i, d in enumerate(found)], without
+
+
+def sign_patterns(rows: Sequence[Row]) -> int:
+    """How many sign patterns each test draws: so many that Holm's correction leaves the smallest p-value well below `LEVEL`."""
+    most = sum(task in row.scores for row in rows[1:] for task in rows[0].scores)
+    # p is at least one over the patterns, and with 250 tests of 5,000 patterns nothing could ever be called different.
+    return max(PERMUTATIONS, math.ceil(2.5 / LEVEL) * most)
 
 
 def per_sample(row: Row, column: Column) -> dict[str, float]:
@@ -116,7 +131,9 @@ def _conditions_differ(score: Score, base: Score) -> str | None:
     return "; ".join(words) or None
 
 
-def _compare(row: Row, first: Row, column: Column, found: list[Difference], without: list[str], *, seed: int) -> None:
+def _compare(
+    row: Row, first: Row, column: Column, found: list[Difference], without: list[str], *, seed: int, patterns: int
+) -> None:
     """Test one pair of systems; adds the difference to `found`, or to `without` what stood against it."""
     task = column.task
     base, mine = per_sample(first, column), per_sample(row, column)
@@ -133,7 +150,8 @@ def _compare(row: Row, first: Row, column: Column, found: list[Difference], with
     own: dict[Hashable, float] = {key: mine[key] for key in shared}
     theirs: dict[Hashable, float] = {key: base[key] for key in shared}
     asked = [f"{here}, {first.label} has {there}" for here, there in unlike(row.scores[task], first.scores[task])]
-    found.append(replace(_difference(row.label, first.label, column, own, theirs, clusters, seed=seed), unlike=asked))
+    tested = _difference(row.label, first.label, column, own, theirs, clusters, seed=seed, patterns=patterns)
+    found.append(replace(tested, unlike=asked))
     if len(shared) < max(len(base), len(mine)):
         total = f"{len(shared)} of {max(len(base), len(mine))}"
         without.append(f"{row.label}, {task}: only {total} samples are shared with {first.label}")
@@ -148,9 +166,10 @@ def _difference(
     clusters: dict[Hashable, Hashable],
     *,
     seed: int,
+    patterns: int,
 ) -> Difference:
     """Interval and p-value of one pair; all three mappings have the same sample ids in the same order."""
     value, low, high, n = paired_bootstrap(mine, base, clusters=clusters, seed=seed)
-    p = permutation_test([mine[k] - base[k] for k in mine], [clusters[k] for k in mine], seed=seed)
+    p = permutation_test([mine[k] - base[k] for k in mine], [clusters[k] for k in mine], seed=seed, patterns=patterns)
     # Corrected when all tests of the report are known.
     return Difference(system, baseline, column, n, value, low, high, p, p, len(set(clusters.values())))

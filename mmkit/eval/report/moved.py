@@ -19,18 +19,17 @@ def move_of(run: Path, recipe: str) -> Move | None:
         recipe: Text of its ``recipe.yaml``, whose ``run`` is the directory as it was.
 
     Returns:
-        The two folders that end where the old and the new path begin to be the same; None for a run in its place, one that
-        was named relative to a folder, and one whose own folder was renamed.
+        The two folders below which the old and the new path are the same; an old one that is relative, to where the command was
+        started, stays so. None for a run that is still in its place, that was renamed itself, or whose recipe does not tell.
     """
     found = _RUN.search(recipe)
     old = PurePath(found.group("path")) if found else PurePath()
-    if not old.is_absolute() or Path(old).is_dir():
+    if not old.name or (old.is_absolute() and Path(old).is_dir()):
         return None
-    count = 0
-    for then, now in zip(reversed(old.parts[1:]), reversed(run.parts[1:]), strict=False):
-        if then != now:
-            break
-        count += 1
+    then, now = old.parts[bool(old.anchor) :], run.parts[1:]
+    count = next(
+        (i for i, (a, b) in enumerate(zip(reversed(then), reversed(now), strict=False)) if a != b), min(len(then), len(now))
+    )
     return (old.parents[count - 1], run.parents[count - 1]) if count else None
 
 

@@ -106,7 +106,7 @@ def read_thumbnails(names: Sequence[tuple[str, Run]], *, side: int) -> list[Pict
 
 def _open(name: str, run: Run) -> Image.Image | str:
     """The decoded picture, or what is wrong with it."""
-    # Most often absolute or relative to where the command was started, which may be a folder above the runs.
+    # Most often absolute or relative to where the command was started, which is most often a folder above the runs.
     places = [name, *(os.path.join(folder, name) for folder in (run.path, *run.path.parents))]  # noqa: PTH118
     places += [str(there)] if (there := follow(name, run.move)) is not None else []
     # Names from elsewhere may be longer than a file name can be, or hold a null byte; pathlib's is_file raises at them.

@@ -15,7 +15,6 @@ from mmkit.eval.report.collect import collect
 from mmkit.eval.report.exports import to_csv, to_json, to_markdown
 from mmkit.eval.report.latex import to_latex
 from mmkit.eval.report.lineage import WIDTH
-from mmkit.eval.report.significance import PERMUTATIONS
 from mmkit.eval.report.tables import MISSING, NO_SPREAD
 from mmkit.eval.report.view import MISSING_LISTED, REASONS, Report, assemble, duration
 from mmkit.files import write_text
@@ -89,7 +88,6 @@ def to_html(report: Report) -> str:
         no_spread=NO_SPREAD,
         most_reasons=REASONS,
         most_missing=MISSING_LISTED,
-        permutations=f"{PERMUTATIONS:,}",
         box_width=WIDTH,
     )
     css = environment.get_template("report.css.j2").render().strip()

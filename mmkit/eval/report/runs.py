@@ -26,7 +26,10 @@ class Published:
 
 @dataclass(frozen=True)
 class Score:
-    """One entry of ``scores.json``: metrics as stored, with intervals and the conditions they hold under."""
+    """One entry of ``scores.json``: metrics as stored, with intervals and the conditions they hold under.
+
+    ``data`` is the run's data fingerprint and the tasks whose files it is of; None where the run tells none.
+    """
 
     task: str
     metrics: dict[str, float]
@@ -37,6 +40,7 @@ class Score:
     answers: dict[str, int] = field(default_factory=dict)
     published: list[Published] = field(default_factory=list)
     breakdown: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    data: tuple[str, frozenset[str]] | None = None
 
     @property
     def notes(self) -> list[str]:

@@ -13,21 +13,24 @@ import numpy as np
 
 from mmkit.eval.statistics import Floats, cluster_sums
 
-PERMUTATIONS = 5000
+PERMUTATIONS = 5000  # sign patterns of a test, where a report has no more than a hundred
 LEVEL = 0.05  # of the family of all tests in a report
 _CHUNK = 1 << 22  # signs drawn at a time: some MB, whatever the number of pictures
 
 
-def permutation_test(differences: Sequence[float], clusters: Sequence[Hashable], *, seed: int) -> float:
+def permutation_test(
+    differences: Sequence[float], clusters: Sequence[Hashable], *, seed: int, patterns: int = PERMUTATIONS
+) -> float:
     """Two-sided p-value of a mean difference being zero, by flipping the signs of whole clusters.
 
     Args:
         differences: One value a sample, system minus baseline.
         clusters: Their labels (such as the picture); samples of one label are flipped together.
         seed: Seed of the flips.
+        patterns: How many sign patterns to draw.
 
     Returns:
-        p, at least 1 / (`PERMUTATIONS` + 1); exact where all sign patterns are no more than `PERMUTATIONS`.
+        p, at least 1 / (`patterns` + 1); exact where all sign patterns are no more than `patterns`.
     """
     sums = cluster_sums(np.asarray(differences, dtype=np.float64)[:, None], clusters)[:, 0]
     # Pictures on which both are equal have no sign to flip.
@@ -36,10 +39,10 @@ def permutation_test(differences: Sequence[float], clusters: Sequence[Hashable],
     observed = abs(sums.sum()) - 1e-9
     if not len(sums):
         return 1.0
-    if 2 ** len(sums) <= PERMUTATIONS:
-        patterns = (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1
-        return float(np.mean(np.abs((2 * patterns - 1) @ sums) >= observed))
-    return (1 + _extreme(sums, observed, seed)) / (PERMUTATIONS + 1)
+    if 2 ** len(sums) <= patterns:
+        every = (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1
+        return float(np.mean(np.abs((2 * every - 1) @ sums) >= observed))
+    return (1 + _extreme(sums, observed, seed, patterns)) / (patterns + 1)
 
 
 def smallest_p(clusters: int) -> float:
@@ -54,13 +57,13 @@ def smallest_p(clusters: int) -> float:
     return min(1.0, 2.0 ** (1 - clusters))
 
 
-def _extreme(sums: Floats, observed: float, seed: int) -> int:
-    """How many of `PERMUTATIONS` random sign patterns give a total at least as large as the observed one."""
+def _extreme(sums: Floats, observed: float, seed: int, patterns: int) -> int:
+    """How many of `patterns` random sign patterns give a total at least as large as the observed one."""
     rng = np.random.default_rng(seed)
     rows = max(1, _CHUNK // len(sums))
     found = 0
-    for start in range(0, PERMUTATIONS, rows):
-        flips = rng.integers(0, 2, (min(rows, PERMUTATIONS - start), len(sums)), dtype=np.int8)
+    for start in range(0, patterns, rows):
+        flips = rng.integers(0, 2, (min(rows, patterns - start), len(sums)), dtype=np.int8)
         # total with signs = total - 2 * (those flipped): one product instead of a matrix of +-1 as floats.
         found += int(np.sum(np.abs(sums.sum() - 2 * (flips @ sums)) >= observed))
     return found

@@ -11,7 +11,7 @@ from typing import Any
 from mmkit.eval.report.collect import Collection
 from mmkit.eval.report.conditions import conditions, flat
 from mmkit.eval.report.curves import Panel, panels_of
-from mmkit.eval.report.differences import Difference, differences
+from mmkit.eval.report.differences import Difference, differences, sign_patterns
 from mmkit.eval.report.gallery import Gallery, build_gallery
 from mmkit.eval.report.lineage import Lineage, build_lineage
 from mmkit.eval.report.lmms_eval_files import PROGRAM
@@ -89,6 +89,7 @@ class Report:
     rows: list[Row]
     tables: list[Table]
     differences: list[Difference]
+    patterns: int
     not_compared: list[str]
     conditions: dict[str, list[Condition]]
     probe_rows: list[Row]
@@ -173,6 +174,7 @@ def assemble(collection: Collection, *, title: str, gallery: int, thumbnail: int
         rows=rows,
         tables=score_tables(rows, marks),
         differences=found,
+        patterns=sign_patterns(rows) if rows else 0,
         not_compared=without,
         conditions=conditions(rows),
         probe_rows=probes,

@@ -20,7 +20,7 @@ from mmkit.eval.report import build_report
 
 # A page in Playwright's sense; its types are not there where Playwright is not installed.
 Open = Callable[..., Any]
-WIDTHS = (1280, 800, 360)
+WIDTHS = (1280, 800, 360, 320)
 
 
 @pytest.fixture
@@ -176,6 +176,37 @@ def test_a_link_opens_its_sample(page_file: Path, opened: Open) -> None:
     assert missing.locator("#viewer").inner_text() == "This page has no such sample."
 
 
+def test_back_leads_from_a_sample_to_the_list(page_file: Path, opened: Open) -> None:
+    page = opened(page_file)
+    for choose in (lambda: None, lambda: page.select_option("[name=task]", "vqav2"), lambda: page.click("#filters button")):
+        choose()
+        before = page.locator("#count").inner_text()
+        page.locator("#viewer .sample a").first.click()
+        until(page, "document.querySelector('.sample.whole') !== null")
+        page.go_back()
+        until(page, "document.querySelector('.sample.whole') === null")
+        assert page.locator("#count").inner_text() == before and page.locator("#filters").is_visible()
+
+
+def test_focus_follows_the_pages(page_file: Path, opened: Open) -> None:
+    page = opened(page_file)
+    focused = "document.activeElement.id || document.activeElement.tagName"
+    page.locator("#pager button", has_text="Next").focus()
+    page.keyboard.press("Enter")
+    assert "Page 2" in page.locator("#pager").inner_text() and page.evaluate(focused) == "viewer"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement === document.querySelector('#viewer .sample a')")
+    page.keyboard.press("Enter")
+    until(page, "document.activeElement.id === 'viewer' && document.querySelector('.sample.whole') !== null")
+    page.locator("#pager button", has_text="All samples").focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#filters").is_visible() and page.evaluate(focused) == "viewer"
+    # Typing into a filter keeps it.
+    page.locator("[name=q]").focus()
+    page.keyboard.type("red")
+    assert page.evaluate("document.activeElement.name") == "q"
+
+
 def test_every_wording_of_a_prompt_and_every_line_of_an_answer_is_shown(runs: Runs, opened: Open) -> None:
     def asked(name: str, prompt: str) -> Path:
         rows = [row(1, runs.picture("a.png"), "one\ntwo", ["one"], {"accuracy": 0.0}, question="What?", prompt=prompt)]
@@ -263,9 +294,11 @@ def wide(runs: Runs) -> Path:
     paths = []
     for i in range(7):
         name = f"SuperClass ViT-L/16 with a long name, number {i}"
-        tasks = {"coco-caption": [row(1, image, "x" * 200, ["y" * 200], metrics)]}
+        # Two of each, so that there are differences, with the longest of verdicts.
+        tasks = {"coco-caption": [row(k, image, "x" * 200, ["y" * 200], metrics) for k in range(2)]}
         tasks |= {
-            t: [row(1, image, "x" * 90, ["y"], {"accuracy": 1.0}, question="q" * 90)] for t in ("vqav2", "textvqa+ocr", "gqa")
+            t: [row(k, image, "x" * 90, ["y"], {"accuracy": 1.0}, question="q" * 90) for k in range(2)]
+            for t in ("vqav2", "textvqa+ocr", "gqa")
         }
         paths.append(runs.eval(f"run{i}", name, tasks, settings={"prompt": "p" * 300}))
     return build_report(paths, runs.root / "wide")

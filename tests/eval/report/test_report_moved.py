@@ -26,6 +26,17 @@ def pipeline(folder: Path) -> tuple[Path, Path]:
     return encoder, path
 
 
+def test_a_renamed_folder_of_relative_runs_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "launch").mkdir()
+    monkeypatch.chdir(tmp_path / "launch")
+    pipeline(Path("demo"))
+    there = tmp_path / "backup of the demo"
+    shutil.move("demo", there)
+    found = collect([there / "runs" / "eval"])
+    assert [run.path for run in found.ancestors] == [there / "runs" / "encoder"]
+    assert "file not found" not in build_report([there / "runs" / "eval"], tmp_path / "out").read_text()
+
+
 def test_a_moved_folder_keeps_its_pictures_and_its_lineage(tmp_path: Path) -> None:
     pipeline(tmp_path / "cluster")
     here = tmp_path / "laptop" / "copy"
@@ -56,8 +67,17 @@ def test_moves(tmp_path: Path) -> None:
     assert move is not None and (str(move[0]), move[1]) == ("/old/demo", tmp_path / "new")
     assert follow("/old/demo/world/a.png", move) == tmp_path / "new" / "world" / "a.png"
     assert follow("/other/a.png", move) is None and follow("world/a.png", move) is None and follow("/old/demo/x", None) is None
-    # Renamed, relative, not told, or still in its place.
-    for text in ("run: /old/demo/runs/other", "run: runs/eval", "", f"run: {tmp_path}/x/eval\n"):
+    # Relative to where the command was started: moved there, renamed above, or in its place.
+    for text, old, here in (
+        ("run: runs/eval", ".", tmp_path / "new"),
+        ("run: ../there/runs/eval", "../there", tmp_path / "new"),
+        ("run: eval", ".", new.parent),
+    ):
+        move = move_of(new, text)
+        assert move is not None and (str(move[0]), move[1]) == (old, here)
+        assert follow(f"{old}/world/a.png", move) == here / "world" / "a.png"
+    # Renamed itself, not told, or still in its place.
+    for text in ("run: /old/demo/runs/other", "", "run: .", "run: /", f"run: {tmp_path}/x/eval\n"):
         (tmp_path / "x" / "eval").mkdir(parents=True, exist_ok=True)
         assert move_of(new, text) is None
 

@@ -10,7 +10,7 @@ from report_runs import row, score
 from mmkit.eval.report import build_report
 from mmkit.eval.report.collect import collect
 from mmkit.eval.report.conditions import conditions, departures, flat
-from mmkit.eval.report.differences import Difference, differences
+from mmkit.eval.report.differences import Difference, differences, sign_patterns
 from mmkit.eval.report.runs import Score
 from mmkit.eval.report.systems import Row, system_rows
 from mmkit.eval.report.tables import Column, apart_lines, score_tables, task_columns
@@ -136,6 +136,22 @@ def test_what_makes_scores_unlike(one: dict[str, str], other: dict[str, str], li
     assert departures(*made) == lines
 
 
+def test_other_data_are_not_compared(runs) -> None:
+    def run(name: str, mark: str, *tasks: str) -> Path:
+        rows = [row(i, Path(f"{i}.png"), "x", ["x"], {"accuracy": float(i < 5)}, question="q?") for i in range(9)]
+        return runs.eval(name, name, dict.fromkeys(tasks, rows), data={"fingerprint": mark * 32})
+
+    rows = rows_of([run("a", "a", "gqa"), run("b", "b", "gqa"), run("c", "a", "gqa"), run("d", "d", "gqa", "vqav2")])
+    (table,) = score_tables(rows)
+    cells = {label: line[0][1] for label, line in table.rows}
+    assert cells["b"].apart == ["data bbbbbbbbbbbb…, the column's first has aaaaaaaaaaaa…"] and not cells["b"].best
+    # Of other tasks the fingerprint is another in any case.
+    assert cells["c"].best and cells["c"].apart == cells["d"].apart == []
+    found, without = differences(rows, seed=0)
+    assert [d.system for d in found] == ["c", "d"]
+    assert without[:1] == ["b, gqa: no paired test, its data bbbbbbbbbbbb… are not a's aaaaaaaaaaaa…"]
+
+
 def test_one_reason_for_several_tasks_is_one_line(runs) -> None:
     def run(name: str, n: int) -> Path:
         return runs.run(name, "eval", scores={t: score(t, {"accuracy": 0.5}, n=n) for t in ("gqa", "mine", "vqav2")})
@@ -153,6 +169,27 @@ def test_unlike_conditions_are_said_in_every_form(runs, tmp_path: Path) -> None:
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert "| lower ≠ |" in markdown and markdown.count("- ≠ b, vqav2: prompt") == 2
     assert r"10.0$^{\dagger}$" in (tmp_path / "out" / "report.tex").read_text()
+
+
+def test_many_tests_still_find_what_is_plain(runs) -> None:
+    # 5,000 patterns give no p below 1 / 5001, and that times 26 * 10 tests is above 0.05.
+    samples = {right: [{"id": i, "accuracy": float(right)} for i in range(20)] for right in (True, False)}
+    paths = []
+    for i in range(27):
+        tasks = {f"t{k}": score("gqa", {"accuracy": float(i == 0)}, n=20, per_sample=samples[i == 0]) for k in range(10)}
+        paths.append(runs.run(f"r{i}", "eval", manifest={"system": f"S{i}"}, scores=tasks))
+    rows = rows_of(paths)
+    found, _ = differences(rows, seed=0)
+    assert len(found) == 260 and {d.verdict for d in found} == {"lower"} and sign_patterns(rows) == 13_000
+    assert sign_patterns(rows[:2]) == 5000
+
+
+def test_tasks_that_the_first_system_lacks_are_said_not_to_be_compared(runs) -> None:
+    first = runs.run("a", "eval", scores={"gqa": score("gqa", {"accuracy": 0.5})})
+    others = [
+        runs.run(n, "eval", scores={"mme": score("mme", {"perception": 1.0}), "pope": score("pope", {"f1": 0.5})}) for n in "bc"
+    ]
+    assert differences(rows_of([first, *others]), seed=0)[1] == ["mme, pope: no differences, for a was not scored on it"]
 
 
 @pytest.mark.parametrize(("pictures", "systems", "verdict"), [(5, 2, "few"), (6, 2, "lower"), (6, 3, "few"), (7, 3, "lower")])

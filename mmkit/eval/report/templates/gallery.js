@@ -184,10 +184,17 @@
     return element;
   }
 
+  // The button that was pressed is gone with the page it was on: whoever has no mouse goes on from the samples.
+  function arrive(change) {
+    change();
+    $('gallery').scrollIntoView();
+    viewer.focus({ preventScroll: true });
+  }
+
   function showList() {
     const pages = Math.max(1, Math.ceil(list.length / PAGE));
     const page = Math.min(Math.max(1, Number(state.page) || 1), pages);
-    const turn = (to) => () => { go({ page: String(to) }); $('gallery').scrollIntoView(); };
+    const turn = (to) => () => arrive(() => go({ page: String(to) }));
     viewer.replaceChildren(...list.slice((page - 1) * PAGE, page * PAGE).map((number) => card(number, false)));
     count.textContent = `${list.length.toLocaleString('en')} of ${data.samples.length.toLocaleString('en')} samples`;
     pager.replaceChildren(button('Previous', turn(page - 1), page === 1), `Page ${page} of ${pages}`,
@@ -201,10 +208,8 @@
     form.hidden = true;
     count.textContent = at < 0 ? '' : `Sample ${at + 1} of ${list.length}`;
     viewer.replaceChildren(number < 0 ? make('p', '', 'This page has no such sample.') : card(number, true));
-    pager.replaceChildren(button('Previous', open(at - 1), at <= 0), button('All samples', () => go({}), false),
+    pager.replaceChildren(button('Previous', open(at - 1), at <= 0), button('All samples', () => arrive(() => go({})), false),
       button('Next', open(at + 1), at < 0 || at === list.length - 1));
-    $('gallery').scrollIntoView();
-    viewer.focus({ preventScroll: true });
   }
 
   // The address says what is shown, so that it can be sent to somebody.
@@ -240,9 +245,13 @@
         filter();
         number = list.find((i) => data.samples[i][ID] === id && data.tasks[data.samples[i][TASK]].name === task) ?? -1;
       }
-      showOne(number);
+      arrive(() => showOne(number));
     } else if (hash.startsWith('#gallery?')) {
       state = { ...EMPTY, ...Object.fromEntries(new URLSearchParams(hash.slice(9))) };
+      refresh();
+    } else if (form.hidden && (hash === '' || hash === '#gallery')) {
+      // Back from a sample to a list that has no filter to tell.
+      state = { ...EMPTY };
       refresh();
     }
   }
