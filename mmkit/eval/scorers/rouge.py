@@ -21,16 +21,27 @@ def lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
     Returns:
         The length.
     """
-    # One bit a word of `left`; a zero in `row` stands for a step of the common subsequence.
-    positions: dict[str, int] = {}
-    for index, word in enumerate(left):
-        positions[word] = positions.get(word, 0) | (1 << index)
-    full = (1 << len(left)) - 1
-    row = full
+    return _common(word_bits(left), len(left), right)
+
+
+def word_bits(words: Sequence[str]) -> dict[str, int]:
+    """Word -> its places in a list, one bit each."""
+    bits: dict[str, int] = {}
+    for index, word in enumerate(words):
+        bits[word] = bits.get(word, 0) | (1 << index)
+    return bits
+
+
+def _common(bits: dict[str, int], length: int, right: Sequence[str]) -> int:
+    """`lcs_length` of a list of ``length`` words by their `word_bits`."""
+    full = row = (1 << length) - 1
     for word in right:
-        matched = row & positions.get(word, 0)
-        row = ((row + matched) | (row - matched)) & full
-    return len(left) - row.bit_count()
+        # A word that is not in the list leaves the row as it is, which is most of them.
+        if word in bits:
+            matched = row & bits[word]
+            # A zero in the row stands for a step of the common subsequence.
+            row = ((row + matched) | (row - matched)) & full
+    return length - row.bit_count()
 
 
 def rouge_l(hypothesis: str, references: Sequence[str]) -> float:
@@ -48,12 +59,14 @@ def rouge_l(hypothesis: str, references: Sequence[str]) -> float:
     """
     # Not split(): a no-break space stays inside its word, as upstream; BLEU and CIDEr split there.
     words = hypothesis.split(" ")
+    # Once for all references of the picture.
+    bits, length = word_bits(words), len(words)
     # The two maxima may come from different references; that is the official code's way.
     precision = recall = 0.0
     for reference in references:
         reference_words = reference.split(" ")
-        common = lcs_length(words, reference_words)
-        precision = max(precision, common / len(words))
+        common = _common(bits, length, reference_words)
+        precision = max(precision, common / length)
         recall = max(recall, common / len(reference_words))
     # Upstream's rule, and F would be 0 / 0.
     if precision == 0 or recall == 0:
