@@ -94,7 +94,9 @@ _PATTERNS = (
     # Sizes and rates: C#, c++, US$.
     r"[CcFf]#|[Cc]\+\+|[A-Z]+\$",
     # Words that keep an apostrophe inside, and the clipped or dated ones that keep it in front.
-    rf"(?<!['’‘`])(?:[dlnoA-HJ-XZ]|[Qq]u)['’‘`]{_L}{{2,}}|(?i:ne'er|e'er|nor'easter|cap'n|ma'ams?|ol')(?!{_X})|[jYy]{_APOSTROPHE}(?={_L})(?!(?:s|d|m|ll|re|ve)(?!{_L}))",
+    rf"(?<!['’‘`])(?:[dlnoA-HJ-XZ]|[Qq]u)['’‘`]{_L}{{2,}}|(?i:ne'er|e'er|nor'easter|cap'n|ma'ams?)(?!{_X})|[jYy]{_APOSTROPHE}(?={_L})(?!(?:s|d|m|ll|re|ve)(?!{_L}))",
+    # Single words that Java knows, whatever is glued to their end but a contraction.
+    rf"(?i:c'mon|s'mores|ev'ry|li'l|nat'l|cont'd\.|(?:dunkin|somethin|ol)'(?!(?:s|d|m|ll|re|ve)(?!{_L})))",
     # Between vowels, as in "Hallowe'en", and in "De'Andre".
     rf"{_L}+[aeiouyAEIOUY]['’‘`](?!(?i:re|ve|ll|s|d|m)(?!{_L}))[aeiouyA-Z]{_L}*",
     rf"'(?i:s|d|m|ll|re|ve)(?!{_L})|’(?i:s|d|m|ll|re|ve)",
