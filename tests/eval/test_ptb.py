@@ -98,6 +98,7 @@ def test_tokenised_text_stays(shared: Path) -> None:
         ("a Dunkin' Donuts cup, dunkin's", "a dunkin' donuts cup dunkin 's"),
         ("Somethin' 'bout s'mores, c'mon", "somethin' bout s'mores c'mon"),
         ("the li'l dog ev'ry Nat'l cont'd. ol'", "the li'l dog ev'ry nat'l cont'd. ol'"),
+        ("H₂O m² Ⅳ wow‼ a‽", "h ₂ o m ² wow a"),
         ("7½ people and 22  3/4", "7 1/2 people and 22 3/4"),
         ("CAN`T “‘a’ b", "ca n`t ``` a b"),
         ("A+B 10/20-30 7-8/9", "a+b 10/20 -30 7-8/9"),
