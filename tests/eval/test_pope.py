@@ -167,6 +167,7 @@ def test_llavas_ids_run_through_all_splits(tmp_path: Path) -> None:
     assert found["metrics"]["f1"] == 1 and found["n"] == 12
     assert "question 99 is not in the question file" in refusal([*said, {**said[0], "question_id": 99}], labels, questions)
     assert 'has no "category"' in refusal(said, labels)
+    assert "give LLaVA's question file as questions" in refusal(said, labels)
     asked[0]["text"] = "Is there something else?"
     assert "unknown questions: adversarial/LLaVA 0" in refusal(said, labels, lines(tmp_path / "q.jsonl", asked))
     assert "comes twice" in refusal(said, labels, lines(tmp_path / "q.jsonl", [asked[1], asked[1]]))

@@ -146,7 +146,11 @@ def _category(row: Row, split: str, splits: list[str]) -> str:
     if named not in SPLITS or (split and named != split):
         what = f"question {row.data['question_id']} has " + (f'"category" {named!r:.20}' if named else 'no "category"')
         expected = split or ", ".join(splits)
-        raise InputError(f"{what}; the labels are of {expected}", where=row.where, mend="question ids repeat across the splits")
+        # LLaVA's rows have the prompt and ids of their own, which its question file explains.
+        mend = (
+            "give LLaVA's question file as questions" if "prompt" in row.data else "ids repeat across the splits: name the split"
+        )
+        raise InputError(f"{what}; the labels are of {expected}", where=row.where, mend=mend)
     return str(named)
 
 

@@ -25,6 +25,8 @@ _CHARACTERS = {
     0xAD: None,
     0xA3: " # ",
     0x20AC: " $ ",
+    0xA4: " $ ",
+    0x20A0: " $ ",
     0xA2: " cents ",
 }
 # Spaces around the angles: written as entities they never make a tag.
@@ -54,8 +56,15 @@ _KNOWN = "|".join(
 _BEFORE_NUMBERS = "nos no figs fig pp ca art op prop"
 
 # Letters and digits of any script, with combining marks, but no symbols, no emoji and nothing outside the first plane.
-_NO_LETTER = "\\s\\x00-\\x2f:-@\\[-`{-\\x9f\\xa0-\\xa9\\xab-\\xb4\\xb6-\\xb9\\xbb-\\xbf×÷\u2000-\u206f\u20a0-\u20cf\u2100-\u2bff"
-_NO_LETTER += "\u3000-\u303f\ud800-\uf8ff\ufe00-\ufe0f\ufe30-\ufe6f\uff00-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uffff"
+_NO_LETTER = "\\s\\x00-\\x2f:-@\\[-`{-\\x9f\\xa0-\\xa9\\xab-\\xb4\\xb6-\\xb9\\xbb-\\xbf×÷"
+_NO_LETTER += "\u2000-\u2070\u2072-\u207e\u2080-\u208f\u209d-\u20cf\u2100-\u2bff\u3000-\u303f\ud800-\uf8ff"
+_NO_LETTER += "\ufe00-\ufe0f\ufe30-\ufe6f\uff00-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uffff"
+# Signs that vanish: odd hyphens and marks, most currencies, Roman numerals, emoji and whatever lies outside the first plane.
+_VANISHES = (
+    r"\U00010000-\U0010ffff\x00-\x1f\x7f‐‑‒\u201b\u2024\u2025\u2027\u202a-\u202e\u203c\u203d\u2043\u2045-\u205f\u2072\u2073"
+)
+_VANISHES += r"\u208f\u209d-\u209f\u20a1-\u20a3\u20a5-\u20ab\u20ad-\u20cf\u2150-\u2152\u215f-\u2182\u2185-\u218f"
+_VANISHES += r"\ufe00-\ufe0f「」\ud800-\udfff"
 _X = f"[^{_NO_LETTER}\U00010000-\U0010ffff]"  # letter or digit
 _L = f"[^{_NO_LETTER}0-9\U00010000-\U0010ffff]"  # letter
 _APOSTROPHE = "['’]"
@@ -94,7 +103,9 @@ _PATTERNS = (
     # Sizes and rates: C#, c++, US$.
     r"[CcFf]#|[Cc]\+\+|[A-Z]+\$",
     # Words that keep an apostrophe inside, and the clipped or dated ones that keep it in front.
-    rf"(?<!['’‘`])(?:[dlnoA-HJ-XZ]|[Qq]u)['’‘`]{_L}{{2,}}|(?i:ne'er|e'er|nor'easter|cap'n|ma'ams?|ol')(?!{_X})|[jYy]{_APOSTROPHE}(?={_L})(?!(?:s|d|m|ll|re|ve)(?!{_L}))",
+    rf"(?<!['’‘`])(?:[dlnoA-HJ-XZ]|[Qq]u)['’‘`]{_L}{{2,}}|(?i:ne'er|e'er|nor'easter|cap'n|ma'ams?)(?!{_X})|[jYy]{_APOSTROPHE}(?={_L})(?!(?:s|d|m|ll|re|ve)(?!{_L}))",
+    # Single words that Java knows, whatever is glued to their end but a contraction.
+    rf"(?i:c'mon|s'mores|ev'ry|li'l|nat'l|cont'd\.|(?:dunkin|somethin|ol)'(?!(?:s|d|m|ll|re|ve)(?!{_L})))",
     # Between vowels, as in "Hallowe'en", and in "De'Andre".
     rf"{_L}+[aeiouyAEIOUY]['’‘`](?!(?i:re|ve|ll|s|d|m)(?!{_L}))[aeiouyA-Z]{_L}*",
     rf"'(?i:s|d|m|ll|re|ve)(?!{_L})|’(?i:s|d|m|ll|re|ve)",
@@ -118,8 +129,8 @@ _PATTERNS = (
     rf"{_L}{_X}*(?:[.!?]{_L}{_X}*)+|{_X}+|#[A-Za-z]+",
     # Runs that make one token; "?!" and "!!" survive the removal, as they do in Java.
     r"[?!]+|\*+|_+|#+|>>|<<|@@|\\\*",
-    # Any other visible sign is a token; emoji, odd hyphens and control characters vanish, as in Java.
-    r"[^\s\U00010000-\U0010ffff\x00-\x1f\x7f‐‑‒₹\ufe00-\ufe0f「」\ud800-\udfff]",
+    # Any other visible sign is a token.
+    rf"[^\s{_VANISHES}]",
 )
 _TOKEN = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS))
 
