@@ -15,6 +15,7 @@ import typer
 import mmkit
 from mmkit.bench import BENCHMARKS
 from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, dump_recipe, load_recipe
+from mmkit.distributed.preemption import leave_on_signals
 from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError, LostError, StoppedError
 from mmkit.eval.names import BUILT_IN
 from mmkit.files import disk_trouble
@@ -171,8 +172,6 @@ def demo(
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
     """Train a stage: superclass, clip, lit, finetune, clipcap or llava, as the recipe says."""
-    from mmkit.distributed.preemption import leave_on_signals
-
     # Before the imports, which take seconds.
     with leave_on_signals():
         from mmkit.commands import run_train
@@ -197,8 +196,6 @@ def probe(recipe: RecipeName, overrides: Overrides = None, restart: Restart = Fa
 @app.command("eval")
 def evaluate(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
     """Generate and score one or more tasks with one model."""
-    from mmkit.distributed.preemption import leave_on_signals
-
     with leave_on_signals():
         from mmkit.eval.run import run_eval
 
