@@ -18,6 +18,7 @@ import mmkit
 from mmkit import cli_data
 from mmkit.bench import BENCHMARKS
 from mmkit.config import EvalRecipe, FinetuneRecipe, ProbeRecipe, Recipe, dump_recipe, load_recipe
+from mmkit.distributed.preemption import leave_on_signals
 from mmkit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_STOPPED, InputError, LostError, StoppedError
 from mmkit.eval.names import BUILT_IN
 from mmkit.files import disk_trouble
@@ -184,8 +185,6 @@ def demo(
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
     """Train a stage: superclass, clip, lit, finetune, clipcap or llava, as the recipe says."""
-    from mmkit.distributed.preemption import leave_on_signals
-
     # Before the imports, which take seconds.
     with leave_on_signals():
         from mmkit.commands import run_train
@@ -210,8 +209,6 @@ def probe(recipe: RecipeName, overrides: Overrides = None, restart: Restart = Fa
 @app.command("eval")
 def evaluate(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
     """Generate and score one or more tasks with one model."""
-    from mmkit.distributed.preemption import leave_on_signals
-
     with leave_on_signals():
         from mmkit.eval.run import run_eval
 

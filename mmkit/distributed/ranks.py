@@ -21,6 +21,8 @@ from mmkit.errors import InputError, LostError, StoppedError
 
 # Between two looks at whether another process was lost or told to stop.
 _LOOK = datetime.timedelta(seconds=0.5)
+# Seconds. Thousands of tokens for each question of a full batch take minutes.
+_LONGEST_BATCH = 1800.0
 _GOES_ON = "the answers so far"
 
 
@@ -239,4 +241,5 @@ class Ranks:
         """Leave in order: the others hear that this process is not lost."""
         self._closed = True
         if self._liveness is not None:
-            self._liveness.close()
+            # The others may be in the middle of a batch, and hear of a stop after it. One that is lost is not waited for.
+            self._liveness.close(patience=_LONGEST_BATCH)

@@ -89,6 +89,27 @@ except StoppedError as error:
     assert [out for _, out, _ in found] == ["another process was told to stop\n", "stopped by SIGTERM\n"], found
 
 
+def test_one_that_is_told_to_stop_waits_for_one_in_the_middle_of_its_work(tmp_path):
+    """Otherwise that one would speak of a lost process, and end with 1."""
+    body = """
+from mmkit.distributed.liveness import Liveness
+close = Liveness.close
+# Half a minute is two seconds here.
+Liveness.close = lambda self, *, patience=30.0: close(self, patience=patience / 15)
+try:
+    if ranks.is_main:
+        os.kill(os.getpid(), signal.SIGTERM)
+        ranks.look()
+    time.sleep(5)
+    ranks.look()
+except StoppedError as error:
+    print(str(error).split(";")[0])
+    ranks.close()
+"""
+    found = together(body, tmp_path)
+    assert [out for _, out, _ in found] == ["stopped by SIGTERM\n", "another process was told to stop\n"], found
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_waits_hears_at_once_of_a_loss(tmp_path, victim):
     body = f"""
