@@ -347,7 +347,7 @@ def test_a_folder_is_its_newest_results(tmp_path: Path, caplog: pytest.LogCaptur
     other = lmms_results(tmp_path / "out" / "other", {"gqa": one}, model_name="other")
     assert [run.path for run in collect([tmp_path / "out"]).runs] == [new, other]
     # The folder and its file are one run.
-    assert collect([folder, new]).notes[-1] == f"{new} and {folder} is the same run, given twice; it counts once"
+    assert collect([folder, new]).notes[-1] == f"{new} and {folder} are one run; it counts once"
 
 
 def test_results_inside_a_run_are_results(runs: Runs) -> None:
