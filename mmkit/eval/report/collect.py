@@ -104,8 +104,8 @@ def _wanted(paths: Sequence[Path], notes: list[str]) -> list[Path]:
         imported = find_results(path, notes) if path.is_dir() and not (path / "manifest.json").is_file() else []
         for one in imported or [path]:
             if one in found:
-                same = f"{given}" if Path(given) == found[one] else f"{given} and {found[one]}"
-                notes.append(f"{same} is the same run, given twice; it counts once")
+                same = f"{given} is given twice" if Path(given) == found[one] else f"{given} and {found[one]} are one run"
+                notes.append(f"{same}; it counts once")
             found.setdefault(one, Path(given))
     return list(found)
 

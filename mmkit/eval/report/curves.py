@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmkit.eval.report.collect import Collection
@@ -91,7 +92,19 @@ def panels_of(collection: Collection, rows: Sequence[Row]) -> list[Panel]:
     merged: dict[str, list[Curve]] = {}
     for (_, title), curves in sorted(stages.items(), key=lambda item: item[0][0]):
         merged.setdefault(title, []).extend(curves)
-    return [Panel(t, c, _charts(c, t, f"panel{i}")) for i, (t, c) in enumerate(merged.items())]
+    panels = [(title, _told_apart(curves, len(styles))) for title, curves in merged.items()]
+    return [Panel(t, c, _charts(c, t, f"panel{i}")) for i, (t, c) in enumerate(panels)]
+
+
+def _told_apart(curves: Sequence[Curve], free: int) -> list[Curve]:
+    """Curves of one panel without two of one style: two runs of one system, and systems that no table has, are compared too."""
+    used: set[int] = set()
+    found = []
+    for curve in curves:
+        style = curve.style if curve.style not in used else next(n for n in itertools.count(free) if n not in used)
+        used.add(style)
+        found.append(replace(curve, style=style))
+    return found
 
 
 def _charts(curves: Sequence[Curve], stage: str, name: str) -> list[Chart]:
@@ -115,8 +128,9 @@ def _curve(run: Run, collection: Collection, styles: dict[str, int]) -> Curve:
     """A run's rows, labelled and coloured by the system it made; several systems may share an encoder."""
     made = list(dict.fromkeys(c.system or c.name for c in collection.descendants(run) if c.kind != "train"))
     label = run.system or ", ".join(made) or run.name
-    # A run that no system of the table came from gets a colour of its own.
-    style = next((styles[s] for s in [label, *made] if s in styles), len(styles))
+    # A system that is not in the table gets a colour of its own, the same in all panels.
+    style = next((styles[s] for s in [label, *made] if s in styles), None)
+    style = styles.setdefault(label, len(styles)) if style is None else style
     series: dict[str, tuple[list[float], list[float]]] = {}
     for key in (*CHARTS, *HELD_OUT.values()):
         # Rows of metrics.jsonl hold training values, validation values, or both.

@@ -146,6 +146,8 @@ def to_json(report: Report) -> str:
             for d in report.differences
         ],
         "not_compared": report.not_compared,
+        "not_comparable": [*report.apart, *report.probe_apart],
+        "rules": report.rules,
         "conditions": {task: [vars(c) for c in lines] for task, lines in report.conditions.items()},
         "probes": [_row(row) for row in report.probe_rows],
         "curves": [{"stage": p.title, "curves": [_curve(c, ("loss", "lr")) for c in p.curves]} for p in report.panels],

@@ -19,6 +19,7 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from mmkit.errors import InputError
+from mmkit.eval.metrics import describe
 from mmkit.eval.report.lmms_eval_files import AGAIN, PROGRAM, read_samples
 from mmkit.eval.report.runs import Prediction, Run, Score
 from mmkit.files import read_json
@@ -207,7 +208,10 @@ def _score(
         names = [f"{metric}_stderr_clustered,{chosen}", f"{metric}_stderr,{chosen}"]
         error = next((found[n] for n in names if n in found), None)
         if error is not None:
-            intervals[name] = ((value - 1.96 * error) / known.scale, (value + 1.96 * error) / known.scale)
+            low, high = ((value + sign * 1.96 * error) / known.scale for sign in (-1, 1))
+            # A share goes from 0 to 1; the normal distribution that the error is for does not know that.
+            share = describe(name).unit == "%"
+            intervals[name] = (max(0.0, low), min(1.0, high)) if share else (low, high)
     total, asked = _counts(task, content)
     settings = _settings(task, known, config, content, samples)
     if 0 < asked < total:

@@ -38,7 +38,8 @@ def colour_of(style: int) -> str:
 
 def dashes_of(style: int) -> str:
     """SVG ``stroke-dasharray`` of a system."""
-    return DASHES[style % len(DASHES)]
+    # Another dash with each turn through the colours, so that the eighth system does not look like the first.
+    return DASHES[(style + style // len(COLOURS)) % len(DASHES)]
 
 
 def chart_svg(lines: Sequence[Line], *, name: str, label: str, size: tuple[float, float] = (3.5, 2.3)) -> str:

@@ -123,6 +123,12 @@ class Report:
         return [f"{d.system}, {d.column.task}: {'; '.join(d.unlike)}: {told}" for d in self.differences if d.unlike]
 
     @property
+    def interval(self) -> str:
+        """What the intervals of the score table are."""
+        errors = "; of imported figures 1.96 standard errors" if any(run.imported for run in self.runs) else ""
+        return f"95 % bootstrap interval{errors}"
+
+    @property
     def rules(self) -> list[str]:
         """Tasks that are scored by several rules here, and how an import's rule can be had for mmkit's own answers."""
         return rule_lines(self.rows)

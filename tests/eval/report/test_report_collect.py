@@ -75,8 +75,8 @@ def test_same_folder_names_are_told_apart_and_repeats_dropped(runs, tmp_path: Pa
     assert [run.name for run in found.runs] == ["a/enc", "b/enc"]
     # Said where the command is given and on the page.
     lines = [
-        f"{one} is the same run, given twice; it counts once",
-        f"{tmp_path / 'link'} and {two} is the same run, given twice; it counts once",
+        f"{one} is given twice; it counts once",
+        f"{tmp_path / 'link'} and {two} are one run; it counts once",
     ]
     assert found.notes == lines == [record.getMessage() for record in caplog.records]
     page = build_report([one, one], tmp_path / "out").read_text()

@@ -58,6 +58,23 @@ def test_a_clustered_error_is_preferred_and_a_limit_told(tmp_path: Path) -> None
     assert score.n == 500 and score.settings["scored"] == "500 of 214354"
 
 
+def test_intervals_stay_within_what_a_share_can_be_and_say_what_they_are(runs: Runs, tmp_path: Path) -> None:
+    def interval(value: float, task: str = "gqa", metric: str = "exact_match", error: float = 0.02) -> tuple[float, float]:
+        results = {f"{metric},none": value, f"{metric}_stderr,none": error}
+        (score,) = read_lmms_eval(lmms_results(tmp_path, {task: {"results": results, "n": (9, 9)}})).scores.values()
+        return next(iter(score.ci95.values()))
+
+    assert interval(0.99) == pytest.approx((0.9508, 1.0)) and interval(0.01) == pytest.approx((0.0, 0.0492))
+    assert interval(1.5, "coco2017_cap_val", "coco_CIDEr", 0.1) == pytest.approx((1.304, 1.696))
+    path = lmms_results(tmp_path / "one", {"vqav2_val": VQA})
+    assert (
+        "95 % bootstrap interval; of imported figures 1.96 standard errors." in build_report([path], tmp_path / "out").read_text()
+    )
+    ours = runs.eval("ours", "Ours", say([runs.picture("a.png")], 1.0))
+    page = build_report([ours], tmp_path / "out").read_text()
+    assert "Below each figure its 95 % bootstrap interval." in page and "standard errors" not in page
+
+
 @pytest.mark.parametrize(
     ("task", "results", "name", "metrics"),
     [
@@ -330,7 +347,7 @@ def test_a_folder_is_its_newest_results(tmp_path: Path, caplog: pytest.LogCaptur
     other = lmms_results(tmp_path / "out" / "other", {"gqa": one}, model_name="other")
     assert [run.path for run in collect([tmp_path / "out"]).runs] == [new, other]
     # The folder and its file are one run.
-    assert collect([folder, new]).notes[-1] == f"{new} and {folder} is the same run, given twice; it counts once"
+    assert collect([folder, new]).notes[-1] == f"{new} and {folder} are one run; it counts once"
 
 
 def test_results_inside_a_run_are_results(runs: Runs) -> None:

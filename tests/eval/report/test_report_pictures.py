@@ -48,6 +48,22 @@ def test_svg_is_small_inline_and_reproducible() -> None:
     assert ids[0] and not ids[0] & ids[1]
 
 
+def test_curves_of_a_panel_never_look_alike(runs) -> None:
+    def looks(paths: list[Path]) -> list[list[tuple[str, str]]]:
+        found = collect(paths)
+        rows = system_rows([run for run in found.runs if run.kind == "eval"])
+        return [[(c.colour, c.dashes) for c in panel.curves] for panel in panels_of(found, rows)]
+
+    # Two settings of one system, and twenty runs without one: nothing but the curves is in such a report.
+    (pair,) = looks([runs.train(name, "superclass", system="SuperClass") for name in ("lr-1", "lr-2")])
+    assert len(set(pair)) == 2
+    (many,) = looks([runs.train(f"run{i}", "superclass") for i in range(20)])
+    assert len(set(many)) == 20
+    # One system has one look in all its stages.
+    stages = looks([runs.train(f"{name}-{stage}", stage, system=name) for name in "AB" for stage in ("superclass", "clipcap")])
+    assert stages[0] == stages[1] and len(set(stages[0])) == 2
+
+
 def test_one_panel_per_stage_with_the_systems_colours(world: list[Path]) -> None:
     found = collect(world)
     rows = system_rows([run for run in found.runs if run.kind == "eval"])

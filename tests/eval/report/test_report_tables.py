@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,9 @@ def test_unlike_conditions_are_said_in_every_form(runs, tmp_path: Path) -> None:
     assert 'class="verdict lower">lower</span><span class="flag" role="img" aria-label="asked otherwise">≠' in text
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert "| lower ≠ |" in markdown and markdown.count("- ≠ b, vqav2: prompt") == 2
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["not_comparable"] == ["b, vqav2: prompt “{question}”, the column's first has “{question} One word.”"]
+    assert found["differences"][0]["unlike"] == ["prompt “{question}”, a has “{question} One word.”"] and found["rules"] == []
     assert r"10.0$^{\dagger}$" in (tmp_path / "out" / "report.tex").read_text()
 
 
