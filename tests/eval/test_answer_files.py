@@ -118,6 +118,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path, said in (
         (tmp_path, "this is a folder"),
         (tmp_path / "none", "cannot read"),
+        ("a\0b", "cannot read the predictions file: embedded null byte"),
         (tmp_path / "latin.json", "not UTF-8"),
     ):
         with pytest.raises(InputError, match=said):

@@ -65,7 +65,7 @@ def _lines(path: Union[str, Path]) -> list[tuple[str, str, bool]] | None:
     try:
         # Read twice where it is no file of lines, which costs less than one wrong message.
         return json_lines(Path(path).read_bytes().decode("utf-8-sig"), str(path))
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         return None
 
 

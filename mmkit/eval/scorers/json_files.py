@@ -66,6 +66,9 @@ def load_json(source: Source, label: str, *, unique: bool = False, lines: bool =
     except UnicodeDecodeError as error:
         what = f"byte {error.start} is not UTF-8"
         raise InputError(what, where=name, mend="save the file as UTF-8") from None
+    # A name that no file system can have.
+    except ValueError as error:
+        raise InputError(f"cannot read the {label} file: {error}", where=repr(name), mend="check the path") from None
     try:
         with collector_paused():
             return json.loads(text, object_pairs_hook=functools.partial(_unique_keys, name) if unique else None), name

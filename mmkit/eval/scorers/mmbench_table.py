@@ -149,7 +149,7 @@ def _row(where: str, record: Mapping[str, str], images: bool) -> TableRow:
         raise InputError(f"index {text!r:.30} is no whole number", where=where, mend="fetch the table again")
     cells = {name: value for name, value in record.items() if name != "image"}
     image = record.get("image", "").strip()
-    picture = image if _names_a_row(image) else hashlib.blake2b(image.encode(), digest_size=16).hexdigest()
+    picture = image if _names_a_row(image) else hashlib.blake2b(image.encode(errors="replace"), digest_size=16).hexdigest()
     row = TableRow(where, int(text), cells, image if images else "", picture if image else "")
     if not row.options:
         raise InputError(f"question {row.index} has no options", where=where, mend="fetch the table again")
