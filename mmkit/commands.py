@@ -62,6 +62,7 @@ def run_finetune(recipe: FinetuneRecipe, *, restart: bool = False) -> Run:
 
 def parents_of(recipe: Recipe) -> list[Parent]:
     """What a recipe is made from, in the order that the manifest lists it."""
+    # In this order for good: a run that goes on compares its parents with the manifest's place by place.
     found = []
     encoder = getattr(recipe, "encoder", None)
     if isinstance(encoder, str):
@@ -100,6 +101,7 @@ def _train(recipe: Any, run: Run, config: TrainConfig, *, restart: bool) -> Run:
         # Before anything is read or written: of two starts of one run the second must not disturb the first.
         engine.on_main(run.lock)
         _train_on(engine, recipe, run, config, restart=restart)
+    # A RuntimeError too, but what the user asked for, and no lost process.
     except StoppedError:
         raise
     except RuntimeError as error:

@@ -69,6 +69,7 @@ def _check_labels(recipe: SuperclassRecipe) -> None:
     # A name of the hub is left alone too: a check must work without network.
     if data.labels != "clip" and not Path(data.labels).exists():
         return
+    # To open them is the check: both say what is wrong with their files.
     labels = CaptionLabels(data.labels, context_length=data.context_length, stop_words=data.stop_words)
     if data.idf_file is not None and Path(data.idf_file).exists():
         from mmkit.encoders.idf import load_table

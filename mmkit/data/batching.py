@@ -101,6 +101,7 @@ class PackedBatches(Batches):
         Raises:
             InputError: The longest sample is longer than the bound, or the batch has no sample for some process.
         """
+        # Refused here: one sample over the bound, and `_deal` would add rounds for ever.
         longest = int(lengths.tokens.max())
         if longest > max_tokens:
             raise InputError(
@@ -133,12 +134,15 @@ class PackedBatches(Batches):
         positions = self.order.positions(step * self.batch_size, self.batch_size)
         sizes = self.tokens[[p.index for p in positions]].tolist()
         world = self.share.world_size
+        # The fewest that the sum allows. Dealing may need more, for samples are not cut. Whole rounds, since all
+        # processes must make equally many forward passes, or they would wait for each other for ever.
         rounds = max(1, -(-sum(sizes) // (self.max_tokens * world)))
         while True:
             bins = deal(sizes, rounds * world)
             if max(sum(sizes[i] for i in members) for members in bins) <= self.max_tokens:
                 break
             rounds += 1
+        # Neighbours are the micro-batches of one round: of about equal weight, or all would wait for the heaviest.
         bins.sort(key=lambda members: -sum(sizes[i] for i in members))
         # In the order of the step within each: which sample is the longest is no matter of the model's.
         return [[positions[i] for i in sorted(members)] for members in bins]
@@ -206,7 +210,9 @@ class GroupedOrder(Order):
             return batch, batch + 1
         first, end = 0, self.steps
         if self.epoch is not None:
+            # Of the batch's first sample: one that lies over the end still counts to the epoch that it begins in.
             number = batch * self.batch_size // self.epoch
+            # Rounded up: the batch over the beginning is the last of the epoch before.
             first = -(-number * self.epoch // self.batch_size)
             # Rounded down: the batch over the end belongs to no window.
             whole = (number + 1) * self.epoch // self.batch_size
@@ -225,6 +231,7 @@ class GroupedOrder(Order):
         index = np.asarray([p.index for p in drawn])
         # lexsort: the last key is the first to count. Stable, so ties stay in the random order that they came in.
         ranked = np.lexsort((self.lengths.tokens[index], self.lengths.text_only[index])).reshape(-1, self.batch_size)
+        # By the window and not by a run of draws: no window's order depends on those before it.
         batches = np.random.default_rng([self.seed, begin]).permutation(len(ranked))
         if begin == 0:
             heaviest = int(self.lengths.tokens[index[ranked]].max(axis=1).argmax())
@@ -274,6 +281,7 @@ def make_batches(
         return EvenBatches(order, batch_size=batch_size, micro_batch_size=micro_batch_size, share=share)
     assert lengths is not None and len(lengths.tokens) == layout.size, f"{how.kind} batches need the length of every sample"
     if how.kind == "grouped":
+        # Of a mixture by weight each source goes through epochs of its own, so a window ends with the run alone.
         epoch = layout.size if len(layout.parts) == 1 else None
         grouped = GroupedOrder(
             order, lengths, batch_size=batch_size, steps=steps, epoch=epoch, seed=seed, window=how.window or WINDOW

@@ -97,6 +97,8 @@ class OwnTemplate:
             # Qwen3's writes the empty thought before the last answer only. Every answer is learnt behind what opens one in
             # generation; the others would be learnt behind a prompt that nobody asks with.
             between = opening if opening.startswith(between) else between
+            # What a finished chat has beyond the opening, the model itself has to write in generation: it is learnt
+            # with the answer.
             border = len(opening) if between.startswith(opening) else len(between)
             prompt = [*waiting, *content_segments(question, images=images), *self._split(between[:border])]
             # Up to the first control token: that is where generation stops.
@@ -106,6 +108,7 @@ class OwnTemplate:
                 raise ConversationError(f"the chat template does not end answer {len(out) + 1} with a control token")
             reply = [*self._split(between[border:]), Segment("text", answer), *after[:stop]]
             out.append(RenderedTurn(joined(prompt), joined(reply)))
+            # What stands behind the stop is never generated: it is read in front of the next question.
             waiting = [*after[stop:]]
         return Rendered(out, joined(waiting), starts=False)
 
@@ -126,6 +129,7 @@ class OwnTemplate:
     ) -> tuple[list[tuple[str, str]], str | None]:
         if system is None or not self.folds:
             return turns, system
+        # Placed a second time: a single picture stays in front of the system text too.
         question = place_pictures(turns[0][0], images=images, system=system)
         return [(question, turns[0][1]), *turns[1:]], None
 
@@ -169,6 +173,7 @@ class OwnTemplate:
             raise ConversationError(f"the chat template refuses it ({' '.join(str(error).split())})") from None
         at = 0
         for number, literal in enumerate(literals):
+            # Place by place: a search could find the template's words inside a text that spells them.
             content = texts[number] if number < len(texts) else ""
             if not text.startswith(literal + content, at):
                 role = roles[min(number, len(roles) - 1)]
@@ -249,6 +254,8 @@ def _look(jinja: str, tokenizer: PreTrainedTokenizerBase) -> OwnTemplate:
 
     def made(*, as_parts: bool, folds: bool = False, added: frozenset[str] = frozenset(), end: str = "") -> OwnTemplate:
         flatten = flatten_messages(fold_system=folds, as_parts=as_parts).removesuffix("\n")
+        # `original_template` finds the maker's template behind this head again, so that an extended one is never
+        # extended twice.
         source = f"{_BEGIN}{steady}{flatten}{_END}\n{jinja}"
         return OwnTemplate(source, added, end, folds, f"{steady}{_END}\n{jinja}", special, tokens, as_parts)
 
@@ -268,6 +275,7 @@ def _look(jinja: str, tokenizer: PreTrainedTokenizerBase) -> OwnTemplate:
         folds = False
     except _Unfit:
         system, folds = [], True
+    # Two turns: some templates write another text after an earlier answer than after the last one.
     opening, literals = found._literals(1, system=False, last=False)[-1], found._literals(2, system=False)
     single = found._literals(1, system=False)
     if not single[1].startswith(opening):
@@ -278,6 +286,7 @@ def _look(jinja: str, tokenizer: PreTrainedTokenizerBase) -> OwnTemplate:
     written = [*literals, *system, opening]
     added = frozenset(s.text for text in written for s in found._split(text) if s.kind == "control")
     own = made(as_parts=as_parts, folds=folds, added=added, end=str(ends[0]))
+    # What fails on these would leave out nearly every conversation, one by one.
     for texts in ([("How many dogs?", "Two, near the red bus.")], [("What is this?", "a dog")] * 2):
         try:
             own.render(texts, images=False, system=None)

@@ -103,8 +103,10 @@ def encode_conversation(
         raise ConversationError("an answer is empty")
     chosen = find_template(template, tokenizer)
     _check_markers(turns, num_images)
+    # Its questions are thrown away: without a picture, or for a second answer, nothing would lead to the text.
     if isinstance(chosen, Template) and chosen.image_only and (num_images == 0 or len(turns) != 1):
         raise ConversationError(f"the {chosen.name} template takes one turn with a picture")
+    # Answers are stripped: the space in front of one is the template's (`Template.lead`), and must not come twice.
     placed = [(place_pictures(question, images=num_images > 0), answer.strip()) for question, answer in turns]
     # A blank system text is none: templates differ in what they would make of it.
     rendered = chosen.render(placed, images=num_images > 0, system=(system or "").strip() or None)
@@ -126,6 +128,7 @@ def _check_markers(turns: Sequence[tuple[str, str]], num_images: int) -> None:
 def _fill(rendered: Rendered, encoder: PieceEncoder, image: list[int], max_length: int) -> EncodedConversation:
     """The turns that fit, one after the other."""
     ids = list(encoder.bos) if rendered.starts else []
+    # "start" also behind the start token: a tokenizer puts that on last, after the space in front of the text.
     labels, cut, before, pictures, supervised = [IGNORE_INDEX] * len(ids), False, "start", 0, 0
     for turn in rendered.turns:
         # Prompt and reply are tokenised apart: a token over the border would be half supervised, and no prompt could end there.
@@ -143,6 +146,7 @@ def _fill(rendered: Rendered, encoder: PieceEncoder, image: list[int], max_lengt
         ids += prompt + kept
         labels += [IGNORE_INDEX] * len(prompt) + kept
         supervised += len(kept)
+        # Of kept turns only: a picture without tokens in the sequence has no place for its features.
         pictures += sum(segment.kind == "image" for segment in turn.prompt)
         if cut:
             break
@@ -204,6 +208,7 @@ def _encode_prompt(
     question, system = place_pictures(question, images=images), (system or "").strip() or None
     if isinstance(chosen, OwnTemplate):
         encoder = piece_encoder(tokenizer, chosen.added)
+        # Without the tokenizer's start token: a chat template writes its own where it wants one.
         return encoder.segments(chosen.prompt(question, images=images, system=system), before="start", image=image)
     encoder = piece_encoder(tokenizer)
     segments = chosen.prompt_segments(question, images=images, system=system)
@@ -269,7 +274,9 @@ class ConversationEncoder:
         """Hash of all that decides what a conversation becomes."""
         if not self.tokenizer.is_fast:
             raise InputError("conversations need a fast tokenizer", mend="use one with a tokenizer.json")
+        # The text of the template, not its name alone: "chat" is another one with every tokenizer.
         rest = (self.template, chat_template(self.template, self.tokenizer), _VERSION)
         numbers = (self.tokens_per_image, self.image_token_id, self.max_length)
+        # Which tokens these are is a setting of transformers', which the tokenizer's own JSON does not hold.
         special = (self.tokenizer.bos_token, self.tokenizer.eos_token)
         return hash_text(self.tokenizer.backend_tokenizer.to_str(), *rest, *map(str, (*numbers, *special)))

@@ -103,6 +103,7 @@ def _decode_part(data: bytes, whole: tuple[int, int], box: Box, size: int) -> tu
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
     except ValueError:
         return None
+    # By the factor and not by the ratio of the sizes: libjpeg rounds a size up, its pixels stay so many pixels wide.
     # Lossless JPEG cannot be shrunk.
     return (pixels, Box(*(side / factor for side in box))) if pixels.shape == (height, width, 3) else None
 
@@ -112,6 +113,7 @@ def _resize(pixels: Pixels, box: Box, size: int) -> Pixels:
     height, width, _ = pixels.shape
     # Whole pixels: torch's filter takes no fractional box, and is five times as fast as Pillow's, which does.
     left, top = min(round(box.left), width - 1), min(round(box.top), height - 1)
+    # At least one pixel: a thin box may round to none.
     part = pixels[top : max(top + 1, round(box.bottom)), left : max(left + 1, round(box.right))]
     channels_first = torch.from_numpy(part).permute(2, 0, 1)[None]
     # Antialiased as Pillow's, so that a fine pattern does not alias where the crop is several times the square.

@@ -210,9 +210,11 @@ def inspect_pairs(
 
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} leaves no pair", mend="use at least 1, or leave it out")
+    # Before the scan rather than at its end, when all that it found would be lost.
     if out is not None and out.exists() and not out.is_dir():
         raise InputError("is a file, not a folder", where=out, mend="name a folder for the pages")
     vocabulary = CaptionLabels(labels, context_length=context_length, stop_words=stop_words)
+    # The fingerprint is that of the whole set, as manifests of runs have it; a limit is told beside it.
     whole = open_named(location, options)
     source = whole.take(limit)
     # One pass for everything: reading and encoding are what costs.
@@ -248,6 +250,7 @@ def _conclude(
     pictures: bool,
 ) -> Inspection:
     """The findings from what was counted; nothing is written yet."""
+    # Stop words are counted for the IDF table alone; for a run with these labels they do not exist.
     shown = np.where(_mask(vocabulary), 0, counter.counts.df)
     # Stable: among equal counts the lower id comes first, on every machine.
     top = [int(i) for i in np.argsort(-shown, kind="stable")[:_TOP] if shown[i]]
@@ -320,6 +323,7 @@ def _write_idf(file: str | Path, counts: _Counts, labels: CaptionLabels, source:
 
     from mmkit.encoders.idf import save_table
 
+    # With the vocabulary's hash: a run with other labels refuses the table.
     save_table(file, torch.from_numpy(counts.df), counts.n, sha256=labels.sha256(), name=labels.name, source=source)
     return f"wrote {file}: document counts of {counts.n} captions (data.idf=file data.idf_file={file})"
 

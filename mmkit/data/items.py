@@ -57,6 +57,7 @@ def arrange(messages: Sequence[Message]) -> tuple[Turns, str | None]:
     if not messages:
         raise OddItem("the conversation has no turns")
     first = 1 if messages[0].role == "system" else 0
+    # In the file's own words: whoever has LLaVA's looks for human and gpt in it.
     names = [next((m.said for m in messages if m.role == role), role) for role in _ROLES]
     for number, message in enumerate(messages[first:], start=first + 1):
         if message.role == "system":
@@ -76,6 +77,7 @@ def arrange(messages: Sequence[Message]) -> tuple[Turns, str | None]:
     if len(talk) % 2:
         raise OddItem(f"the last message is by {talk[-1].said}: no answer to learn")
     system = messages[0].text.strip() if first else ""
+    # Markers are counted in questions only, so this one would stand for no picture.
     if IMAGE_MARKER in system:
         raise OddItem(f"message 1: {IMAGE_MARKER} in a system text")
     return [(talk[i].text, talk[i + 1].text) for i in range(0, len(talk), 2)], system or None
@@ -128,6 +130,8 @@ class JoinedConversations:
         return self._ends[-1] if self._ends else 0
 
     def _locate(self, index: int) -> tuple[ConversationSet, str, int]:
+        # range checks the number, which bisect would take for one of the last part. Right: of equal ends the last, so
+        # that a part without conversations is stepped over.
         number = bisect.bisect_right(self._ends, range(len(self))[index])
         part, source = self.parts[number]
         return part, source, index - (self._ends[number] - len(part))

@@ -49,6 +49,7 @@ class Layout:
         """The layout of some of the samples, bool[size], when they are all in memory: weights stay, windows are not needed."""
         ends = np.cumsum([part.size for part in self.parts])
         counts = [int(np.count_nonzero(block)) for block in np.split(kept, ends[:-1])]
+        # A part of which nothing is left has no order (`mmkit.data.order`); the weights of the others are relative.
         found = [(part, n) for part, n in zip(self.parts, counts, strict=True) if n]
         return Layout(tuple(Part(np.asarray([n], dtype=np.int64), None, part.weight) for part, n in found))
 
@@ -66,9 +67,12 @@ def join(layouts: Sequence[Layout], weights: Sequence[float | None]) -> Layout:
     """
     assert len(layouts) == len(weights)
     found = [part for layout in layouts for part in layout.parts]
+    # For all or for none: the recipe's schema refuses anything between. Each keeps its own window, since it goes
+    # through epochs of its own.
     if weights[0] is not None:
         return Layout(tuple(Part(p.chunks, p.window, w) for p, w in zip(found, weights, strict=True)))
     windows = [part.window for part in found if part.window is not None]
+    # Such sources (single files, mapped tables) give any sample at once, so all are shuffled as a whole.
     if not windows:
         return Layout((Part(np.concatenate([part.chunks for part in found])),))
     # The smallest: it is there because some source cannot hold more at one time.

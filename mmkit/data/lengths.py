@@ -66,6 +66,7 @@ class _Pieces(Sequence[Readable]):
     def __getitem__(self, number: int | slice) -> Readable | Sequence[Readable]:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
+        # What ends a plain loop over a sequence.
         if not 0 <= number < len(self):
             raise IndexError(number)
         return self._items.piece(number * _PIECE, min((number + 1) * _PIECE, len(self._items)))
@@ -180,6 +181,7 @@ def _write(path: Path, measured: Measured) -> None:
 def _read(path: Path, count: int) -> Measured | None:
     """What an earlier start counted; None where there is nothing, or it is damaged."""
     try:
+        # Nothing is unpickled: a cache may be a folder that others write to.
         with np.load(path, allow_pickle=False) as found:
             rest = json.loads(found["rest"].tobytes())
             lengths = Lengths(found["tokens"], found["text_only"])

@@ -29,6 +29,7 @@ def _decode(path: Path, data: bytes, start: int = 0) -> str:
     try:
         return (data.removeprefix(_BOM) if start == 0 else data).decode("utf-8")
     except UnicodeDecodeError as error:
+        # Counted in the file, with the mark that was taken off: there the user has to look.
         at = start + error.start + (len(_BOM) if start == 0 and data.startswith(_BOM) else 0)
         raise InputError(f"invalid UTF-8 at byte {at}", where=path, mend="save it as UTF-8") from error
 
@@ -37,6 +38,7 @@ def _first_byte(path: Path) -> bytes:
     """The first byte that is no white space; empty: there is none."""
     try:
         with path.open("rb") as file:
+            # A few bytes at first, and no more than it takes: the file may have hundreds of megabytes.
             found = file.read(len(_BOM)).removeprefix(_BOM).lstrip()
             while not found and (more := file.read(1 << 16)):
                 found = more.lstrip()
@@ -77,10 +79,12 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     raise _broken_json(path, text, error, line=number) from error
                 # Handed on as an exception that is raised later, so that the list of what was left out stays in file order.
                 yield place, OddItem(f"{path.name}:{number}: not valid JSON ({error.msg})")
+            # Deeply nested brackets, of which a damaged line can consist.
             except RecursionError as error:
                 yield place, OddItem(f"{path.name}:{number}: {error}")
 
 
+# raw_decode skips no white space. These four are JSON's; \s takes others too.
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -95,6 +99,7 @@ def _read_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
     try:
         at, number = skip(skip(0) + 1), 0
+        # An empty list has no item. Later, behind a comma, a bracket is a fault, as it is for json.loads.
         while text[at : at + 1] != "]" or number:
             item, at = decode(text, at)
             yield f"item {number}", item
@@ -104,6 +109,7 @@ def _read_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             if text[at : at + 1] != ",":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
             at = skip(at + 1)
+        # In json's own words, so that `_broken_json` tells of these faults as of those that it raises.
         if skip(at + 1) != len(text):
             raise json.JSONDecodeError("Extra data", text, skip(at + 1))
     except json.JSONDecodeError as error:
@@ -236,5 +242,6 @@ def present(items: PackedConversations, path: Path, missing: Mapping[int, str]) 
         missing: Of `missing_pictures`.
     """
     kept, without = items.without(missing)
+    # Their first field is the number in the file: what form and pictures left out becomes one list in its order.
     left_out = sorted([*items.left_out, *without])
     return kept, [LeftOut(str(path), row.key, row.reason) for row in left_out]

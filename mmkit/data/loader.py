@@ -64,6 +64,7 @@ class ReplacingSet(Dataset[Drawn[T]]):
         self.seed = seed
         self._ends = (layout or Layout.flat(len(samples))).ends()
         self._tokens = tokens
+        # Stable: equal lengths stand in the same order on every machine, and so does what stands in for a sample.
         self._by_length = None if tokens is None else np.argsort(tokens, kind="stable")
 
     def __len__(self) -> int:
@@ -145,6 +146,7 @@ def make_loader(
         # The iterator is made once for the whole run, so there is nothing to keep workers for.
         persistent_workers=False,
         worker_init_fn=one_thread if workers else None,
+        # torch refuses this and a time-out where no worker is.
         prefetch_factor=prefetch if workers else None,
         timeout=timeout if workers else 0,
     )
@@ -157,6 +159,7 @@ class _Guarded(Dataset[Any]):
     def __init__(self, samples: ReplacingSet[Any]) -> None:
         self.samples = samples
 
+    # torch asks for a whole batch at once where a data set has this method, so one error can take the batch's place.
     def __getitems__(self, positions: list[Position]) -> list[Drawn[Any]] | Exception:
         try:
             return [self.samples[position] for position in positions]

@@ -23,6 +23,7 @@ from mmkit.errors import InputError
 from mmkit.files import hash_file, hash_text, new_file
 
 logger = logging.getLogger(__name__)
+# In the order in which `parse_item` looks.
 _TEXTS = {"auto": ("messages", "conversations"), "messages": ("messages",), "llava": ("conversations",)}
 
 
@@ -97,9 +98,11 @@ class RowConversations:
         row = {name: column[0] for name, column in self._texts[index].to_pydict().items()}
         try:
             pictures = [] if self._pictures is None else self._listed(index)
+            # Under the key that `pictures_of` looks at first, whatever the column is called.
             messages, named = parse_item({**row, **({"images": pictures} if pictures else {})}, self.spelling)
             turns, system = arrange(messages)
             check_pictures(turns, len(named))
+            # Named files are looked for when their row is read: at the start that would mean to read every row.
             images = tuple(found if isinstance(found, RowPicture) else self._file(found) for found in named)
         except OddItem as error:
             raise SampleError(str(error)) from None
@@ -118,6 +121,7 @@ class RowConversations:
         # A list scalar knows its length; taking the values out would copy the bytes of every picture.
         values = cell.values if hasattr(cell, "values") and not hasattr(cell, "items") else None
         kind = cell.type if values is None else values.type
+        # Names are short, so they are taken out; of bytes no more than their number is wanted now.
         if str(kind) in ("string", "large_string"):
             return [cell.as_py()] if values is None else values.to_pylist()
         count = 1 if values is None else len(values)
@@ -251,6 +255,7 @@ def _open_hub(location: str, spelling: Spelling, root: Path | None) -> Opened:
     rows = load_rows(name, split, location)
     # A data folder that is moved as a whole stays usable; a name on the hub is no folder.
     root = root or (Path(name) if Path(name).is_dir() else None)
+    # Resolved, as `follow_picture` resolves what it compares with them.
     return _of_rows(location, rows, spelling, root, (*data_roots(name), *([root.resolve()] if root else [])))
 
 

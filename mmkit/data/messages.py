@@ -32,9 +32,11 @@ def parse_item(item: Mapping[str, Any], spelling: Spelling = "auto") -> tuple[li
         OddItem: With the message that is wrong.
     """
     listed = pictures_of(item)
+    # By value: tables give every row every key, null where it has none.
     if spelling == "llava" or (spelling == "auto" and item.get("messages") is None):
         return parse_llava(item), listed
     messages, own = parse_messages(item)
+    # Which of the two the markers mean cannot be known.
     if own and listed:
         raise OddItem("pictures are named both in the messages and beside them")
     return messages, own or listed

@@ -76,6 +76,7 @@ class ShuffledOrder(Order):
         """Indices of the samples of a window, shuffled: i64[samples]."""
         plan = self._epoch(epoch)
         shards = plan.shards[plan.first_shard[window] : plan.first_shard[window + 1]]
+        # The order that sets had before there were windows, so that figures of small sets do not move (LOG.md).
         if len(plan.first_shard) == 2:
             return np.random.default_rng([self.seed, epoch]).permutation(self.size)
         # Written out without a loop: each shard's numbers are its start and what follows it.
@@ -130,6 +131,7 @@ class MixedOrder(Order):
             block, place = divmod(p, _BLOCK)
             chosen, rank = self._block(block)
             source = int(chosen[place])
+            # Every block takes equally many draws of a source, so those of earlier blocks need no counting.
             drawn = self.orders[source].positions(block * int(self._counts[source]) + int(rank[place]), 1)[0]
             found.append(Position(drawn.epoch, drawn.index + int(self._offsets[source])))
         return found
@@ -154,5 +156,6 @@ def shares(weights: list[float]) -> Ints:
 
 def _seed_of(seed: int, part: int) -> int:
     """A seed of its own for each source, or equal sizes would mean equal permutations."""
+    # From 1 on, as for windows: with 0 the first source would have the run's own sequence.
     state: NDArray[Any] = np.random.SeedSequence([seed, part + 1]).generate_state(2, np.uint32)
     return int(state[0]) << 32 | int(state[1])

@@ -34,6 +34,7 @@ from mmkit.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+# Part of the settings: a folder that was packed in an older way is refused like one packed with other options.
 _VERSION = 1
 _RECORD = "pack.json"
 _SKIPPED = "skipped.jsonl"
@@ -55,6 +56,7 @@ class PackOptions:
         quality: JPEG quality of those, 1 to 100.
     """
 
+    # Ten of these are one shuffle window (`mmkit.data.sources.WINDOW`).
     shard_size: int = 10_000
     max_side: int | None = None
     quality: int = _QUALITY
@@ -106,6 +108,7 @@ class Packer:
         record = self.out / _WORK / f"{name}.json"
         if (done := read_record(record, self.out)) is not None:
             return done
+        # In the work folder, so that whoever reads the shards meanwhile never meets half of one.
         part, path = self.out / _WORK / f"{name}.part", self.out / f"{name}.tar"
         begin = number * self.options.shard_size
         left_out: list[LeftOut] = []
@@ -114,6 +117,7 @@ class Packer:
                 indices = range(begin, min(begin + self.options.shard_size, len(self.source)))
                 write_shard(file, self._members(indices, left_out))
                 file.flush()
+                # Before the rename: a name must not stand for bytes that a power cut can still take.
                 os.fsync(file.fileno())
             samples = len(indices) - len(left_out)
             size = part.stat().st_size if samples else 0
@@ -267,6 +271,7 @@ def shrink(data: bytes, options: PackOptions) -> tuple[str, bytes, tuple[int, in
     Raises:
         SampleError: It cannot be decoded.
     """
+    # Decoded also where the bytes stay: only so is it known that training can use them.
     image = decode_image(data)
     # Comments and colour profiles: no pixel that training sees depends on them.
     image.info = {}
@@ -302,6 +307,7 @@ def _pack(source: PairSource, out: Path, options: PackOptions, settings: dict[st
     if (whole := _finished(out)) is not None:
         shutil.rmtree(out / _WORK)
         return whole
+    # Before any shard: it marks the folder as ours, or a repeat after a kill would find it not empty and refuse.
     write_json(out / _RECORD, {"settings": settings, "complete": False})
     numbers = range(-(-len(source) // options.shard_size))
     samples, shards = 0, []
@@ -368,6 +374,7 @@ def _write_one(packer: Packer, number: int) -> dict[str, Any]:
 
 
 def _index_one(indexed: Indexed, name: str) -> tuple[int, list[LeftOut]]:
+    # By itself: a catalogue is of a whole set, and is written when that is opened.
     files, left_out = indexed.scan([name])
     return files[0].samples, left_out
 

@@ -74,6 +74,7 @@ def write_packed(file: IO[bytes], items: Iterable[Item | Omission]) -> None:
         numbers.append(item.number)
         ends.append(at)
         picture_ends.append(len(pictures))
+    # Names may hold lone surrogates, as file names that are no UTF-8 do; texts and ids were cleaned by the readers.
     encoded = [name.encode("utf-8", "surrogatepass") for name in names]
     columns = {
         "numbers": numbers,
@@ -85,13 +86,17 @@ def write_packed(file: IO[bytes], items: Iterable[Item | Omission]) -> None:
         "name_ends": np.cumsum([len(name) for name in encoded], dtype=np.int64),
     }
     places: dict[str, tuple[int, int]] = {}
+    # To a multiple of eight, or the mapped arrays would not be aligned.
     at += file.write(bytes(-at % _WORD))
     for name, values in columns.items():
+        # One byte order by name: machines that share a cache need not have the same.
         column = np.asarray(values, dtype="<i8")
         places[name] = (at, len(column))
         at += file.write(column.tobytes())
+    # Behind the numbers: names have any length, and would move these off their alignment.
     places["names"] = (at, sum(map(len, encoded)))
     at += file.write(b"".join(encoded))
+    # Head and its place come last: what it says is known only when every row, none of which is held, is written.
     file.write(json.dumps({"version": VERSION, "arrays": places, "left_out": left_out}).encode())
     file.write(at.to_bytes(_WORD, "little"))
 
@@ -120,6 +125,8 @@ class _Body:
         return found.tobytes().decode("utf-8", "surrogatepass")
 
 
+# By the path alone: it is a hash of the content (`mmkit.data.message_rows.kept_path`), so what lies there never
+# changes.
 @functools.lru_cache(maxsize=16)
 def _map(path: str) -> _Body:
     """The file at ``path``, mapped once in a process. Raises OSError or one of `_UNFIT`."""
@@ -167,6 +174,7 @@ class PackedConversations:
         """Some of them; the rows stay where they are until the piece is pickled."""
         rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
         whole = first <= 0 and last >= len(self)
+        # The whole as it is: an array of all row numbers would travel with it to every process.
         return self if whole else PackedConversations(self._body, self._root, rows[first:last])
 
     def without(self, bad: Mapping[int, str]) -> tuple[PackedConversations, list[Omission]]:
@@ -227,6 +235,7 @@ class PackedConversations:
 
     def _row(self, row: int) -> Any:
         begins, ends = self._body.arrays["begins"], self._body.arrays["ends"]
+        # A copy of the one row, since json takes no memoryview.
         return json.loads(bytes(self._body.data[int(begins[row]) : int(ends[row])]))
 
     def _names(self, row: int) -> list[str]:

@@ -45,6 +45,8 @@ def pad_sequences(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]],
     rows = torch.full((len(ids), max(lengths)), pad, dtype=torch.int64)
     learnt, mask = torch.full_like(rows, IGNORE_INDEX), torch.zeros_like(rows)
     for i, length in enumerate(lengths):
+        # On the right: under causal attention no token looks at what fills its row. By length and not by id: a genuine
+        # token may have the id that fills, and LLaVA drops it with the padding (facts/llava.md 1.4).
         rows[i, :length], learnt[i, :length] = torch.tensor(ids[i]), torch.tensor(labels[i])
         mask[i, :length] = 1
     return {"input_ids": rows, "attention_mask": mask, "labels": learnt}

@@ -153,6 +153,7 @@ class PairSource:
         It looks at each of them, so it is for work that will read them anyway.
         """
         seen = []
+        # Each file once: captions share a picture, and row groups a file.
         for name in dict.fromkeys(name for shard in self.shards for name in shard.files()):
             # A missing one is a state as well: it may be there when the work is repeated.
             with contextlib.suppress(OSError, ValueError):
@@ -184,11 +185,14 @@ class PairSource:
         """The first ``limit`` pairs; None is all of them."""
         if limit is None or limit >= len(self):
             return self
+        # Whole shards behind the limit go; the last one that stays is shortened in the layout alone.
         kept = bisect.bisect_left(self._ends, limit) + 1
         chunks = np.asarray([len(shard) for shard in self.shards[:kept]], dtype=np.int64)
         chunks[-1] -= int(chunks.sum()) - limit
+        # One part: single sources are limited, before they are joined.
         part = self.layout.parts[0]
         layout = Layout((Part(chunks, part.window),))
+        # What the index left out stays that of the whole set, and so does the number that it is held against.
         return PairSource(self.shards[:kept], self.left_out, self.fingerprint, layout, self.unlimited)
 
 

@@ -62,6 +62,7 @@ class ProcessorTemplate(Template):
         texts = [] if system is None else [system]
         texts += [part for part in parts if part is not None]
         segments = self._filled(self._literals(texts, parts, system), texts)
+        # A template may pass over a picture without a word; then features and places would not match.
         if (written := sum(segment.kind == "image" for segment in segments)) != parts.count(None):
             raise ConversationError(f"the processor's chat template writes {written} pictures in place of {parts.count(None)}")
         return segments
@@ -94,6 +95,7 @@ class ProcessorTemplate(Template):
         """Segments of the template's text, its pictures and control tokens cut out, with the texts between."""
         segments = []
         for literal, text in zip(literals, [*texts, ""], strict=True):
+            # In the template's own text only: a question that spells the token stays text.
             pieces = literal.split(self.image_token)
             for number, piece in enumerate(pieces):
                 segments += [Segment("image")] * (number > 0) + self.split(piece)
@@ -114,6 +116,7 @@ def processor_template(jinja: str, tokenizer: PreTrainedTokenizerBase, image_tok
     Raises:
         ConversationError: It cannot be followed, whether messages come as parts or as texts.
     """
+    # The image token is cut out as the place of a picture, not as a control token.
     controls = {token.content for token in tokenizer.added_tokens_decoder.values()} - {image_token}
     made = ProcessorTemplate(
         "processor",

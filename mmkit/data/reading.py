@@ -168,6 +168,7 @@ def with_retries(work: Callable[[], T], path: str) -> T:
                 raise SampleError(f"cannot be read ({reason})") from None
             if seconds is None:
                 what = f"cannot be read, also at try {len(BACK_OFF) + 1} ({reason})"
+                # Only what was waited for: a file that is missing costs no wait, and may be there the next time.
                 _given_up.note(path, what)
                 raise SampleError(what) from None
             time.sleep(seconds)

@@ -96,6 +96,7 @@ class ShardCache:
         """Fetch under a lock, so that workers who want the same shard fetch it once."""
         _given_up.check(url)
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Hidden, so that `make_room` does not take it for a shard.
         with _locked(path.with_name(f".{path.name}.lock")):
             if path.exists():
                 return
@@ -106,11 +107,13 @@ class ShardCache:
                 raise
 
     def _fetch(self, url: str, path: Path, version: int | None) -> None:
+        # Asked before it is fetched: positions and index are those of the version that the run began with.
         if version is not None and remote_stamp(url)[1] != version:
             raise SampleError("the shard has changed since this run looked at it")
         with _open(url) as remote:
             size = getattr(remote, "size", None) or 0
             self.make_room(size, keep=path)
+            # Beside its place, then renamed: `local` looks without the lock, and must see all of it or nothing.
             descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             try:
                 with os.fdopen(descriptor, "wb") as file:
@@ -121,6 +124,7 @@ class ShardCache:
                 Path(name).replace(path)
             finally:
                 Path(name).unlink(missing_ok=True)
+        # Again: a server need not say beforehand how long a file is.
         self.make_room(0, keep=path)
 
     def make_room(self, size: int, *, keep: Path) -> None:
@@ -128,6 +132,7 @@ class ShardCache:
         # A removed file that another process has open can be read on: on Unix its bytes go when the last one closes it.
         found = []
         for path in (self.folder / "shards").iterdir():
+            # Another process may make room at the same time.
             with contextlib.suppress(FileNotFoundError):
                 if not path.name.startswith("."):
                     found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
@@ -164,6 +169,7 @@ def remote_glob(pattern: str) -> list[str]:
     fs, path = _filesystem(pattern)
     protocol = pattern.partition("://")[0]
     try:
+        # fsspec lists some kinds of addresses with their protocol and some without.
         return [f"{protocol}://{str(name).removeprefix(f'{protocol}://')}" for name in sorted(fs.glob(path))]
     except (OSError, NotImplementedError, ValueError) as error:
         raise InputError(f"cannot be listed ({_one_line(error)})", where=pattern, mend="write the shards as {000..123}") from None
@@ -183,6 +189,7 @@ def remote_stamp(url: str) -> tuple[int, int]:
         if info.get("type") == "directory":
             raise SampleError("is a folder")
         said = [f"{key}={info[key]}" for key in sorted(_TELLING & info.keys())]
+        # 60 bits: it stands where a file on a disk has its time of writing, a number of 64 bits with a sign.
         return int(info.get("size") or 0), int(hash_text(*said)[:15], 16)
     except SampleError as error:
         mend = "name the shards in it: {000..123} or *.tar" if str(error) == "is a folder" else _MEND
@@ -192,6 +199,7 @@ def remote_stamp(url: str) -> tuple[int, int]:
 def remote_bytes(url: str) -> bytes | None:
     """The content of a small file; None when it is not there."""
     try:
+        # Without another try: most shards have no index beside them, and one that has none is walked through.
         with _open(url) as file:
             data: bytes = file.read()
             return data
@@ -240,6 +248,7 @@ def _client_error() -> type[Exception]:
     try:
         from aiohttp import ClientError
     except ImportError:
+        # Caught by its caller anyway: without aiohttp there are no such errors.
         return OSError
     return ClientError
 

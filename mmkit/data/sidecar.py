@@ -79,6 +79,7 @@ class Index:
     def key(self, row: int) -> str:
         """Key of a sample."""
         ends = self.arrays["key_ends"]
+        # As the tar has it: a member's name need not be UTF-8.
         return self.arrays["keys"][int(ends[row - 1]) if row else 0 : int(ends[row])].tobytes().decode("utf-8", "surrogateescape")
 
 
@@ -126,6 +127,7 @@ def write_sidecar(path: Path, index: Index, origin: Origin, shard: Path | None) 
     line = json.dumps(head, ensure_ascii=True).encode() + b"\n"
     start = -(-(len(_MAGIC) + len(line)) // 8) * 8
     with new_file(path, flush=len(body) > _CHECKED) as file:
+        # Spaces in front, which JSON allows, bring the arrays to a multiple of eight.
         file.write(_MAGIC + line.rjust(start - len(_MAGIC)))
         file.write(body)
 

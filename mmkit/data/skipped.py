@@ -74,6 +74,7 @@ class SkippedRows:
             if len(self.first) < self._keep:
                 self.first.append(row)
             if self._file is not None:
+                # In ASCII: a key may hold lone surrogates, which have no UTF-8 form.
                 self._file.write(json.dumps(row.row()).encode() + b"\n")
 
 

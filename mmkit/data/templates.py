@@ -109,6 +109,7 @@ TEMPLATES: dict[str, Template] = {
         user="<|im_start|>user\n",
         assistant="<|im_end|>\n<|im_start|>assistant\n",
         end="<|im_end|>",
+        # Behind the token at which generation stops, so it is read with the next question and never learnt.
         between="\n",
         controls=("<|im_start|>", "<|im_end|>"),
     ),
@@ -167,6 +168,7 @@ def flatten_messages(*, fold_system: bool = False, as_parts: bool = False) -> st
         "{%- if message['role'] == 'user' -%}"
         f"{{%- set front = {line} if mmkit.text.count({marker}) == 1 else '' -%}}"
         f"{{%- set text = mmkit.text.replace({marker}, '') if front else mmkit.text -%}}"
+        # Emptied once it is used: a system text stands in front of the first question alone.
         "{%- set mmkit.text = front + mmkit.system + (text | trim) -%}{%- set mmkit.system = '' -%}"
         "{%- endif -%}"
         f"{keep}"

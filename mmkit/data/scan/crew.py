@@ -60,6 +60,7 @@ def _in_pool(task: str, jobs: Sequence[Any], workers: int) -> Iterator[Any]:
     """Results of the jobs in order, by processes that take their task from a file."""
     # Spawned, not forked: this process may hold a GPU or threads. What they import is light; torch is not in it.
     context = multiprocessing.get_context("spawn")
+    # A spawned process knows nothing of its parent's logging.
     level = logging.getLogger("mmkit").level
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(task, level))
     waiting: collections.deque[Future[Any]] = collections.deque()
@@ -95,6 +96,7 @@ def _leave_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        # Not sys.exit, which would end this thread alone.
         os._exit(1)
 
 

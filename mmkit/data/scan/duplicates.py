@@ -90,6 +90,7 @@ def alike_groups(hashes: NDArray[np.uint64], indices: NDArray[np.int64]) -> tupl
     Returns:
         The groups, and whether all pairs were compared; in a very large or uniform set some are not.
     """
+    # Equal hashes once: a thousand equal ones would be half a million pairs.
     distinct, inverse = np.unique(hashes, return_inverse=True)
     pairs, whole = close_pairs(distinct)
     root = _join(len(distinct), pairs)
@@ -120,6 +121,7 @@ def close_pairs(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], bool]:
             hit = left[count_bits(ordered[left] ^ ordered[left + shift]) <= DISTANCE]
             found.append(np.stack([order[hit], order[hit + shift]], axis=1))
         else:
+            # Not left by break: some band goes on beyond what was compared.
             whole = False
     return np.concatenate(found), whole
 

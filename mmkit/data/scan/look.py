@@ -99,6 +99,7 @@ class Scanner:
             record["picture"] = hash64(repr(pair.image).encode("utf-8", "surrogateescape"))
             if look is not None:
                 record["content"], record["alike"] = look.content, look.alike
+                # Clipped: what does not fit into two bytes would wrap around and look small.
                 record["width"], record["height"] = min(look.width, _U2), min(look.height, _U2)
                 record["kib"] = min(-(-look.size // 1024), _U2)
                 record["format"] = formats.setdefault(look.format, len(formats))
@@ -116,6 +117,7 @@ class Scanner:
             try:
                 self._seen[picture] = look_at(picture.read())
             except SampleError as error:
+                # A refusal too: a bad picture with five captions is decoded once, and all five pairs are left out.
                 self._seen[picture] = str(error)
         found = self._seen[picture]
         if isinstance(found, str):
@@ -143,6 +145,7 @@ def format_of(data: bytes) -> tuple[str, str]:
     with warnings.catch_warnings():
         # Whether it is too large was decided where it was decoded.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # From the header again: what was decoded is plain RGB, and has forgotten what it came from.
         with Image.open(io.BytesIO(data)) as header:
             return header.format or "unknown", header.mode
 
@@ -157,6 +160,7 @@ def dhash(image: Image.Image) -> int:
 
     It stays nearly the same when a picture is scaled, compressed again, or made lighter.
     """
+    # Nine columns give eight differences a row: 64 bits.
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
 

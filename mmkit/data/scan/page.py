@@ -133,6 +133,7 @@ def histogram(tally: Tally, unit: str) -> Markup:
         box = f'x="{place * step + gap:.1f}" y="{height - tall:.1f}" width="{step - 2 * gap:.1f}" height="{tall:.1f}"'
         parts.append(f'<rect class="bar" {box}><title>{span} {unit}: {count}</title></rect>')
     for place in sorted({round(i * (len(bars) - 1) / 4) for i in range(5)}):
+        # The outer labels grow inwards, or the drawing's edge would cut them off.
         anchor = "start" if place == 0 and len(bars) > 2 else "end" if place == len(bars) - 1 and len(bars) > 2 else "middle"
         at = {"start": place * step, "end": (place + 1) * step, "middle": (place + 0.5) * step}[anchor]
         value = tally.most if place == len(bars) - 1 else bars[place][0]  # the last bar by its end

@@ -133,8 +133,10 @@ def picture_facts(found: Survey) -> PictureFacts:
     # Of equal ones the first: their copies would be reported a second time, as looking alike.
     different = first_of_each(records["content"], first)
     hashes = found.records["alike"][different]
+    # Their hashes are nearly equal whatever they show: different ones would pass for duplicates.
     dull = plain(hashes)
     alike, whole = alike_groups(hashes[~dull], different[~dull])
+    # Wider than two bytes, in which a hundred times the width would overflow.
     width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
     tallies = {"width": width, "height": height, "aspect": width * 100 // np.maximum(height, 1), "kib": records["kib"]}
     formats = Counter(found.formats[number] for number in records["format"].tolist())

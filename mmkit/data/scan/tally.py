@@ -68,7 +68,9 @@ class Tally:
         if high - low < most:
             edges = np.arange(low, high + 2)
         elif high > _WIDE * max(1, low):
+            # unique: where steps are less than one, rounding gives the same edge twice.
             edges = np.unique(np.geomspace(max(1, low), high + 1, most + 1).round().astype(np.int64))
+            # geomspace cannot begin at 0: without this the smallest value would fall out.
             edges[0], edges[-1] = low, high + 1
         else:
             edges = np.unique(np.linspace(low, high + 1, most + 1).round().astype(np.int64))

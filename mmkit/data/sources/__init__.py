@@ -86,6 +86,7 @@ def open_training_pairs(data: DataConfig) -> PairSource:
     # Of the training data, or of those to validate on: one section says how both are read.
     kinds += [_kind(data.val, data.val_type)] if data.val is not None else []
     check_keys(data, defaults_of(DataConfig), kinds, where="data", readers=PAIR_KEYS)
+    # Each is limited by itself: a limit of the joined set could leave out whole sources.
     sources = [open_pairs(part.path, options_of(data, part.type, part.image_root)).take(data.limit) for part in data.sources]
     return join_sources(sources, [part.weight for part in data.sources])
 
@@ -118,6 +119,7 @@ def join_sources(sources: Sequence[PairSource], weights: Sequence[float | None])
     # A limit has shortened the layout, not the shards.
     shards = [_shortened(shard, int(n)) for s in sources for shard, n in zip(s.shards, s.layout.parts[0].chunks, strict=True)]
     left_out = [row for source in sources for row in source.left_out]
+    # Without the weights: they are the recipe's, which is compared by itself.
     fingerprint = hash_text(*(source.fingerprint for source in sources))
     layout = join([source.layout for source in sources], weights)
     return PairSource(shards, left_out, fingerprint, layout, sum(source.unlimited for source in sources))
@@ -140,6 +142,7 @@ def _shortened(shard: PairShard, rows: int) -> PairShard:
 
 def _of_shards(shards: Sequence[PairShard], left_out: list[LeftOut], fingerprint: str, window: int | None) -> PairSource:
     """A source of the shards that have something to give."""
+    # An order takes no shard without samples (`mmkit.data.order.ShuffledOrder`).
     kept = [shard for shard in shards if len(shard)]
     chunks = np.asarray([len(shard) for shard in kept], dtype=np.int64)
     return PairSource(kept, left_out, fingerprint, Layout((Part(chunks, window),)))
@@ -193,7 +196,9 @@ def _parquet(names: Sequence[str], options: SourceOptions) -> PairSource:
         shards += found
         largest = max(largest, size)
     rows = sum(len(shard) for shard in shards)
+    # By the largest group: a window must fit into memory wherever it lies.
     window = min(options.window, window_of(largest, max(1, rows // max(1, len(shards)))))
+    # Not the content, as of tars. The columns too: other ones are other pairs.
     groups = "\n".join(f"{Path(shard.path).name} {shard.group} {len(shard)}" for shard in shards)
     return _of_shards(shards, [], hash_text(groups, options.image, options.caption), window)
 
@@ -211,6 +216,7 @@ def _open_hub(location: str, options: SourceOptions) -> PairSource:
     columns = (options.image, options.caption)
     check_columns(rows.column_names, columns, location)
     kind = rows.features[options.caption]
+    # Refused now: a column of anything else would leave out every row, one by one.
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
         mend = "set data.caption to a column of texts, one a row"
         raise InputError(f"column {options.caption!r} holds {kind}, no texts", where=location, mend=mend)

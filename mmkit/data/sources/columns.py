@@ -37,9 +37,11 @@ class _Groups:
             self._held.move_to_end(key)
             return found[0]
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            # One thread: each loader worker would start one for every core.
             table = file.read_row_group(group, columns=list(columns), use_threads=False)
         self._held[key] = (table, table.nbytes)
         self._bytes += table.nbytes
+        # The newest stays, however large: its row is about to be read.
         while self._bytes > _HELD_BYTES and len(self._held) > 1:
             self._bytes -= self._held.popitem(last=False)[1][1]
         return table
@@ -157,12 +159,14 @@ def open_groups(path: str, columns: tuple[str, str], cache: ShardCache) -> tuple
 
     try:
         local = str(cache.local(path)) if is_remote(path) else path
+        # The footer alone: no picture is read to know how many there are.
         with pyarrow.parquet.ParquetFile(local) as file:
             meta, names = file.metadata, file.schema_arrow.names
     except (OSError, pyarrow.ArrowException, SampleError) as error:
         what = f"is no Parquet file that can be read ({' '.join(str(error).split())})"
         raise InputError(what, where=path, mend="fetch or write it again") from None
     check_columns(names, columns, path)
+    # Not compressed: what a group takes in memory and not on the disk; of all its columns, so rather too much.
     sizes = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
     shards = [GroupShard(path, i, meta.row_group(i).num_rows, columns, cache) for i in range(meta.num_row_groups)]
     return [shard for shard in shards if len(shard)], max(sizes, default=0)

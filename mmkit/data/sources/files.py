@@ -94,6 +94,7 @@ def read_folder(location: str, root: Path) -> Read:
             left_out.append(LeftOut(location, key, "no .txt caption"))
         except (OSError, ValueError) as error:
             left_out.append(LeftOut(location, key, " ".join(str(error).split())))
+    # Without the pictures: hashing them would read all of them before the first step.
     return pairs, left_out, hash_text(*(f"{p.key}\t{p.caption}" for p in pairs))
 
 
@@ -101,6 +102,7 @@ def _read_metadata(folder: Path) -> Read:
     """Rows ``{"file_name", "text"}`` of Hugging Face's imagefolder layout; ``caption`` and ``image`` are taken for them too."""
     pairs: list[Pair] = []
     left_out: list[LeftOut] = []
+    # Split at \n only: str.splitlines would also split inside JSON strings (U+2028 is legal there).
     for number, line in enumerate((folder / METADATA).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue

@@ -103,6 +103,7 @@ class Indexed:
             self._open.move_to_end(file.name)
             return held[0]
         found = _load(_Job(self.build, self.cache, file.name, file.size, file.version))
+        # The order counts on so many: with another number all later positions would be other samples.
         if len(found) != file.samples:
             raise SampleError("the shard has changed since it was indexed")
         large = sum(array.nbytes for array in found.arrays.values()) > _MAPPED_BYTES
@@ -112,6 +113,7 @@ class Indexed:
             found = Index({name: array.copy() for name, array in found.arrays.items()}, [])
         self._open[file.name] = (found, cost)
         self._bytes += cost
+        # The newest stays, however large: it is what was asked for.
         while self._bytes > _OPEN_BYTES and len(self._open) > 1:
             self._bytes -= self._open.popitem(last=False)[1][1]
         return found
@@ -123,6 +125,7 @@ class Indexed:
         missing = [job for job, counted in zip(jobs, found, strict=True) if counted is None]
         if len(missing) > 1 and sum(job.size for job in missing) > _POOL_BYTES:
             logger.info("indexing %d shards, once: each gets a small %s file beside it", len(missing), SUFFIX)
+            # All at once, or the second line of the log would come before the work.
             made = iter(list(map_in_order(_count_one, None, missing)))
             logger.info("indexed in %.0f s", time.monotonic() - began)
         else:
@@ -175,6 +178,7 @@ def _estimated(names: Sequence[str], found: Sequence[_Counted]) -> list[LeftOut]
 
 def _known(job: _Job) -> _Counted | None:
     """What a sidecar says; None without one. Its checksum is looked at when a sample is read."""
+    # None is written beside so small a shard.
     if job.size < SMALLEST and not is_remote(job.name):
         return None
     for path in job.places():
@@ -192,6 +196,7 @@ def _count(job: _Job) -> _Counted:
     try:
         index = _load(job)
     except SampleError as error:
+        # None: `_estimated` says how many samples it hides.
         return 0, [Omitted(_WHOLE, str(error), None)]
     return len(index), index.left_out
 
@@ -206,6 +211,7 @@ def _load(job: _Job) -> Index:
     for path in job.places() if job.size >= SMALLEST or remote else ():
         if (index := read_sidecar(path, job.origin, job.local)) is not None:
             return index
+    # An index is less than a thousandth of its shard, which then is not fetched before a sample of it is read.
     if remote and (fetched := _fetched_index(job)) is not None:
         return fetched
     try:
@@ -231,6 +237,7 @@ def _fetched_index(job: _Job) -> Index | None:
         # Its maker knew the shard by another version, so the size has to do.
         index = read_sidecar(fetched, job.origin._replace(version=None), None)
         if index is not None:
+            # Under the version that the server tells, by which the next start asks.
             write_sidecar(cached, index, job.origin, None)
         return index
     except OSError as error:
@@ -242,6 +249,7 @@ def _fetched_index(job: _Job) -> Index | None:
 
 def _keep(index: Index, job: _Job, shard: Path) -> None:
     """Write a sidecar where that can be done; without one the next start walks through the shard again."""
+    # Beside the shard first: there it travels with the shard, and serves everyone who reads it.
     for path in job.places():
         try:
             write_sidecar(path, index, job.origin, shard)

@@ -29,6 +29,7 @@ class RowReader:
         caption: Key of the caption.
     """
 
+    # Both stand in its repr, by which an index is known (`mmkit.data.sources.indexed`): other keys, another index.
     image: str = "image"
     caption: str = "caption"
 
@@ -47,6 +48,7 @@ class RowReader:
             raise ValueError(str(error)) from None
         if not isinstance(row, dict):
             raise ValueError(f"row is a {type(row).__name__}, not an object")
+        # Below no root: one index is good for any image_root.
         image = safe_image_path(Path(), row.get(self.image))
         return str(image), clean_caption(row.get(self.caption))
 
@@ -62,11 +64,14 @@ class RowReader:
                     left_out.append(Omitted(key, f"a row of more than {MAX_LINE >> 20} MiB"))
                     continue
                 if number == 1 and line.startswith(_BOM):
+                    # Its place moves on with it: the row is later read by its range alone.
                     start, line = len(_BOM), line[len(_BOM) :]
                 row = line.rstrip(b"\n")
                 if not row.strip():
                     continue
                 try:
+                    # Parsed to learn whether it can be used, and thrown away: an index has places, however long
+                    # captions are.
                     image, _ = self.parse(row)
                 except ValueError as error:
                     left_out.append(Omitted(key, " ".join(str(error).split())))
@@ -93,6 +98,7 @@ class RowShard:
         try:
             image, caption = self.reader.parse(line)
         except ValueError as error:
+            # It could be parsed when it was indexed: these are other bytes.
             raise SampleError(f"{error} (the file has changed since it was indexed)") from None
         return Pair(self.file.name, index.key(row), ImageRef(str(self.root / image)), caption)
 

@@ -113,6 +113,7 @@ def index_tar(path: Path) -> Index:
         try:
             if text.size > LONGEST_TEXT:
                 raise ValueError(f"caption: {text.size} bytes are over the limit of {LONGEST_TEXT}")
+            # Decoded now although it is read again: what cannot be used must not have a position.
             decode_caption(data[text.offset : text.offset + text.size])
         except ValueError as error:
             left_out.append(Omitted(key, str(error)))
@@ -130,6 +131,7 @@ class FileBytes:
     """
 
     def __init__(self, path: Path) -> None:
+        # pread goes past a buffer anyway.
         self._file = path.open("rb", buffering=0)
         self._size = os.fstat(self._file.fileno()).st_size
 
@@ -213,6 +215,7 @@ def walk_tar(data: Bytes) -> Iterator[Member | TarFault]:
             # Extensions have no sum. To go on would give the next file under a wrong name.
             yield TarFault("", "the shard is damaged after this")
             return
+        # A zero byte is how tars before ustar say a plain file; 7, a contiguous one, is read like one.
         if kind in b"\x000" or kind == b"7":
             # A pax size stands for files over 8 GiB, whose ustar field overflows.
             length = int(extended.get("size", length))

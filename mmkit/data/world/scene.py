@@ -71,6 +71,7 @@ def sample_split(seed: int, *, train: int, heldout: int) -> Iterator[tuple[str, 
     rng = np.random.default_rng([seed, 7])
     wanted = {"train": train, "heldout": heldout}
     made = {"train": 0, "heldout": 0}
+    # Far beyond the ids of training pictures, so that those of a larger world are still others.
     first = {"train": 1, "heldout": 900_001}
     while any(made[s] < wanted[s] for s in wanted):
         scene = sample_scene(rng)

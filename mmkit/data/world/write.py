@@ -126,6 +126,8 @@ def _write_split(folder: Path, split: str, pictures: list[_Picture], size: int) 
     # Ids from the picture's: unique over both splits and independent of the world's size.
     rows = [{"image_id": p.id, "id": p.id * 10 + i, "caption": caption} for p in pictures for i, caption in enumerate(p.captions)]
     _write_rows(folder / f"captions_{split}.json", {"info": _INFO, "licenses": [_LICENSE], "images": images}, "annotations", rows)
+    # VQA before TextVQA, and conversations after both: all draw from the pictures' own generators, so another order is
+    # another world.
     asked = _write_vqa(folder, split, pictures)
     read = _write_textvqa(folder, split, pictures, size)
     # With two groups a picture would have two right answers for each attribute.
