@@ -231,7 +231,7 @@ def test_a_changed_recipe_or_parent_is_refused(tmp_path, capsys):
     capsys.readouterr()
     assert pipeline.mmkit(*pipeline.clipcap(run, "train.lr=5e-4")) == 2
     error = capsys.readouterr().err
-    assert "- lr: 0.001, + lr: 0.0005" in error and "--restart" in error and error.count("\n") == 1
+    assert "(train.lr: 0.001 -> 0.0005)" in error and "--restart" in error and error.count("\n") == 1
     parent = tmp_path / "encoder"
     shutil.copytree(pipeline.trained("superclass"), parent)
     arguments = pipeline.clipcap(tmp_path / "run", f"encoder={parent}", "train.steps=1")
