@@ -96,7 +96,6 @@ class Engine:
                 adds_up=self.accumulation > 1 or max_tokens is not None,
             )
             zero.prepare_environment()
-            # False: models are cut up when they are finished (`prepare`), not while they are built.
             plugin = DeepSpeedPlugin(hf_ds_config=self._settings, zero3_init_flag=False)
         # Frozen parts are excluded by requires_grad, every trainable part takes part in every step (dummy path for text-only
         # batches), so the search for unused parameters stays off; buffers such as the IDF are summed by hand, not broadcast.
@@ -128,7 +127,6 @@ class Engine:
         self._store: Any = None
         self._liveness: Liveness | None = None
         if self.world_size > 1:
-            # Every process makes its engines in the same order, so the number is the same on all.
             Engine._made += 1
             # torch has no public name for the store that it found the other processes by.
             default = torch.distributed.distributed_c10d._get_default_store()
@@ -158,7 +156,6 @@ class Engine:
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap the finished objective for the chosen mode (a collective call)."""
         if self.cuts_up:
-            # Before DeepSpeed makes its engine, which leaves what is cut up already as it is.
             skeleton.partition(module, self._settings, dtype=self.weight_dtype or torch.float32, device=self.device)
         if self.uses_deepspeed or self.world_size > 1:
             with warnings.catch_warnings():
@@ -168,7 +165,6 @@ class Engine:
         else:
             self.module, self.optimizer = module.to(self.device), optimizer
         if self.uses_deepspeed:
-            # What DeepSpeed made of its settings shows only in the finished engine.
             numbers = {"micro_batch_size": self.micro_batch_size, "accumulation": self.accumulation}
             zero.undo_first_step(self.module)
             zero.check_resolved(self.module, **numbers, world_size=self.world_size, clip=self.clip)
@@ -297,7 +293,6 @@ class Engine:
         # Numbered, because a barrier that has opened stays open in the store.
         self._meetings += 1
         key = f"barrier/{self._meetings}"
-        # The last to come opens it.
         if self._store.add(key, 1) == self.world_size:
             self._store.set(f"{key}/open", "1")
         self._store.wait([f"{key}/open"], datetime.timedelta(days=30))
@@ -404,7 +399,6 @@ class Engine:
 
         def take(state: Any, name: str) -> Any:
             nonlocal copied
-            # Asked once: memory that was taken for a copy is kept for the next.
             if not self._copies.has(name) and not room_for(state_size(state)):
                 copied = False
                 return state
@@ -412,7 +406,6 @@ class Engine:
 
         states: dict[str, Any] = {}
         if self.uses_deepspeed and (self.is_main or zero.is_partitioned(self.module)):
-            # From one process: training changes them alike on all (the counts of an IDF are summed).
             buffers = changing_buffers(self.unwrapped()) if self.is_main else {}
             states[f"pieces-{self.rank:05d}.safetensors"] = pack(self._shares(), self._inner_optimizer, buffers)
         elif self.is_main and not self.uses_deepspeed:
@@ -452,7 +445,6 @@ class Engine:
             return
         module = self.unwrapped()
         saved = Saved(folder)
-        # Names first: a wrong model is told as one, and not by the first piece that is missing.
         saved.check({name for name, p in module.named_parameters() if p.requires_grad})
         unpack(saved, self._shares(), self._inner_optimizer)
         saved.fill_buffers(module)
@@ -493,7 +485,6 @@ class Engine:
 
 def _changing_state(module: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters and persistent buffers: what training can change. Tied tensors once."""
-    # Both names of a tied weight, as a state dict has both; the first that comes is kept.
     changing = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     changing |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     found: dict[str, Tensor] = {}
@@ -504,6 +495,5 @@ def _changing_state(module: nn.Module) -> dict[str, Tensor]:
         if name not in changing or (tensor.data_ptr() in seen and tensor.numel()):
             continue
         seen.add(tensor.data_ptr())
-        # safetensors refuses others.
         found[name] = tensor.contiguous()
     return found
