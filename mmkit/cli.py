@@ -265,7 +265,7 @@ def score(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs, and results files of lmms-eval or their folders.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs; results of lmms-eval, files or folders.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, .md, .tex, .csv and .json.")],
     title: Annotated[str, typer.Option(help="Title of the report.")] = "mmkit report",
     gallery: Annotated[int, typer.Option(min=0, help="Pictures in the gallery, with all that was asked about them.")] = 1000,
