@@ -303,6 +303,18 @@ def paired_permutation(
     return as_far / total if exact else (as_far + 1) / (total + 1)
 
 
+def smallest_p(clusters: int) -> float:
+    """The smallest p-value that `paired_permutation` can give for so many clusters, whatever their differences are.
+
+    Args:
+        clusters: Their number, such as that of the pictures.
+
+    Returns:
+        2 / 2^n: the observed signs and all of them flipped are always as far from zero as the observed ones.
+    """
+    return min(1.0, 2.0 ** (1 - clusters))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number, so that all below 0.05 are true findings with probability 0.95 (Holm 1979).
 

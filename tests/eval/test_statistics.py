@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from mmkit.eval.statistics import (
     paired_permutation,
     ratio_of_sums,
     resampled_sums,
+    smallest_p,
 )
 
 
@@ -239,3 +241,59 @@ def test_draws_of_a_sum_of_squares_are_centred() -> None:
     assert centred[0] <= value <= centred[1] and centred[0] >= 0
     # One more degree of freedom's worth of noise: the mean of the draws lies about 1 above the figure.
     assert plain[1] - centred[1] == pytest.approx(1, abs=0.2)
+
+
+def p_of(differences: list[float], clusters: list[int] | range, *, resamples: int = 5000, seed: int = 0) -> float:
+    """The p-value of differences as they are."""
+    mine = dict(enumerate(differences))
+    labels = dict(enumerate(clusters))
+    return paired_permutation(mine, dict.fromkeys(mine, 0.0), clusters=labels, resamples=resamples, seed=seed)
+
+
+def brute_force(differences: list[float], clusters: list[int]) -> float:
+    """All sign patterns over clusters, by the definition."""
+    sums = [sum(d for d, c in zip(differences, clusters, strict=True) if c == k) for k in sorted(set(clusters))]
+    observed = abs(sum(sums)) - 1e-9
+    patterns = list(itertools.product((1, -1), repeat=len(sums)))
+    return sum(abs(sum(s * x for s, x in zip(p, sums, strict=True))) >= observed for p in patterns) / len(patterns)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([-1.0, -2 / 3, -0.3, 0.0, 0.3, 1.0]), st.integers(0, 7)), min_size=1, max_size=20),
+)
+def test_few_clusters_are_exact(pairs: list[tuple[float, int]]) -> None:
+    differences, clusters = [d for d, _ in pairs], [c for _, c in pairs]
+    assert p_of(differences, clusters) == pytest.approx(brute_force(differences, clusters))
+
+
+def test_no_p_is_below_what_the_number_of_clusters_allows() -> None:
+    for n in range(1, 9):
+        assert p_of([1.0] * n, range(n)) == smallest_p(n)
+    assert smallest_p(0) == 1.0 and smallest_p(5) >= 0.05 > smallest_p(6)
+    # Six answers on one picture say as much as one.
+    assert p_of([1.0] * 6, [0] * 6) == 1.0
+
+
+def test_many_clusters_are_sampled_near_the_exact_value() -> None:
+    rng = random.Random(3)
+    differences = [rng.choice([-1.0, 0.0, 1.0]) + 0.15 for _ in range(14)]
+    exact = brute_force(differences, list(range(14)))
+    assert p_of(differences, range(14), resamples=5000) == pytest.approx(exact, abs=0.03)
+
+
+def test_p_is_seeded_and_never_zero() -> None:
+    assert p_of([1.0] * 400, range(400)) == 1 / 5001 == p_of([1.0] * 400, range(400))
+    mixed = [1.0, -1.0, 0.5] * 100
+    assert p_of(mixed, range(300), seed=0) != p_of(mixed, range(300), seed=1)
+    assert p_of([0.0, 0.0], [1, 2]) == 1.0
+
+
+def test_under_no_difference_five_in_a_hundred_are_below_five_per_cent() -> None:
+    rng = random.Random(0)
+    below = [p_of([rng.gauss(0, 1) for _ in range(20)], range(20), seed=i) < 0.05 for i in range(200)]
+    assert 2 <= sum(below) <= 20
+
+
+def test_holm_of_1979() -> None:
+    # The smallest times m, the next times m - 1, and never below one before.
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([0.6, 0.9]) == [1.0, 1.0]

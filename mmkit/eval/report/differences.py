@@ -1,4 +1,8 @@
-"""Every other system against the first, task by task, on the samples both have."""
+"""Every other system against the first, task by task, on the samples both have.
+
+The interval is the paired bootstrap over pictures, the p-value that of a paired permutation test over pictures, corrected by
+Holm's method for all tests of a report (`mmkit.eval.statistics`).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ from dataclasses import dataclass, field, replace
 
 from mmkit.eval.report.conditions import other_data, unlike, variant_of
 from mmkit.eval.report.runs import Score
-from mmkit.eval.report.significance import LEVEL, PERMUTATIONS, holm, permutation_test, smallest_p
 from mmkit.eval.report.systems import Row
 from mmkit.eval.report.tables import Column, task_columns
-from mmkit.eval.statistics import paired_bootstrap
+from mmkit.eval.statistics import holm, paired_bootstrap, paired_permutation, smallest_p
 
+PERMUTATIONS = 5000  # sign patterns of a test, where a report has no more than a hundred
+LEVEL = 0.05  # of the family of all tests in a report
 WORDS = {"unclear": "no clear difference", "few": "too few pictures to decide"}
 
 
@@ -97,11 +102,13 @@ def differences(rows: Sequence[Row], *, seed: int) -> tuple[list[Difference], li
                 _compare(row, rows[0], column, found, without, seed=seed, patterns=patterns)
     alone = [task for task in dict.fromkeys(t for row in rows[1:] for t in row.scores) if task not in rows[0].scores]
     if alone:
-        without.append(f"{', '.join(alone)}: no differences, for {rows[0].label} was not scored on it")
-    adjusted = holm({i: d.p for i, d in enumerate(found)})
+        without.append(
+            f"{', '.join(alone)}: no differences, for {rows[0].label} was not scored on {'them' if alone[1:] else 'it'}"
+        )
+    adjusted = holm([d.p for d in found])
     # Holm's method is monotone: where even the smallest p-values of all tests do not pass, no data could have passed.
-    least = holm({i: smallest_p(d.pictures) for i, d in enumerate(found)})
-    return [replace(d, p_holm=adjusted[i], least=least[i]) for i, d in enumerate(found)], without
+    least = holm([smallest_p(d.pictures) for d in found])
+    return [replace(d, p_holm=p, least=q) for d, p, q in zip(found, adjusted, least, strict=True)], without
 
 
 def sign_patterns(rows: Sequence[Row]) -> int:
@@ -170,6 +177,6 @@ def _difference(
 ) -> Difference:
     """Interval and p-value of one pair; all three mappings have the same sample ids in the same order."""
     value, low, high, n = paired_bootstrap(mine, base, clusters=clusters, seed=seed)
-    p = permutation_test([mine[k] - base[k] for k in mine], [clusters[k] for k in mine], seed=seed, patterns=patterns)
+    p = paired_permutation(mine, base, clusters=clusters, resamples=patterns, seed=seed)
     # Corrected when all tests of the report are known.
     return Difference(system, baseline, column, n, value, low, high, p, p, len(set(clusters.values())))

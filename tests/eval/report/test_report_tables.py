@@ -193,7 +193,7 @@ def test_tasks_that_the_first_system_lacks_are_said_not_to_be_compared(runs) -> 
     others = [
         runs.run(n, "eval", scores={"mme": score("mme", {"perception": 1.0}), "pope": score("pope", {"f1": 0.5})}) for n in "bc"
     ]
-    assert differences(rows_of([first, *others]), seed=0)[1] == ["mme, pope: no differences, for a was not scored on it"]
+    assert differences(rows_of([first, *others]), seed=0)[1] == ["mme, pope: no differences, for a was not scored on them"]
 
 
 @pytest.mark.parametrize(("pictures", "systems", "verdict"), [(5, 2, "few"), (6, 2, "lower"), (6, 3, "few"), (7, 3, "lower")])
