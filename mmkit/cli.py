@@ -175,17 +175,18 @@ def demo(
     restart: Restart = False,
 ) -> None:
     """The whole pipeline on the built-in demo world, on a CPU or GPU, to a report."""
-    # Imported here, as in the commands below: --help and `mmkit ls` must not wait for torch (a test holds them to it).
-    from mmkit.demo import run_demo
+    # Before the imports, which take seconds.
+    with leave_on_signals():
+        # Imported here, as in the commands below: --help and `mmkit ls` must not wait for torch (a test holds them to it).
+        from mmkit.demo import run_demo
 
-    report = run_demo(out, clip=clip, restart=restart)
-    _say(f"report: {report}")
+        report = run_demo(out, clip=clip, restart=restart)
+        _say(f"report: {report}")
 
 
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
     """Train a stage: superclass, clip, lit, finetune, clipcap or llava, as the recipe says."""
-    # Before the imports, which take seconds.
     with leave_on_signals():
         from mmkit.commands import run_train
 
@@ -195,15 +196,16 @@ def train(recipe: RecipeName, overrides: Overrides = None, restart: Restart = Fa
 @app.command()
 def probe(recipe: RecipeName, overrides: Overrides = None, restart: Restart = False) -> None:
     """Linear probe, k-shot, k-NN and zero-shot on a frozen encoder, or full fine-tuning, with a score."""
-    from mmkit.commands import run_finetune
-    from mmkit.encoders.probing import run_probe
+    with leave_on_signals():
+        from mmkit.commands import run_finetune
+        from mmkit.encoders.probing import run_probe
 
-    # Fine-tuning trains, but what comes out is a score on labelled pictures, so it shares this verb.
-    loaded = _load(recipe, overrides)
-    if isinstance(loaded, FinetuneRecipe):
-        _done(run_finetune(loaded, restart=restart), "scores.json")
-    else:
-        _done(run_probe(_expect(loaded, ProbeRecipe), restart=restart), "scores.json")
+        # Fine-tuning trains, but what comes out is a score on labelled pictures, so it shares this verb.
+        loaded = _load(recipe, overrides)
+        if isinstance(loaded, FinetuneRecipe):
+            _done(run_finetune(loaded, restart=restart), "scores.json")
+        else:
+            _done(run_probe(_expect(loaded, ProbeRecipe), restart=restart), "scores.json")
 
 
 @app.command("eval")

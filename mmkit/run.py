@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mmkit
-from mmkit.config import EvalRecipe, Recipe, dump_recipe
+from mmkit.config import EvalRecipe, PretrainRecipe, Recipe, dump_recipe
 from mmkit.config.changes import changes
 from mmkit.data.scan.crew import cores
 from mmkit.data.skipped import LeftOut
@@ -49,12 +49,14 @@ _PACKAGES = (
     "torch",
     "torchvision",
     "transformers",
+    "tokenizers",
     "timm",
     "peft",
     "accelerate",
     "deepspeed",
     "open_clip_torch",
     "numpy",
+    "pillow",
 )
 
 
@@ -332,6 +334,12 @@ class Run:
         if self.write and new:
             append_jsonl(self.path / "skipped.jsonl", [sample.row() for sample in new])
 
+    def forget_skipped(self) -> None:
+        """Begin the list anew, where a run that goes on tries again what it left out before."""
+        self._skipped.clear()
+        if self.write:
+            (self.path / "skipped.jsonl").unlink(missing_ok=True)
+
     @property
     def skipped(self) -> int:
         """How many different samples were left out."""
@@ -364,7 +372,8 @@ def system_of(recipe: Recipe, parents: list[Parent]) -> str | None:
     """
     # Language models are shared by the systems that a report compares.
     inherited = next((parent.system for parent in parents if parent.role != "llm"), None)
-    if recipe.system or inherited is None:
+    # Pretraining makes an encoder of its own, whatever weights it began with.
+    if recipe.system or inherited is None or isinstance(recipe, PretrainRecipe):
         return recipe.system
     return f"{inherited}, blind" if isinstance(recipe, EvalRecipe) and recipe.blind else inherited
 

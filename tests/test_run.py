@@ -316,7 +316,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
 
 
 def test_facts_about_the_machine() -> None:
-    assert set(package_versions()) >= {"torch", "transformers", "timm", "numpy"}
+    assert set(package_versions()) >= {"torch", "transformers", "tokenizers", "timm", "numpy", "pillow"}
     found = hardware()
     assert found["cores"] >= 1
     assert isinstance(found["gpus"], list)
@@ -365,6 +365,18 @@ def test_a_run_is_named_after_what_it_is_made_from(own: str | None, parents: lis
     plain = {"stage": "eval", "run": "r", "model": "m", "system": own, "blind": blind, "tasks": [task]}
     made_from = [Parent("llm", "gpt2", "gpt2", system="gpt2"), *(Parent("model", "m", "f", system=name) for name in parents)]
     assert system_of(check_recipe(plain, where="test"), made_from) == label
+
+
+def test_an_encoder_is_not_named_after_the_weights_it_began_with() -> None:
+    plain = {
+        "stage": "superclass",
+        "run": "r",
+        "encoder": {"architecture": "vit_tiny_patch16_224", "init": "open_clip:ViT-B-16:laion2b"},
+        "data": {"train": "pairs.jsonl"},
+        "train": {"batch_size": 8, "steps": 4, "lr": 0.001},
+    }
+    made_from = [Parent("encoder", "open_clip:ViT-B-16:laion2b", "f", system="open_clip:ViT-B-16:laion2b")]
+    assert system_of(check_recipe(plain, where="test"), made_from) is None
 
 
 def test_what_no_run_made_is_named_after_itself(tmp_path: Path) -> None:

@@ -62,8 +62,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         # Resolved after the overrides, so that a reference to an overridden key sees its new value.
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        # Its first line; the others name OmegaConf's own classes.
-        what = f"{error.full_key}: {str(error).splitlines()[0]}" if error.full_key else _one_line(error)
+        what = f"{error.full_key}: {_first_line(error)}" if error.full_key else _one_line(error)
         raise InputError(what, where=path, mend="check the ${...} there, or override the key") from None
     if not isinstance(plain, dict):
         raise InputError("a recipe is a mapping of keys", where=path, mend="start from `mmkit copy NAME DEST`")
@@ -96,9 +95,7 @@ def _override(tree: Any, item: str, path: Path) -> str:
         OmegaConf.update(tree, key, _parse_value(value), force_add=True)
     # OmegaConf reports a malformed key (such as `[`) with plain Python errors.
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, IndexError, ValueError) as error:
-        raise InputError(
-            f"override {item!r}: {str(error).splitlines()[0]}", where=path, mend="write e.g. train.lr=1e-3"
-        ) from None
+        raise InputError(f"override {item!r}: {_first_line(error)}", where=path, mend="write e.g. train.lr=1e-3") from None
     return key
 
 
@@ -212,3 +209,8 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def _one_line(error: object) -> str:
     """An error's text on one line."""
     return " ".join(str(error).split())
+
+
+def _first_line(error: object) -> str:
+    """An error's first line: the others of OmegaConf's errors name its own classes."""
+    return str(error).partition("\n")[0]

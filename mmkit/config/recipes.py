@@ -37,7 +37,7 @@ class RunRecipe(Section):
     """Keys that every recipe has."""
 
     run: str = Field(description="run directory")
-    system: str | None = Field(None, description="row label in the report; null: that of the encoder or model it is made from")
+    system: str | None = Field(None, description="row label in the report; null: that of the encoder or model that is built on")
     seed: int = Field(0, ge=0)
 
 

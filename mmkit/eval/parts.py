@@ -167,7 +167,7 @@ def restore_parts(run: Path, prompts: Mapping[str, Mapping[Id, str]]) -> None:
         rows, scores = read_jsonl(run / "predictions.jsonl"), read_json(run / "scores.json")["tasks"]
         lost = {row["key"] for row in read_jsonl(run / "skipped.jsonl")}
         kept: list[dict[str, Any]] = [
-            {key: row[key] for key in ("task", "id", "prediction", "cut") if key in row or key != "cut"}
+            {"task": row["task"], "id": row["id"], "prediction": row["prediction"], **({"cut": True} if "cut" in row else {})}
             for row in rows
             if prompts.get(row["task"], {}).get(row["id"]) == row["prompt"] and (row["prediction"] or str(row["id"]) not in lost)
         ]

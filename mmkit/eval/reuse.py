@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from mmkit.config import DecodingConfig
 from mmkit.data.remote import default_cache
 from mmkit.files import hash_file, hash_text
-from mmkit.run import Parent
+from mmkit.run import Parent, package_versions
 
 logger = logging.getLogger(__name__)
 # Of all files together; those that were not used for longest go first. 128 bits, a check and a few words: 100 bytes an answer.
@@ -44,7 +43,8 @@ class AnswerCache:
             folder: Where the files lie; None: ``answers`` in the cache folder.
             limit: Bytes of all files together.
         """
-        name = hash_text(fingerprint, computer, _code(), *(f"{n} {_version(n)}" for n in _COMPUTES))
+        versions = package_versions()
+        name = hash_text(fingerprint, computer, _code(), *(f"{n} {versions[n]}" for n in _COMPUTES))
         self._folder, self._limit = folder or default_cache() / "answers", limit
         self._path = self._folder / f"{name}.jsonl"
         self._known: dict[str, str] = {}
@@ -169,10 +169,3 @@ def _code() -> str:
     """Hash of mmkit's own code: between two releases a checkout changes without its version."""
     root = Path(__file__).resolve().parents[1]
     return hash_text(*(f"{p.relative_to(root).as_posix()} {hash_file(p)}" for p in sorted(root.rglob("*.py"))))
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"

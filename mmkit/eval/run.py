@@ -142,14 +142,12 @@ def _run_on(ranks: Ranks, recipe: EvalRecipe, run: Run, parent: Parent, *, resta
 
 def _start(run: Run, recipe: EvalRecipe, parent: Parent, state: State, tasks: Sequence[Asked]) -> None:
     """Begin or go on, on the main process. Raises InputError: the run goes on with other questions, or was edited."""
-    data = _data_hash(recipe)
-    if state == "continue":
-        if run.finished:
-            # Another way to score, and nothing to ask.
-            restore_parts(run.path, {task.name: {e.id: e.prompt for e in task.shown} for task in tasks})
-        # Made again from the parts: what was lost before is tried again.
-        (run.path / "skipped.jsonl").unlink(missing_ok=True)
-    run.start(recipe, [parent], state=state, data_fingerprint=data, kind="eval")
+    if state == "continue" and run.finished:
+        # Another way to score: whatever is asked as before has its answer.
+        restore_parts(run.path, {task.name: {e.id: e.prompt for e in task.shown} for task in tasks})
+    run.start(recipe, [parent], state=state, data_fingerprint=_data_hash(recipe), kind="eval")
+    # Only now: a start that is refused leaves a finished run as it was. What was lost before is tried again.
+    run.forget_skipped()
 
 
 def _await_shared(run: Run, there: Callable[[], bool]) -> None:

@@ -51,12 +51,20 @@ class Importing(types.ModuleType):
         os.kill(os.getpid(), signal.NUMBER)
         raise AssertionError("went on")
 sys.modules["MODULE"] = Importing("MODULE")
-cli.main(["COMMAND", "recipe.yaml"])
+cli.main("COMMAND".split())
 """
 
 
+COMMANDS = [
+    ("eval recipe.yaml", "mmkit.eval.run"),
+    ("train recipe.yaml", "mmkit.commands"),
+    ("probe recipe.yaml", "mmkit.commands"),
+    ("demo", "mmkit.demo"),
+]
+
+
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize(("command", "module"), [("eval", "mmkit.eval.run"), ("train", "mmkit.commands")])
+@pytest.mark.parametrize(("command", "module"), COMMANDS)
 def test_a_signal_that_comes_before_the_work_leaves_with_75_too(command, module, number):
     code = IMPORTING.replace("NUMBER", number).replace("MODULE", module).replace("COMMAND", command)
     done = pipeline.python("-c", code)

@@ -220,6 +220,24 @@ def test_a_run_that_ended_over_its_pictures_goes_on_when_they_are_there(tmp_path
     assert not pipeline.rows(run / "skipped.jsonl") and pipeline.manifest(run)["skipped"] == 0
 
 
+def test_a_refused_second_scoring_leaves_a_finished_run_as_it_was(tmp_path, broken_pictures, capsys):
+    """Its list of lost pictures, too; and once it is taken, the lost ones are tried again and listed anew."""
+    run, truth = tmp_path / "run", tmp_path / "truth.json"
+    shutil.copy(pipeline.root() / "world" / "captions_heldout.json", truth)
+    words = [f"tasks.0.image_root={broken_pictures}", f"tasks.0.annotations={truth}", "max_skipped=0.25"]
+    assert evaluate("captioner", run, *words) == 0
+    files = {name: (run / name).read_bytes() for name in ("skipped.jsonl", "scores.json", "predictions.jsonl", "manifest.json")}
+    text = truth.read_text()
+    truth.write_text(text + "\n")
+    assert evaluate("captioner", run, *words, "tasks.0.settings.tokenizer=none") == 2
+    assert "the data have changed since this run began" in capsys.readouterr().err
+    assert {name: (run / name).read_bytes() for name in files} == files and files["skipped.jsonl"]
+    truth.write_text(text)
+    assert evaluate("captioner", run, *words, "tasks.0.settings.tokenizer=none") == 0
+    assert scores(run)["coco-caption"]["settings"]["tokenizer"] == "none"
+    assert (run / "skipped.jsonl").read_bytes() == files["skipped.jsonl"] and pipeline.manifest(run)["skipped"] == 2
+
+
 @pytest.mark.parametrize("late", [True, False])
 def test_answers_of_another_machine_may_come_late_but_have_to_come(tmp_path, monkeypatch, capsys, captioner_run, late):
     """Of a run directory on each machine's own disk the main process sees its own part alone."""

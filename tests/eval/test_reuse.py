@@ -32,9 +32,10 @@ def test_answers_are_found_again_by_what_they_depend_on(tmp_path):
 def test_another_model_computer_or_version_has_answers_of_its_own(tmp_path, monkeypatch, change):
     AnswerCache("model", "cpu", folder=tmp_path).add({"k": "v"})
     assert len(AnswerCache("model", "cpu", folder=tmp_path)) == 1
-    version = reuse._version
+    versions = reuse.package_versions()
     # Pillow decodes and resizes what the model sees.
-    monkeypatch.setattr(reuse, "_version", lambda name: "9" if name == change else version(name))
+    assert versions["pillow"] != "absent" != versions["tokenizers"]
+    monkeypatch.setattr(reuse, "package_versions", lambda: versions | {change: "9"})
     if change == "mmkit":
         monkeypatch.setattr(reuse, "_code", lambda: "a line was changed in a checkout, the version was not")
     model, computer = ("model2" if change == "model" else "model"), ("cuda" if change == "computer" else "cpu")
