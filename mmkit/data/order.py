@@ -156,6 +156,6 @@ def shares(weights: list[float]) -> Ints:
 
 def _seed_of(seed: int, part: int) -> int:
     """A seed of its own for each source, or equal sizes would mean equal permutations."""
-    # From 1 on, as for windows: with 0 the first source would have the run's own sequence.
+    # Counted from 1. Another number would be another order, in which no earlier run could go on.
     state: NDArray[Any] = np.random.SeedSequence([seed, part + 1]).generate_state(2, np.uint32)
     return int(state[0]) << 32 | int(state[1])

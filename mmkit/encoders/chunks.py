@@ -79,6 +79,7 @@ class ChunkTable:
 
     def _start_again(self) -> None:
         """Forget all chunks."""
+        # 20 bytes a place: 5 MB at 18 bits.
         places = 1 << self._bits
         self._low, self._high = np.zeros(places, dtype=np.uint64), np.zeros(places, dtype=np.uint64)
         self._code = np.zeros(places, dtype=np.int32)
@@ -132,6 +133,7 @@ class ChunkTable:
 
         Who comes first has the place. Frequent chunks come early, so those that always take this way are rare.
         """
+        # Collected, and appended once at the end: each append copies the whole array.
         several: list[tuple[int, ...]] = []
         data, known = chunks.data, self._codes
         where = zip(missing.tolist(), chunks.starts[missing].tolist(), chunks.ends[missing].tolist(), strict=True)
@@ -162,6 +164,7 @@ class ChunkTable:
         ids = self._chunk_ids(chunk.decode("utf-8"))
         if len(ids) > 1:
             several.append(ids)
+            # -1 - i for entry i, which is where `_append` will put it.
             return -len(self._length) - len(several)
         # From now on the stand-in for chunks without ids has to be filtered out.
         self._drops |= not ids
@@ -215,6 +218,7 @@ def _find_chunks(text: bytes) -> _Chunks:
     # The text ends with white space, so starts and ends alternate and are equal in number.
     edges = np.flatnonzero(edge)
     starts, ends = edges[0::2], edges[1::2]
+    # Chunks before each line's end; an empty line repeats the number before it, so its difference is 0.
     before = np.searchsorted(starts, np.flatnonzero(line_end))
     return _Chunks(data, starts, ends, np.diff(before, prepend=0))
 
@@ -241,5 +245,6 @@ def _rows_of_keys(keys: Ints, rows: int, shift: int) -> tuple[Ints, Longs]:
     first = np.ones(len(keys), dtype=bool)
     np.not_equal(keys[1:], keys[:-1], out=first[1:])
     keys = keys[first]
+    # int64: the end of the last row, ``rows << shift``, may be 2^31. A row without keys begins where the next does.
     offsets = np.searchsorted(keys, np.arange(rows + 1, dtype=np.int64) << shift)
     return keys & ((1 << shift) - 1), offsets

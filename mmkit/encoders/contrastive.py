@@ -59,6 +59,7 @@ def infonce_rows(
         float32[B].
     """
     assert image.shape == text.shape and all_image.shape == all_text.shape, "pictures and captions come in pairs"
+    # i64[B]: where the other side of each local pair lies among the G of all processes.
     own = torch.arange(offset, offset + len(image), device=image.device)
 
     def part(start: int, end: int) -> Tensor:
@@ -98,6 +99,7 @@ def sigmoid_rows(
         float32[B].
     """
     own = torch.arange(offset, offset + len(image), device=image.device)
+    # i64[G]; compared with `own` it marks a chunk's pairs without a B x G matrix of targets.
     column = torch.arange(len(all_text), device=image.device)
 
     def part(start: int, end: int) -> Tensor:
@@ -111,6 +113,7 @@ def sigmoid_rows(
 
 def _logits(rows: Tensor, others: Tensor, scale: Tensor) -> Tensor:
     """Scaled cosines float32[b, G]; the product too is fp32, for a cosine in bf16 times 100 is off by 0.2."""
+    # At least fp32 and not fp32 itself: float64, in which the tests hold it to the reference, stays.
     wide = torch.promote_types(rows.dtype, torch.float32)
     # The factor goes on the b x E rows and not on the b x G product, which would be one more tensor of that size.
     return (scale * rows.to(wide)) @ others.to(wide).T
@@ -121,6 +124,7 @@ def _in_chunks(part: Callable[[int, int], Tensor], rows: Tensor, chunk_rows: int
     assert chunk_rows > 0, f"chunk_rows must be positive, not {chunk_rows}"
     with torch.autocast(autocast_device(rows), enabled=False):
         # Autocast would take the product back to bf16.
+        # A single chunk would need the same memory again in backward, and its product twice.
         if len(rows) <= chunk_rows:
             return part(0, len(rows))
         # Logits, their softmax and its gradient are each B x G in fp32: more than a tower's activations at large batches.

@@ -99,12 +99,14 @@ def pixel_batches(
             continue
         place, reason = batch
         # Batches come in order, so number and place give the picture back.
+        # Named by the set's own key: the number of a picture says nothing to whoever has to repair it.
         key = source.keys[indices[number * batch_size + place]]
         raise InputError(reason, where=key, mend="repair the picture or remove it from the set")
 
 
 def _stack(squares: list[Pixels | str]) -> Tensor | tuple[int, str]:
     """A batch uint8 ``[B, 3, S, S]``, or the place of its first unusable picture with the reason."""
+    # The first is enough: the caller refuses the whole set for it.
     for place, square in enumerate(squares):
         if isinstance(square, str):
             return place, square
@@ -146,7 +148,7 @@ def extract_features(
         for pixels in pixel_batches:
             # uint8 until here: a quarter of the bytes of floats to move.
             pixels = pixels.to(device, non_blocking=True)
-            features = encoder(pixels) if kind == "pooled" else encoder.tokens(pixels, layer)
+            features = encoder(pixels) if kind == "pooled" else encoder.tokens(pixels, layer)  # [B, D] or [B, N, D]
             # To the host batch by batch: patch tokens of a whole set would not fit on the device.
             parts.append(features.to(dtype).cpu())
     encoder.train(was_training)

@@ -23,6 +23,7 @@ class SuperClassHead(nn.Module):
         """Initialise as the reference does: weight normal with std width^-0.5, bias 0."""
         super().__init__()
         self.width, self.vocab_size = width, vocab_size
+        # Beside the tower's own final norm: the reference has LN, mean, LN, Linear, where the paper says mean and linear only.
         self.norm = nn.LayerNorm(width)
         # Bare parameters, not nn.Linear: the loss takes them as tensors and no forward of a Linear ever runs. Under
         # ZeRO-3 they must therefore be gathered by hand (or kept whole by the persistence threshold).

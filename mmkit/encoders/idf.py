@@ -71,6 +71,7 @@ class OnlineIDF(nn.Module):
         # N rides along as the last entry, so that one collective sums both (the reference has two, both blocking).
         counted = ids.new_zeros(self.vocab_size + 1)
         counted[: self.vocab_size].scatter_add_(0, ids, first_in_row(ids, rows, self.vocab_size).long())
+        # Labelled rows and not rows: N has to count the same documents as df.
         counted[-1] = (offsets.diff() > 0).sum()
         return counted
 
@@ -116,7 +117,7 @@ def row_normalised(weights: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
     # Collate functions leave the offsets on the CPU where other code wants them; the work is where the ids are.
     offsets = offsets.to(ids.device)
     rows = row_of_label(offsets, ids.numel())
-    raw = weights.float()[ids] * first_in_row(ids, rows, weights.numel())
+    raw = weights.float()[ids] * first_in_row(ids, rows, weights.numel())  # float32[L]
     sums = raw.new_zeros(offsets.numel() - 1).index_add_(0, rows, raw)
     # The eps of F.normalize: a row of zeros stays zeros instead of NaN.
     return raw / sums[rows].clamp_min(1e-12)
@@ -145,6 +146,7 @@ def save_table(
         dropped: Labels that were not counted (stop words): their df says nothing.
         context_length: Length at which captions were cut before they were counted, or None.
     """
+    # float32 counts in steps of 1 up to 2^24 only, about 17 million captions.
     assert not df.dtype.is_floating_point, "counts are whole numbers"
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)

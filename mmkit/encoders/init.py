@@ -40,6 +40,7 @@ def init_encoder(encoder: VisionEncoder, source: str, *, statistics: bool = Fals
     # Every source becomes a timm tower first, so that one comparison and one resampling serve them all.
     other = load_encoder(source)
     _check_kind(encoder, other, source)
+    # Before shapes are compared: position tables and patch kernels may differ until here.
     _resize(other, encoder, source)
     # All is compared before anything is copied: a refused tower stays as it was.
     state = _placed(encoder, other, source)
@@ -75,6 +76,7 @@ def load_head(source: str, labels: CaptionLabels) -> tuple[SuperClassHead, tuple
         InputError: No head there, or one for another vocabulary.
     """
     mend = "use encoder.init_head=false"
+    # Told as what it is; below, such a name would be looked for as a folder.
     if source.startswith(_LIBRARIES):
         raise InputError("such weights have no label head", where=source, mend=mend)
     folder = encoder_folder(source)
@@ -103,6 +105,7 @@ def _check_kind(encoder: VisionEncoder, other: VisionEncoder, source: str) -> No
     if type(mine).__name__ != type(theirs).__name__:
         what = f"its tower is a {type(theirs).__name__}, this one a {type(mine).__name__}"
         raise InputError(what, where=source, mend=f"use encoder.architecture={other.architecture}")
+    # Of one class by now, so both have the same keys.
     before, after = _settings(theirs), _settings(mine)
     for name, value in before.items():
         if value != after[name]:
@@ -116,6 +119,7 @@ def _check_kind(encoder: VisionEncoder, other: VisionEncoder, source: str) -> No
 
 def _settings(tower: Any) -> dict[str, Any]:
     """Settings of a plain ViT that change the numbers and no shape."""
+    # Other families have no such settings: there the shapes alone decide.
     if not hasattr(tower, "blocks") or not hasattr(tower.blocks[0], "mlp"):
         return {}
     block = tower.blocks[0]
@@ -134,6 +138,7 @@ def _epsilon(tower: Any) -> float | None:
 def _resize(other: VisionEncoder, encoder: VisionEncoder, source: str) -> None:
     """Bring the source to the pictures and patches of the tower, by timm's own resampling."""
     old, new = (getattr(e.backbone, "patch_embed", None) for e in (other, encoder))
+    # Without a grid nothing depends on the size: convolutions take pictures of any.
     if old is None or new is None or not hasattr(old, "grid_size") or not hasattr(new, "grid_size"):
         return
     # Grids and patches, not pictures: 32 pixels in patches of 8 have the positions of 64 in patches of 16.
@@ -146,6 +151,7 @@ def _resize(other: VisionEncoder, encoder: VisionEncoder, source: str) -> None:
             where=source,
             mend=f"use encoder.image_size={other.image_size}",
         )
+    # The source is changed and not the tower: it was opened for this alone and is thrown away after.
     other.backbone.set_input_size(img_size=tuple(new.img_size), patch_size=tuple(new.patch_size))
     log.info(
         "%s: positions %dx%d -> %dx%d, patches %d -> %d pixels (bicubic, antialiased)",

@@ -67,9 +67,10 @@ def kshot(
         # A list of seeds, since seed + draw would make draw 1 of seed 0 the same as draw 0 of seed 1.
         kept = draw_shots(train_y.cpu().numpy(), num_classes, shots, seed=[seed, draw]).to(train_x.device)
         found = _fit(train_x[kept], train_y[kept], num_classes, strengths.to(train_x.device))
+        # In parts: float64 inputs of a whole test set would take twice its own memory again.
         hits.append(torch.cat([found.predict(part) for part in test_x.split(4096)]) == test_y)
         chosen.append(found.l2)
-    correct = torch.stack(hits).double()
+    correct = torch.stack(hits).double()  # [draws, M]
     accuracies = correct.mean(dim=1)
     settings: dict[str, Any] = {
         "probe": "kshot",
@@ -138,6 +139,7 @@ def _fit(x: Tensor, y: Tensor, num_classes: int, strengths: Tensor) -> _Ridge:
     ``(f - h y) / (1 - h)`` with the fit f = X W and its leverage h = sum_k U_k^2 S_k^2 / (S_k^2 + l) (Hastie et al., The
     Elements of Statistical Learning, equation 7.64).
     """
+    # Deviation over n, not n - 1, and 1e-5 added after the root: as fewshot_lsr.py has them.
     # By the shots alone: the statistics of the whole set would be more pictures than the probe allows. The epsilon is for
     # features that are constant over the shots.
     mean, std = x.double().mean(dim=0), x.double().std(dim=0, correction=0) + 1e-5

@@ -71,10 +71,13 @@ class CaptionLabels:
         self.end_of_text: int | None = getattr(vocabulary, "end_of_text", None)
         # Truncation comes before the set, on tokens in order, as in the reference.
         self._keep = None if context_length is None else context_length - 2
+        # Only where tokens never cross a space are the ids of chunks those of the caption.
         self._table: ChunkTable | None = None
+        # Without a table any number would do.
         self._block = 1024
         if isinstance(vocabulary, ChunkedVocabulary):
             self._table = ChunkTable(vocabulary.chunk_ids, vocabulary.size, keep=self._keep, dropped=self.dropped)
+            # Longer blocks do not fit the table's keys, in which row and id share 31 bits.
             self._block = self._table.max_rows
 
     def encode(self, captions: Sequence[str]) -> list[list[int]]:

@@ -76,6 +76,7 @@ class Softmax:
 
     def chunk(self, z: Tensor, labels: ChunkLabels, seen: Any) -> Tensor:
         """``W lse(z) - sum w z``, gradient ``W softmax(z) - w``."""
+        # Labels of other chunks point at some row of this one, with weight 0 here and in the gradient below.
         at = (labels.row, labels.ids)
         total = -(z[at] * labels.weights).sum()
         # One exponential serves both: its row sums give the log-sum-exp, itself scaled is the softmax. In place, so a

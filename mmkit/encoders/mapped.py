@@ -85,6 +85,7 @@ def mapped_features(
     """
     path = feature_file(folder, key)
     whole = (len(pictures), *shape)
+    # The whole key: the file is named by a shortened hash of it.
     facts = {"key": key, "shape": list(whole), "dtype": str(dtype)}
     size_bytes = math.prod(whole) * torch.empty(0, dtype=dtype).element_size()
     note = path.with_suffix(".json")
@@ -105,13 +106,16 @@ def mapped_features(
         )
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # The folder is there by now: a disk's free space can be asked of existing paths only.
             _check_room(folder, size_bytes, len(pictures))
+            # The old note goes first: killed from here on, nothing speaks for a file that is not whole.
             note.unlink(missing_ok=True)
             _write(path, _features(loader, extract, shape, dtype))
             write_json(note, facts)
         except OSError as error:
             raise disk_trouble(error, where=folder) or error from None
     # Private: what a caller writes by mistake stays in this process.
+    # An empty file cannot be mapped.
     flat = (
         torch.from_file(str(path), shared=False, size=math.prod(whole), dtype=dtype)
         if size_bytes
@@ -140,6 +144,7 @@ def _features(
     """Features of each batch, on the host; NaN for pictures that cannot be used."""
     for pixels, bad in loader:
         found = torch.full((len(pixels), *shape), float("nan"), dtype=dtype)
+        # A batch without a single picture is 1 x 1 pixel (see `_stack`), which no tower takes.
         if len(bad) < len(pixels):
             found.copy_(extract(pixels))
             # NaN travels with the file, so that every process and later run leaves out the same pictures.
@@ -149,12 +154,14 @@ def _features(
 
 def _write(path: Path, batches: Iterator[Tensor]) -> None:
     """One after the other into a file beside, which then takes the name."""
+    # The pid keeps two processes apart that extract the same features; the last rename wins, both are right.
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             for batch in batches:
                 # Bytes, because numpy has no bfloat16.
                 file.write(batch.contiguous().flatten().view(torch.uint8).numpy().data)
+        # On the disk before it gets its name, or a crash of the machine could leave a note beside missing bytes.
         sync(temporary)
         temporary.replace(path)
     finally:

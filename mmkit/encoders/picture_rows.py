@@ -42,7 +42,9 @@ class PictureRows:
     def __getitem__(self, picture: Picture) -> int:
         """Its row. Raises KeyError: it is none of them."""
         first, second = _hashes(picture)
+        # np.uint64: a Python int becomes int64, which NumPy compares with uint64 as float64, and finds other rows above 2^53.
         at = int(np.searchsorted(self._first, np.uint64(first)))
+        # Equal first words lie side by side; the second tells such pictures apart.
         while at < self.count and int(self._first[at]) == first:
             if int(self._second[at]) == second:
                 return int(self._rows[at])
@@ -61,6 +63,7 @@ def picture_rows(path: Path, pictures: Sequence[Picture]) -> PictureRows:
         InputError: The disk is full or read-only.
     """
     count = len(pictures)
+    # The length is enough: `new_file` gives the name to whole files only, and the name stands for the order.
     if not (path.is_file() and path.stat().st_size == 3 * count * _WORD.itemsize):
         try:
             with new_file(path) as file:

@@ -90,6 +90,12 @@ def test_equal_arguments_return_at_once(world: Path, monkeypatch: pytest.MonkeyP
     assert make_world(world, **TINY) == load(world / "world.json")["counts"]
 
 
+def test_a_world_whose_ids_would_meet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--train: 900001 training pictures are too many; at most 900000"):
+        make_world(tmp_path / "world", train=900_001)
+    assert not (tmp_path / "world").exists()
+
+
 def test_other_arguments_and_other_folders_are_refused(world: Path, tmp_path: Path) -> None:
     before = content(world)
     with pytest.raises(InputError, match=r"holds a world made with .*'train': 40.*choose another --out"):

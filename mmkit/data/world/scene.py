@@ -65,14 +65,17 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(groups, word)
 
 
+# Ids of held-out pictures start behind those of the largest world, so that those of a larger one are still others.
+HELDOUT_FIRST = 900_001
+
+
 def sample_split(seed: int, *, train: int, heldout: int) -> Iterator[tuple[str, int, Scene]]:
-    """Scenes of both splits: ``(split, image id, scene)``; ids of held-out pictures start at 900001."""
+    """Scenes of both splits: ``(split, image id, scene)``; ids of held-out pictures start at `HELDOUT_FIRST`."""
     # Scenes come in one fixed sequence, so a larger world begins with the smaller one.
     rng = np.random.default_rng([seed, 7])
     wanted = {"train": train, "heldout": heldout}
     made = {"train": 0, "heldout": 0}
-    # Far beyond the ids of training pictures, so that those of a larger world are still others.
-    first = {"train": 1, "heldout": 900_001}
+    first = {"train": 1, "heldout": HELDOUT_FIRST}
     while any(made[s] < wanted[s] for s in wanted):
         scene = sample_scene(rng)
         split = "heldout" if scene.held_out(seed) else "train"

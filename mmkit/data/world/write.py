@@ -20,7 +20,7 @@ from mmkit.data.world.language import (
     ten_answers,
     word_question,
 )
-from mmkit.data.world.scene import Scene, sample_split
+from mmkit.data.world.scene import HELDOUT_FIRST, Scene, sample_split
 from mmkit.errors import InputError
 from mmkit.files import new_folder, read_json, write_json, write_text
 
@@ -75,8 +75,11 @@ def make_world(out: Path, *, train: int = 8000, heldout: int = 300, image_size: 
         What was made: pictures, captions, questions, conversations.
 
     Raises:
-        InputError: The folder holds a world of other arguments, or something else.
+        InputError: The folder holds a world of other arguments, or something else; or ids of the two splits would meet.
     """
+    if train >= HELDOUT_FIRST:
+        # Pictures and questions are drawn by their ids, too: both splits would hold the same.
+        raise InputError(f"{train} training pictures are too many", where="--train", mend=f"at most {HELDOUT_FIRST - 1}")
     arguments = {"format": FORMAT, "train": train, "heldout": heldout, "image_size": image_size, "seed": seed}
     # An empty folder counts as none: the user may have made it in advance.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

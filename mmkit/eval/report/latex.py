@@ -1,4 +1,4 @@
-"""The score tables for a paper, as LaTeX that pdfLaTeX, XeLaTeX and LuaLaTeX compile."""
+"""The score tables for a paper, as LaTeX for pdfLaTeX; written so that XeLaTeX and LuaLaTeX print other scripts, too."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,13 +155,6 @@ class Distribution:
         sizes = np.bincount(self.group_of_place, expected)
         total = sizes.sum()
         return float(np.bincount(self.group_of_place, chi) @ sizes / total / 100) if total > 0 else math.nan
-
-
-def distribution(scored: Iterable[tuple[str | None, str, str]]) -> float | None:
-    """`Distribution` of every question once; None where no question has a group."""
-    rows = list(scored)
-    value = Distribution(rows).of(np.ones(len(rows)))
-    return None if math.isnan(value) else value
 
 
 def consistency(asked: Mapping[str, GqaQuestion], scored: Sequence[str], right: Mapping[str, bool]) -> Floats:
